@@ -1,0 +1,80 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "multi_isa.h"
+
+namespace epsa::cpu {
+namespace {
+
+bool machine_runs(Isa isa) {
+#if EPSA_MULTI_ISA
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+    case Isa::avx512:
+      return machine_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+          __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512cd");
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+Isa choose() {
+  std::string runnable;
+  Isa best = Isa::baseline;
+  const char* wanted = std::getenv("EPSA_CPU_ISA");
+  for (Isa isa : built_isas()) {
+    if (!machine_runs(isa)) {
+      continue;
+    }
+    if (wanted && name(isa) == wanted) {
+      return isa;
+    }
+    runnable += (runnable.empty() ? "" : ", ") + name(isa);
+    best = isa;
+  }
+  if (wanted && *wanted) {
+    throw std::runtime_error(
+        "EPSA_CPU_ISA: expected one of {" + runnable +
+        "} (what is built and what this machine runs), got '" + wanted + "'");
+  }
+  return best;
+}
+
+}  // namespace
+
+std::vector<Isa> built_isas() {
+#if EPSA_MULTI_ISA
+  return {Isa::baseline, Isa::avx2, Isa::avx512};
+#else
+  return {Isa::baseline};
+#endif
+}
+
+Isa isa_in_use() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+std::string name(Isa isa) {
+  switch (isa) {
+    case Isa::baseline:
+      return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "?";
+}
+
+}  // namespace epsa::cpu

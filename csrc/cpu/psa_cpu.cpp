@@ -1,0 +1,452 @@
+// The operators on the CPU: allocation, layouts and threads around the kernels.
+#include "../psa.h"
+#include "psa_kernels.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#define EPSA_FN inline
+namespace epsa::cpu {
+namespace {
+#include "../psa_math.h"
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+static_assert(kMaxBranches == epsa::kMaxBranches);
+
+Dtype dtype_of(at::ScalarType t) {
+  switch (t) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t);
+  }
+}
+
+// ---- maps ----
+
+// t in the given layout: as it is where a kernel can take it, else a copy.
+Tensor in_layout(const Tensor& t, at::MemoryFormat format) {
+  return is_native(t, format) ? t : t.contiguous(format);
+}
+
+void set_map(Maps& maps, int64_t s, void* data, const Tensor& t) {
+  maps.data[s] = data;
+  maps.batch_stride[s] = t.stride(0);
+  maps.pixel_stride[s] = t.size(3) > 1 ? t.stride(3) : t.stride(2);
+}
+
+Maps maps_of(at::TensorList tensors) {
+  Maps maps{};
+  for (size_t s = 0; s < tensors.size(); ++s) {
+    // Maps serve reads and writes; a tensor that is read is never written.
+    set_map(maps, s, const_cast<void*>(tensors[s].const_data_ptr()), tensors[s]);
+  }
+  return maps;
+}
+
+// The branches' slots of out or grad_out [N, S*C, H, W].
+Maps slots_of(
+    const Tensor& t, const Problem& p, at::MemoryFormat format, bool reversed) {
+  const int64_t channel_stride =
+      format == at::MemoryFormat::Contiguous ? p.pixels() : 1;
+  char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  Maps maps{};
+  for (int s = 0; s < p.S; ++s) {
+    const int64_t channel =
+        p.C * slot_of_branch(s, static_cast<int>(p.S), reversed);
+    set_map(maps, s, data + channel * channel_stride * t.element_size(), t);
+  }
+  return maps;
+}
+
+Geometry geometry_of(const Problem& p, at::MemoryFormat format) {
+  // With one pixel both layouts are the same bytes; lanes along the channels
+  // are the wider ones.
+  const bool contiguous =
+      format == at::MemoryFormat::Contiguous && p.pixels() > 1;
+  return make_geometry(
+      static_cast<int>(p.S), p.C, p.pixels(), p.hidden,
+      contiguous ? Layout::contiguous : Layout::channels_last);
+}
+
+// ---- scratch memory: one allocation, cut into aligned pieces ----
+
+class Workspace {
+ public:
+  Workspace(at::ScalarType acc, int64_t elements, int pieces)
+      : size_(static_cast<int64_t>(c10::elementSize(acc))),
+        memory_(at::empty(
+            {elements + pieces * kAlign}, at::TensorOptions(acc))),
+        next_(static_cast<char*>(memory_.mutable_data_ptr())) {}
+
+  char* take(int64_t elements) {
+    char* piece = next_;
+    next_ += (elements + kAlign - 1) / kAlign * kAlign * size_;
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t kAlign = 16;  // elements; 64 bytes of float
+  int64_t size_;
+  Tensor memory_;
+  char* next_;
+};
+
+// ---- SE weights in the form that the kernels read ----
+
+Tensor in_acc(const Tensor& t, at::ScalarType acc) {
+  return (t.scalar_type() == acc ? t : t.to(acc)).contiguous();
+}
+
+template <class A>
+void transpose(const void* from, void* to, int64_t sets, int64_t C, int64_t r) {
+  const A* in = static_cast<const A*>(from);
+  A* out = static_cast<A*>(to);
+  for (int64_t b = 0; b < sets; ++b, in += C * r, out += C * r) {
+    for (int64_t j = 0; j < r; ++j) {
+      for (int64_t c = 0; c < C; ++c) {
+        out[j * C + c] = in[c * r + j];
+      }
+    }
+  }
+}
+
+struct PackedWeights {
+  Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
+  Weights view{};
+
+  static int64_t elements(const Problem& p) {  // of workspace
+    return p.weight_sets() * p.hidden * p.C;
+  }
+
+  PackedWeights(
+      const Problem& p, const Tensor& w1, const OptTensor& b1, const Tensor& w2,
+      const OptTensor& b2, Workspace& workspace)
+      : fc1(in_acc(w1, p.acc)),
+        fc1_bias(b1 ? in_acc(*b1, p.acc) : Tensor()),
+        fc2(in_acc(w2, p.acc)),
+        fc2_bias(b2 ? in_acc(*b2, p.acc) : Tensor()) {
+    view.fc1 = fc1.const_data_ptr();
+    view.fc1_bias = b1 ? fc1_bias.const_data_ptr() : nullptr;
+    view.fc2_bias = b2 ? fc2_bias.const_data_ptr() : nullptr;
+    view.fc2t = fc2.const_data_ptr();
+    if (p.hidden > 1) {  // [C, 1] is its own transpose
+      void* packed = workspace.take(elements(p));
+      (p.acc == at::kDouble ? transpose<double> : transpose<float>)(
+          view.fc2t, packed, p.weight_sets(), p.C, p.hidden);
+      view.fc2t = packed;
+    }
+    if (!p.shared) {
+      view.matrix_stride = p.hidden * p.C;
+      view.hidden_stride = p.hidden;
+      view.channel_stride = p.C;
+    }
+  }
+};
+
+// ---- threads ----
+
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kSerialElements = 16384;
+
+// reduce(n, begin, end), then gate(n), then scale(n, begin, end), over all
+// samples and units. Samples are dealt out whole, so that one stays in a core's
+// cache between the two passes; those that do not divide by the number of
+// threads are split into units. Who computes what does not touch the results.
+template <class Reduce, class GateStep, class Scale>
+void for_samples(
+    const Geometry& g, int64_t samples, const Reduce& reduce,
+    const GateStep& gate, const Scale& scale) {
+  const int64_t units = g.units();
+  const int64_t elements = g.branches * g.channels * g.pixels;
+  const int64_t threads =
+      samples * elements < kSerialElements || at::in_parallel_region()
+      ? 1
+      : at::get_num_threads();
+  const int64_t whole = samples - samples % threads;
+  const auto whole_samples = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      reduce(n, 0, units);
+      gate(n);
+      scale(n, 0, units);
+    }
+  };
+  if (threads == 1) {
+    whole_samples(0, samples);
+    return;
+  }
+  at::parallel_for(0, whole, 1, whole_samples);
+  if (whole == samples) {
+    return;
+  }
+  const auto split = [&](const auto& step) {
+    const int64_t grain =
+        std::max<int64_t>(1, kSerialElements / 4 * units / elements);
+    at::parallel_for(
+        whole * units, samples * units, grain, [&](int64_t begin, int64_t end) {
+          while (begin < end) {
+            const int64_t n = begin / units;
+            const int64_t stop = std::min(end, (n + 1) * units);
+            step(n, begin - n * units, stop - n * units);
+            begin = stop;
+          }
+        });
+  };
+  split(reduce);
+  at::parallel_for(whole, samples, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      gate(n);
+    }
+  });
+  split(scale);
+}
+
+// ---- forward ----
+
+Forward forward(
+    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& pooled_in) {
+  const Problem p = check_arguments(
+      "psa_attention", feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  if (pooled_in) {
+    check_branch_vector("psa_attention", "pooled", *pooled_in, p, feats_[0]);
+  }
+  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
+  const at::MemoryFormat format = common_layout(feats_);
+  const auto acc_options = feats_[0].options().dtype(p.acc);
+  Tensor out = at::empty(
+      {p.N, p.S * p.C, p.H, p.W}, feats_[0].options().memory_format(format));
+  Tensor pooled = pooled_in
+      ? pooled_in->clone(at::MemoryFormat::Contiguous)
+      : at::empty({p.N, p.S, p.C}, acc_options);
+  Tensor attention = at::empty({p.N, p.S, p.C}, acc_options);
+  if (p.N == 0) {
+    return {out, pooled, attention};
+  }
+
+  c10::SmallVector<Tensor, kMaxBranches> feats;
+  for (const Tensor& f : feats_) {
+    feats.push_back(in_layout(f, format));
+  }
+  const Geometry g = geometry_of(p, format);
+  const int64_t vector_bytes = p.S * p.C * pooled.element_size();
+  const int64_t hidden_bytes = p.S * p.hidden * pooled.element_size();
+  const bool chunked = g.chunks > 1;
+  Workspace workspace(
+      p.acc,
+      PackedWeights::elements(p) + p.N * p.S * p.hidden +
+          (chunked ? p.N * g.partials() : 0),
+      3);
+  const PackedWeights weights(
+      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
+  char* hidden = workspace.take(p.N * p.S * p.hidden);
+  char* pooled_data = static_cast<char*>(pooled.mutable_data_ptr());
+  char* attention_data = static_cast<char*>(attention.mutable_data_ptr());
+  // With one chunk the partial sums are the sums, and lie where they will stay.
+  char* partial = chunked ? workspace.take(p.N * g.partials()) : pooled_data;
+  const int64_t partial_bytes = g.partials() * pooled.element_size();
+
+  const Maps x = maps_of(feats);
+  const Maps y = slots_of(out, p, format, reversed);
+  const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
+    if (!pooled_in) {
+      k.reduce(g, x, nullptr, partial + n * partial_bytes, n, begin, end);
+    }
+  };
+  const auto gate = [&](int64_t n) {
+    k.gate(
+        g, weights.view, pooled_in ? nullptr : partial + n * partial_bytes,
+        pooled_data + n * vector_bytes, hidden + n * hidden_bytes,
+        attention_data + n * vector_bytes);
+  };
+  const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
+    k.scale(g, x, attention_data + n * vector_bytes, nullptr, y, n, begin, end);
+  };
+  for_samples(g, p.N, reduce, gate, scale);
+  return {out, pooled, attention};
+}
+
+// ---- backward ----
+
+Backward backward(
+    const OptTensor& grad_out_, const OptTensor& grad_attention_,
+    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
+    const Tensor& attention_, bool reversed, c10::List<bool> output_mask) {
+  const char* op = "psa_attention_backward";
+  const Problem p = check_arguments(
+      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  check_branch_vector(op, "pooled", pooled_, p, feats_[0]);
+  check_branch_vector(op, "attention", attention_, p, feats_[0]);
+  if (grad_out_) {
+    check_grad_out(op, *grad_out_, p, feats_[0]);
+  }
+  if (grad_attention_) {
+    check_branch_vector(op, "grad_attention", *grad_attention_, p, feats_[0]);
+  }
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(output_mask.size()) == p.S + 4, op,
+      ": output_mask has ", output_mask.size(), " entries, expected ", p.S + 4,
+      ": one for each of ", p.S, " feats and of four weights");
+
+  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
+  const at::MemoryFormat format = common_layout(feats_);
+  const auto& options = feats_[0].options();
+  const Tensor none = at::empty({0}, options);
+  bool any_feats = false;
+  std::vector<Tensor> grad_feats;
+  for (int64_t s = 0; s < p.S; ++s) {
+    any_feats |= output_mask.get(s);
+    grad_feats.push_back(
+        output_mask.get(s) ? at::empty(
+                                 feats_[s].sizes(), options.memory_format(format))
+                           : none);
+  }
+  // Weight gradients are summed in the accumulation type and cast at the end.
+  const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  Tensor grad_weights[4];
+  bool any_weights = false;
+  for (int i = 0; i < 4; ++i) {
+    const bool wanted = output_mask.get(p.S + i) && given[i];
+    any_weights |= wanted;
+    grad_weights[i] = wanted
+        ? at::empty(given[i]->sizes(), options.dtype(p.acc))
+        : at::empty({0}, options.dtype(p.weight_dtype));
+    if (wanted && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
+      grad_weights[i].zero_();
+    }
+  }
+  const auto result = [&] {
+    for (int i = 0; i < 4; ++i) {
+      grad_weights[i] = grad_weights[i].to(p.weight_dtype);
+    }
+    return Backward{
+        std::move(grad_feats), grad_weights[0], grad_weights[1],
+        grad_weights[2], grad_weights[3]};
+  };
+  if (p.N == 0 || (!any_feats && !any_weights)) {
+    return result();
+  }
+  if (!grad_out_ && !grad_attention_) {
+    for (Tensor& t : grad_feats) {
+      t.zero_();
+    }
+    return result();
+  }
+
+  c10::SmallVector<Tensor, kMaxBranches> feats;
+  for (const Tensor& f : feats_) {
+    feats.push_back(grad_out_ ? in_layout(f, format) : f);
+  }
+  const Tensor grad_out = grad_out_ ? in_layout(*grad_out_, format) : Tensor();
+  const Tensor grad_attention =
+      grad_attention_ ? grad_attention_->contiguous() : Tensor();
+  const Tensor pooled = pooled_.contiguous();
+  const Tensor attention = attention_.contiguous();
+
+  const Geometry g = geometry_of(p, format);
+  const int64_t vector = p.S * p.C, size = pooled.element_size();
+  const int64_t vector_bytes = vector * size;
+  const int64_t hidden_bytes = p.S * p.hidden * size;
+  const int64_t partial_bytes = g.partials() * size;
+  const bool chunked = g.chunks > 1;
+  Workspace workspace(
+      p.acc,
+      PackedWeights::elements(p) + 2 * p.N * (vector + p.S * p.hidden) +
+          (chunked ? p.N * g.partials() : 0),
+      6);
+  const PackedWeights weights(
+      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
+  char* hidden = workspace.take(p.N * p.S * p.hidden);
+  char* grad_u = workspace.take(p.N * p.S * p.hidden);
+  char* grad_v = workspace.take(p.N * vector);
+  char* grad_pooled = workspace.take(p.N * vector);
+  char* partial =
+      chunked ? workspace.take(p.N * g.partials()) : grad_pooled;
+
+  const auto* pooled_data = static_cast<const char*>(pooled.const_data_ptr());
+  const auto* attention_data =
+      static_cast<const char*>(attention.const_data_ptr());
+  const auto* grad_attention_data = grad_attention_
+      ? static_cast<const char*>(grad_attention.const_data_ptr())
+      : nullptr;
+  const Maps x = maps_of(feats);
+  Maps dx = maps_of(grad_feats);
+  for (int64_t s = 0; s < p.S; ++s) {
+    if (!output_mask.get(s)) {
+      dx.data[s] = nullptr;
+    }
+  }
+  const Maps dy =
+      grad_out_ ? slots_of(grad_out, p, format, reversed) : Maps{};
+
+  const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
+    if (grad_out_) {
+      k.reduce(g, dy, &x, partial + n * partial_bytes, n, begin, end);
+    }
+  };
+  const auto gate = [&](int64_t n) {
+    k.gate_grad(
+        g, weights.view, grad_out_ ? partial + n * partial_bytes : nullptr,
+        grad_attention_data ? grad_attention_data + n * vector_bytes : nullptr,
+        pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
+        hidden + n * hidden_bytes, grad_v + n * vector_bytes,
+        grad_u + n * hidden_bytes, grad_pooled + n * vector_bytes);
+  };
+  const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
+    if (grad_out_ && any_feats) {
+      k.scale(
+          g, dy, attention_data + n * vector_bytes,
+          grad_pooled + n * vector_bytes, dx, n, begin, end);
+    }
+  };
+  for_samples(g, p.N, reduce, gate, scale);
+
+  if (!grad_out_ && any_feats) {
+    // Only the attention was differentiated: dF is dp / M at every pixel.
+    const Tensor dp = at::from_blob(
+        grad_pooled, {p.N, p.S, p.C, 1, 1}, options.dtype(p.acc));
+    for (int64_t s = 0; s < p.S; ++s) {
+      if (output_mask.get(s)) {
+        grad_feats[s].copy_(dp.select(1, s).expand_as(grad_feats[s]));
+      }
+    }
+  }
+  if (any_weights) {
+    const auto data = [&](int i) -> void* {
+      return output_mask.get(p.S + i) && given[i]
+          ? grad_weights[i].mutable_data_ptr()
+          : nullptr;
+    };
+    const WeightGrads grads{data(0), data(1), data(2), data(3)};
+    const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
+    at::parallel_for(
+        0, p.weight_sets() * p.hidden,
+        std::max<int64_t>(1, 4 * kSerialElements / work),
+        [&](int64_t begin, int64_t end) {
+          k.weight_grad(
+              g, p.N, p.shared, pooled_data, hidden, grad_v, grad_u, grads,
+              begin, end);
+        });
+  }
+  return result();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
+  m.impl("psa_attention", forward);
+  m.impl("psa_attention_backward", backward);
+}
+
+}  // namespace epsa::cpu

@@ -1,0 +1,16 @@
+"""Fused Pyramid Squeeze Attention (EPSANet, arXiv 2105.14447) for PyTorch."""
+
+from importlib.metadata import version as _version
+
+from .modules import FusedPSAModule
+from .ops import psa_attention
+from .reference import PSAModule, psa_attention_reference
+
+__version__ = _version("epsa_fused")
+
+__all__ = [
+    "FusedPSAModule",
+    "PSAModule",
+    "psa_attention",
+    "psa_attention_reference",
+]

@@ -1,0 +1,70 @@
+"""FusedPSAModule: the PSA module with its attention step as one fused operator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .ops import psa_attention
+from .reference import PSAModule, SEWeight
+
+# The layers that the fused operator computes in one go.
+_SE_LAYERS = {
+    "avg_pool": nn.AdaptiveAvgPool2d,
+    "fc1": nn.Conv2d,
+    "relu": nn.ReLU,
+    "fc2": nn.Conv2d,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
+    """Why calling `module` may do something else than the fused operator does in its place."""
+    if module is None:
+        return f"{name} is missing"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{name} has hooks, which a fused call would leave out"
+    if type(module).forward is not expected.forward or "forward" in module.__dict__:
+        return (
+            f"{name} is a {type(module).__name__} with a forward of its own, "
+            f"expected that of {expected.__name__}"
+        )
+    return None
+
+
+class FusedPSAModule(PSAModule):
+    """Pyramid Squeeze Attention, fused: a drop-in for the published PSAModule.
+
+    Constructor, `state_dict` keys and output are those of :class:`PSAModule` (see there) and of
+    the published code; the attention step is :func:`epsa_fused.psa_attention`.
+
+    The fused step reads the parameters of `se.fc1` and `se.fc2` and does not call the
+    submodules of `se`. Where a call would mean something else (hooks, a replaced layer such as a
+    LoRA or quantisation wrapper, a sharded parameter), forward raises RuntimeError instead of
+    leaving that out; use :class:`PSAModule` there, or hook, wrap or shard (FSDP2's fully_shard)
+    the whole module or a parent of it.
+    """
+
+    def attention(self, feats: list[Tensor]) -> Tensor:
+        self._check_se()
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return psa_attention(
+            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
+        )
+
+    def _check_se(self) -> None:
+        why = _why_not_fused("se", self.se, SEWeight)
+        for name, expected in _SE_LAYERS.items():
+            why = why or _why_not_fused(f"se.{name}", self.se._modules.get(name), expected)
+        # asked for by its attribute: importing the class DTensor takes a second
+        if why is None and hasattr(self.se.fc1.weight, "device_mesh"):
+            why = "se.fc1.weight is a DTensor (a shard), expected a whole tensor"
+        if why is not None:
+            raise RuntimeError(
+                f"FusedPSAModule: {why}. Use epsa_fused.PSAModule for this model, or hook, wrap "
+                "or shard the whole FusedPSAModule."
+            )

@@ -1,0 +1,210 @@
+"""The PSA module in plain PyTorch: what the fused kernels are checked and timed against.
+
+Source: EPSANet, arXiv 2105.14447, equations 1 to 8, with the semantics of its published code:
+one SE shared by all branches, a softmax over the sigmoid's outputs, and branches concatenated
+in reversed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BRANCH_ORDERS = ("reversed", "forward")
+MIN_BRANCHES, MAX_BRANCHES = 2, 8
+
+
+def is_reversed(branch_order: str) -> bool:
+    """Whether `branch_order` is "reversed"; ValueError unless it is that or "forward"."""
+    if branch_order not in BRANCH_ORDERS:
+        raise ValueError(
+            f"branch_order: expected one of {BRANCH_ORDERS}, got {branch_order!r} "
+            "('reversed' is the order of the published code and its weights)"
+        )
+    return branch_order == "reversed"
+
+
+def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, branch: int, out: int) -> Tensor:
+    """One SE layer of one branch: x [N, in, 1, 1] -> [N, out, 1, 1]."""
+    per_branch = weight.dim() in (3, 5)
+    weight = (weight[branch] if per_branch else weight).reshape(out, x.shape[1], 1, 1)
+    if bias is not None and per_branch:
+        bias = bias[branch]
+    return F.conv2d(x, weight, bias)
+
+
+def psa_attention_reference(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = "reversed",
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention step of PSA in plain PyTorch, differentiable to any order.
+
+    Arguments and results are those of :func:`epsa_fused.psa_attention`. Every step runs as
+    written, in the published code's formulation; with half-precision features each step rounds
+    to the dtype it runs in (the SE layers to that of their weights).
+    """
+    branches = len(feats)
+    n, c, _, _ = feats[0].shape
+    hidden = fc1_weight.numel() // c // (branches if fc1_weight.dim() in (3, 5) else 1)
+
+    # 1. Squeeze and excitation of each branch, by the same SE layers (eq. 4 and 5).
+    weights = []
+    for branch, feat in enumerate(feats):
+        pooled = F.adaptive_avg_pool2d(feat, 1).to(fc1_weight.dtype)  # [N, C, 1, 1]
+        squeezed = F.relu(_conv1x1(pooled, fc1_weight, fc1_bias, branch, hidden))
+        weights.append(torch.sigmoid(_conv1x1(squeezed, fc2_weight, fc2_bias, branch, c)))
+
+    # 2. Recalibration: a softmax across the branches, of the sigmoid's outputs (eq. 6).
+    attention = torch.softmax(torch.cat(weights, 1).view(n, branches, c, 1, 1), dim=1)
+
+    # 3. Reweight each map by its channels' attention (eq. 7).
+    maps = torch.cat(list(feats), 1).view(n, branches, c, *feats[0].shape[2:])
+    products = maps * attention.to(maps.dtype)
+
+    # 4. Concatenate (eq. 8). The published code puts every branch BEFORE the earlier ones.
+    out = products[:, 0]
+    for branch in range(1, branches):
+        pair = (products[:, branch], out)
+        out = torch.cat(pair if is_reversed(branch_order) else pair[::-1], 1)
+    return (out, attention.flatten(2)) if return_attention else out
+
+
+class SEWeight(nn.Module):
+    """Squeeze-and-excitation weights of one map [N, C, H, W] -> [N, C, 1, 1]."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, channels // reduction, kernel_size=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, kernel_size=1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+
+
+def _check_configuration(
+    inplans: int,
+    planes: int,
+    conv_kernels: Sequence[int],
+    stride: int,
+    conv_groups: Sequence[int],
+    reduction: int,
+) -> None:
+    """Raise ValueError, with expected and actual values, where no PSA module can be built."""
+    branches = len(conv_kernels)
+    if len(conv_groups) != branches:
+        raise ValueError(
+            f"conv_kernels and conv_groups: expected equal lengths, got {branches} "
+            f"({tuple(conv_kernels)}) and {len(conv_groups)} ({tuple(conv_groups)})"
+        )
+    if not MIN_BRANCHES <= branches <= MAX_BRANCHES:
+        raise ValueError(
+            f"conv_kernels: expected {MIN_BRANCHES} to {MAX_BRANCHES} branches, got {branches}"
+        )
+    for name, value in (
+        ("inplans", inplans),
+        ("planes", planes),
+        ("stride", stride),
+        ("reduction", reduction),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for i, kernel in enumerate(conv_kernels):
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"conv_kernels[{i}]: expected an odd kernel size, got {kernel}")
+    if planes % branches:
+        raise ValueError(
+            f"planes: expected a multiple of the {branches} branches, got {planes}"
+        )
+    channels = planes // branches
+    for i, groups in enumerate(conv_groups):
+        if groups < 1 or inplans % groups or channels % groups:
+            raise ValueError(
+                f"conv_groups[{i}]: expected a divisor of inplans = {inplans} and of "
+                f"planes // branches = {channels}, got {groups}"
+            )
+    if channels < reduction:
+        raise ValueError(
+            f"reduction: expected at most planes // branches = {channels}, got {reduction}, "
+            f"which leaves the SE no hidden unit; reduction={channels} gives one"
+        )
+
+
+class PSAModule(nn.Module):
+    """Pyramid Squeeze Attention in plain PyTorch; equation numbers from arXiv 2105.14447.
+
+    One grouped convolution per entry of `conv_kernels` maps x [N, inplans, H, W] to
+    [N, planes / S, H', W'] each; their channels are weighed against each other by
+    :func:`psa_attention_reference`.
+
+    Args:
+        inplans: input channels.
+        planes: output channels, a multiple of the number of branches S.
+        conv_kernels: kernel size of each branch, odd; 2 to 8 branches.
+        stride: stride of every convolution; H' = ceil(H / stride).
+        conv_groups: groups of each branch's convolution.
+        reduction: channels of a branch per hidden unit of the SE (16 in the published code).
+        branch_order: "reversed" as in the published code and every weight trained with it, or
+            "forward" as in the paper's equation 8.
+
+    The `state_dict` keys are those of the published code: conv_1.weight, ..., se.fc1.weight,
+    se.fc1.bias, se.fc2.weight, se.fc2.bias.
+
+    Raises:
+        ValueError: for a configuration that cannot be built; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        inplans: int,
+        planes: int,
+        conv_kernels: Sequence[int] = (3, 5, 7, 9),
+        stride: int = 1,
+        conv_groups: Sequence[int] = (1, 4, 8, 16),
+        *,
+        reduction: int = 16,
+        branch_order: str = "reversed",
+    ) -> None:
+        super().__init__()
+        _check_configuration(inplans, planes, conv_kernels, stride, conv_groups, reduction)
+        is_reversed(branch_order)
+        self.branches = len(conv_kernels)
+        self.split_channel = planes // self.branches
+        self.branch_order = branch_order
+        for i, (kernel, groups) in enumerate(zip(conv_kernels, conv_groups, strict=True), 1):
+            conv = nn.Conv2d(
+                inplans,
+                self.split_channel,
+                kernel,
+                stride=stride,
+                padding=kernel // 2,
+                groups=groups,
+                bias=False,
+            )
+            self.add_module(f"conv_{i}", conv)
+        self.se = SEWeight(self.split_channel, reduction)
+
+    def extra_repr(self) -> str:
+        return f"branch_order={self.branch_order!r}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, inplans, H, W] -> [N, planes, H', W']."""
+        return self.attention([getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)])
+
+    def attention(self, feats: list[Tensor]) -> Tensor:
+        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return psa_attention_reference(
+            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
+        )

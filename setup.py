@@ -1,0 +1,109 @@
+"""Build of epsa_fused's two extensions; everything else is in pyproject.toml.
+
+epsa_fused._ops: the operators, a plain shared library without Python.
+epsa_fused._C:   facts about the build, a pybind11 module without torch.
+
+EPSA_CUDA=auto (default) builds the CUDA kernels where torch has CUDA and a
+toolkit is there, 1 insists on them, 0 leaves them out.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        "epsa_fused is compiled against the torch that it will run with: install torch >= 2.11 "
+        "first, then run `pip install --no-build-isolation .` (an isolated build would fetch a "
+        f"torch of its own). The import of torch failed: {error}"
+    ) from None
+import pybind11
+
+CSRC = Path("csrc")
+
+
+def cuda_wanted() -> bool:
+    """Whether to build the CUDA kernels, from EPSA_CUDA, torch and the toolkit."""
+    choice = os.environ.get("EPSA_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"EPSA_CUDA: expected auto, 0 or 1, got {choice!r}")
+    if choice == "0":
+        return False
+    missing = None
+    if not list((CSRC / "cuda").glob("*.cu")):
+        missing = "this version of epsa_fused has no CUDA kernels yet"
+    elif torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    elif cpp_extension.CUDA_HOME is None:
+        missing = "no CUDA toolkit was found: set CUDA_HOME to its root folder"
+    elif not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
+        missing = f"CUDA_HOME={cpp_extension.CUDA_HOME} holds no bin/nvcc"
+    if missing and choice == "1":
+        raise SystemExit(f"EPSA_CUDA=1, but {missing}")
+    return missing is None
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
+
+
+def extensions() -> list[Extension]:
+    with_cuda = cuda_wanted()
+    flags = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    # -fopenmp only when compiling: the OpenMP runtime is the one that torch has
+    # loaded, so that torch.set_num_threads rules. Without it at::parallel_for
+    # would be serial and not say so.
+    ops_flags = [*flags, "-fopenmp"]
+    common = {
+        "include_dirs": cpp_extension.include_paths(),
+        "library_dirs": cpp_extension.library_paths(),
+        "libraries": ["c10", "torch", "torch_cpu"],
+        "extra_link_args": ["-s"],
+        "language": "c++",
+    }
+    ops_sources = sources("*.cpp", "cpu/*.cpp")
+    ops_sources.remove(str(CSRC / "info.cpp"))
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+        ops = cpp_extension.CUDAExtension(
+            "epsa_fused._ops",
+            ops_sources + sources("cuda/*.cpp", "cuda/*.cu"),
+            extra_compile_args={"cxx": ops_flags, "nvcc": ["-O3"]},
+            extra_link_args=["-s"],
+            py_limited_api=True,  # leaves torch_python out of the libraries
+        )
+    else:
+        ops = Extension("epsa_fused._ops", ops_sources, extra_compile_args=ops_flags, **common)
+    info = Extension(
+        "epsa_fused._C",
+        [str(CSRC / "info.cpp"), str(CSRC / "cpu" / "isa.cpp")],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[
+            ("EPSA_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("EPSA_WITH_CUDA", str(int(with_cuda))),
+        ],
+        extra_compile_args=[*ops_flags, "-fvisibility=hidden"],
+        extra_link_args=["-s"],
+        language="c++",
+    )
+    headers = sources("**/*.h", "**/*.cuh")
+    for extension in (ops, info):
+        extension.depends = headers
+    return [ops, info]
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's builder, with a plain file name for the library that is no Python module."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        if ext_name.rpartition(".")[2] == "_ops":
+            return os.path.join(*ext_name.split(".")) + (".dll" if sys.platform == "win32" else ".so")
+        return super().get_ext_filename(ext_name)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
