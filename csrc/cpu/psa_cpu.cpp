@@ -3,7 +3,9 @@
 #include "psa_kernels.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #define EPSA_FN inline
@@ -78,15 +80,23 @@ Geometry geometry_of(const Problem& p, at::MemoryFormat format) {
       contiguous ? Layout::contiguous : Layout::channels_last);
 }
 
-// ---- scratch memory: one allocation, cut into aligned pieces ----
+// ---- memory ----
 
+// at::empty without the dispatcher's share of a small call.
+Tensor empty(
+    at::IntArrayRef sizes, at::ScalarType dtype,
+    at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format);
+}
+
+// Scratch memory: one allocation, cut into aligned pieces.
 class Workspace {
  public:
   Workspace(at::ScalarType acc, int64_t elements, int pieces)
       : size_(static_cast<int64_t>(c10::elementSize(acc))),
-        memory_(at::empty(
-            {elements + pieces * kAlign}, at::TensorOptions(acc))),
-        next_(static_cast<char*>(memory_.mutable_data_ptr())) {}
+        memory_(c10::GetCPUAllocator()->allocate(
+            (elements + pieces * kAlign) * size_)),
+        next_(static_cast<char*>(memory_.get())) {}
 
   char* take(int64_t elements) {
     char* piece = next_;
@@ -97,7 +107,7 @@ class Workspace {
  private:
   static constexpr int64_t kAlign = 16;  // elements; 64 bytes of float
   int64_t size_;
-  Tensor memory_;
+  c10::DataPtr memory_;
   char* next_;
 };
 
@@ -223,13 +233,11 @@ Forward forward(
   }
   const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
-  const auto acc_options = feats_[0].options().dtype(p.acc);
-  Tensor out = at::empty(
-      {p.N, p.S * p.C, p.H, p.W}, feats_[0].options().memory_format(format));
+  Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
   Tensor pooled = pooled_in
       ? pooled_in->clone(at::MemoryFormat::Contiguous)
-      : at::empty({p.N, p.S, p.C}, acc_options);
-  Tensor attention = at::empty({p.N, p.S, p.C}, acc_options);
+      : empty({p.N, p.S, p.C}, p.acc);
+  Tensor attention = empty({p.N, p.S, p.C}, p.acc);
   if (p.N == 0) {
     return {out, pooled, attention};
   }
@@ -301,16 +309,13 @@ Backward backward(
 
   const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
-  const auto& options = feats_[0].options();
-  const Tensor none = at::empty({0}, options);
   bool any_feats = false;
   std::vector<Tensor> grad_feats;
   for (int64_t s = 0; s < p.S; ++s) {
     any_feats |= output_mask.get(s);
     grad_feats.push_back(
-        output_mask.get(s) ? at::empty(
-                                 feats_[s].sizes(), options.memory_format(format))
-                           : none);
+        output_mask.get(s) ? empty({p.N, p.C, p.H, p.W}, p.dtype, format)
+                           : empty({0}, p.dtype));
   }
   // Weight gradients are summed in the accumulation type and cast at the end.
   const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
@@ -320,15 +325,17 @@ Backward backward(
     const bool wanted = output_mask.get(p.S + i) && given[i];
     any_weights |= wanted;
     grad_weights[i] = wanted
-        ? at::empty(given[i]->sizes(), options.dtype(p.acc))
-        : at::empty({0}, options.dtype(p.weight_dtype));
+        ? empty(given[i]->sizes(), p.acc)
+        : empty({0}, p.weight_dtype);
     if (wanted && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
       grad_weights[i].zero_();
     }
   }
   const auto result = [&] {
-    for (int i = 0; i < 4; ++i) {
-      grad_weights[i] = grad_weights[i].to(p.weight_dtype);
+    for (Tensor& t : grad_weights) {
+      if (t.scalar_type() != p.weight_dtype) {
+        t = t.to(p.weight_dtype);
+      }
     }
     return Backward{
         std::move(grad_feats), grad_weights[0], grad_weights[1],
@@ -415,7 +422,7 @@ Backward backward(
   if (!grad_out_ && any_feats) {
     // Only the attention was differentiated: dF is dp / M at every pixel.
     const Tensor dp = at::from_blob(
-        grad_pooled, {p.N, p.S, p.C, 1, 1}, options.dtype(p.acc));
+        grad_pooled, {p.N, p.S, p.C, 1, 1}, at::TensorOptions(p.acc));
     for (int64_t s = 0; s < p.S; ++s) {
       if (output_mask.get(s)) {
         grad_feats[s].copy_(dp.select(1, s).expand_as(grad_feats[s]));

@@ -19,7 +19,6 @@ EPSA_FN To bit_cast(From from) {
 }
 
 typedef uint32_t U32 __attribute__((vector_size(EPSA_VEC_BYTES)));
-typedef int32_t I32 __attribute__((vector_size(EPSA_VEC_BYTES)));
 // as many 16-bit items as U32 has lanes
 typedef uint16_t U16 __attribute__((vector_size(EPSA_VEC_BYTES / 2)));
 
@@ -83,6 +82,32 @@ EPSA_FN U16 narrow(Vec<float> f, f16*) {  // to nearest, ties to even
 }
 #endif
 
+// ---- lanes ----
+
+template <class A>
+struct LanesOf {  // 0, 1, 2, ... as integers of A's size
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Int;
+  typedef Int type __attribute__((vector_size(EPSA_VEC_BYTES)));
+  static EPSA_FN type get() {
+    type lanes{};
+    for (unsigned i = 0; i < EPSA_VEC_BYTES / sizeof(A); ++i) {
+      lanes[i] = static_cast<Int>(i);
+    }
+    return lanes;
+  }
+};
+
+// v in the lanes [begin, end), zero in the others (whatever stands there, NaN
+// included)
+template <class A>
+EPSA_FN Vec<A> keep_lanes(Vec<A> v, int64_t begin, int64_t end) {
+  using Int = typename LanesOf<A>::Int;
+  const auto lane = LanesOf<A>::get();
+  const auto kept =
+      (lane >= static_cast<Int>(begin)) & (lane < static_cast<Int>(end));
+  return kept ? v : Vec<A>{};
+}
+
 // ---- loads and stores: T in memory, the accumulation type in registers ----
 
 template <class T>
@@ -144,14 +169,7 @@ struct Memory {  // float and double
 #if EPSA_VEC_BYTES == 32
  private:
   static EPSA_FN auto mask(int64_t n) {  // all ones in the first n lanes
-    if constexpr (sizeof(T) == 4) {
-      const I32 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-      return lane < static_cast<int32_t>(n);
-    } else {
-      typedef int64_t I64 __attribute__((vector_size(EPSA_VEC_BYTES)));
-      const I64 lane = {0, 1, 2, 3};
-      return lane < n;
-    }
+    return LanesOf<T>::get() < static_cast<typename LanesOf<T>::Int>(n);
   }
 #endif
 };
