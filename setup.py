@@ -8,7 +8,6 @@ toolkit is there, 1 insists on them, 0 leaves them out.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,14 +34,14 @@ def cuda_wanted() -> bool:
     if choice == "0":
         return False
     missing = None
-    if not list((CSRC / "cuda").glob("*.cu")):
-        missing = "this version of epsa_fused has no CUDA kernels yet"
-    elif torch.version.cuda is None:
+    if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is built without CUDA"
     elif cpp_extension.CUDA_HOME is None:
         missing = "no CUDA toolkit was found: set CUDA_HOME to its root folder"
     elif not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
         missing = f"CUDA_HOME={cpp_extension.CUDA_HOME} holds no bin/nvcc"
+    elif not list((CSRC / "cuda").glob("*.cu")):
+        missing = "this version of epsa_fused has no CUDA kernels yet"
     if missing and choice == "1":
         raise SystemExit(f"EPSA_CUDA=1, but {missing}")
     return missing is None
@@ -102,7 +101,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def get_ext_filename(self, ext_name: str) -> str:
         if ext_name.rpartition(".")[2] == "_ops":
-            return os.path.join(*ext_name.split(".")) + (".dll" if sys.platform == "win32" else ".so")
+            return os.path.join(*ext_name.split(".")) + ".so"
         return super().get_ext_filename(ext_name)
 
 

@@ -149,7 +149,6 @@ class PsaAttentionBackward
         saved.end(),
         {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias)});
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["branches"] = static_cast<int64_t>(feats.size());
     ctx->saved_data["reversed"] = reversed;
     ctx->set_materialize_grads(false);
     variable_list grads = std::move(grad_feats);
@@ -161,15 +160,14 @@ class PsaAttentionBackward
   // formula twice. pooled and attention are functions of the other inputs, so
   // what flows through them is part of the gradients returned for those.
   static variable_list backward(AutogradContext* ctx, variable_list grad_grads) {
-    const auto branches =
-        static_cast<size_t>(ctx->saved_data["branches"].toInt());
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t branches = saved.size() - 6;
     const bool reversed = ctx->saved_data["reversed"].toBool();
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode enable_grad(true);
 
     // A view of each input: a node of its own, also where two inputs are one
     // tensor. An input outside the graph becomes a leaf.
-    const variable_list saved = ctx->get_saved_variables();
     variable_list inputs;
     for (const Tensor& t : saved) {
       inputs.push_back(
@@ -271,7 +269,6 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
         {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias), pooled,
          attention});
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["branches"] = static_cast<int64_t>(feats.size());
     ctx->saved_data["reversed"] = reversed;
     ctx->mark_non_differentiable({pooled});
     ctx->set_materialize_grads(false);
@@ -279,14 +276,13 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto branches =
-        static_cast<size_t>(ctx->saved_data["branches"].toInt());
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t branches = saved.size() - 6;
     // One result for each forward argument; reversed and pooled have none.
     variable_list result(branches + 6);
     if (!grads[0].defined() && !grads[2].defined()) {
       return result;
     }
-    const variable_list saved = ctx->get_saved_variables();
     const Inputs in(saved, 0, branches);
     // Edges count the tensors that were given; an absent bias has none.
     c10::List<bool> mask;

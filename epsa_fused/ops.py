@@ -17,17 +17,17 @@ from .reference import MAX_BRANCHES, MIN_BRANCHES, is_reversed
 
 def _load_library() -> None:
     """Load the operators; ImportError, saying what to do, where that cannot work."""
-    rebuild = "build it again with `pip install --no-build-isolation .`"
+    build = "build it with `pip install --no-build-isolation .`"
     try:
         from . import _C
     except ImportError as error:
-        raise ImportError(f"epsa_fused's extension is not built; {rebuild} ({error})") from error
+        raise ImportError(f"epsa_fused's extension is not built: {build} ({error})") from error
     built_with, running = _C.build_info()["torch"], torch.__version__
     # torch keeps its C++ interface stable within a minor version only
     if built_with.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(
-            f"epsa_fused was built with torch {built_with}, but torch {running} is running; "
-            + rebuild
+            f"epsa_fused was built with torch {built_with}, but torch {running} is running: "
+            + build
         )
     torch.ops.load_library(Path(__file__).parent / "_ops.so")
 

@@ -124,9 +124,7 @@ def _check_configuration(
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"conv_kernels[{i}]: expected an odd kernel size, got {kernel}")
     if planes % branches:
-        raise ValueError(
-            f"planes: expected a multiple of the {branches} branches, got {planes}"
-        )
+        raise ValueError(f"planes: expected a multiple of the {branches} branches, got {planes}")
     channels = planes // branches
     for i, groups in enumerate(conv_groups):
         if groups < 1 or inplans % groups or channels % groups:

@@ -1,10 +1,10 @@
 // The operators on the CPU: allocation, layouts and threads around the kernels.
 #include "../psa.h"
 #include "psa_kernels.h"
+#include "threads.h"
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -46,11 +46,15 @@ void set_map(Maps& maps, int64_t s, void* data, const Tensor& t) {
   maps.pixel_stride[s] = t.size(3) > 1 ? t.stride(3) : t.stride(2);
 }
 
+// Maps serve reads and writes; a tensor that is read is never written.
+void* data_of(const Tensor& t) {
+  return const_cast<void*>(t.const_data_ptr());
+}
+
 Maps maps_of(at::TensorList tensors) {
   Maps maps{};
   for (size_t s = 0; s < tensors.size(); ++s) {
-    // Maps serve reads and writes; a tensor that is read is never written.
-    set_map(maps, s, const_cast<void*>(tensors[s].const_data_ptr()), tensors[s]);
+    set_map(maps, s, data_of(tensors[s]), tensors[s]);
   }
   return maps;
 }
@@ -60,7 +64,7 @@ Maps slots_of(
     const Tensor& t, const Problem& p, at::MemoryFormat format, bool reversed) {
   const int64_t channel_stride =
       format == at::MemoryFormat::Contiguous ? p.pixels() : 1;
-  char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  char* data = static_cast<char*>(data_of(t));
   Maps maps{};
   for (int s = 0; s < p.S; ++s) {
     const int64_t channel =
@@ -179,9 +183,7 @@ void for_samples(
   const int64_t units = g.units();
   const int64_t elements = g.branches * g.channels * g.pixels;
   const int64_t threads =
-      samples * elements < kSerialElements || at::in_parallel_region()
-      ? 1
-      : at::get_num_threads();
+      samples * elements < kSerialElements ? 1 : usable_threads();
   const int64_t whole = samples - samples % threads;
   const auto whole_samples = [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -194,14 +196,14 @@ void for_samples(
     whole_samples(0, samples);
     return;
   }
-  at::parallel_for(0, whole, 1, whole_samples);
+  parallel_for(0, whole, 1, whole_samples);
   if (whole == samples) {
     return;
   }
   const auto split = [&](const auto& step) {
     const int64_t grain =
         std::max<int64_t>(1, kSerialElements / 4 * units / elements);
-    at::parallel_for(
+    parallel_for(
         whole * units, samples * units, grain, [&](int64_t begin, int64_t end) {
           while (begin < end) {
             const int64_t n = begin / units;
@@ -212,7 +214,7 @@ void for_samples(
         });
   };
   split(reduce);
-  at::parallel_for(whole, samples, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(whole, samples, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       gate(n);
     }
@@ -388,10 +390,10 @@ Backward backward(
       ? static_cast<const char*>(grad_attention.const_data_ptr())
       : nullptr;
   const Maps x = maps_of(feats);
-  Maps dx = maps_of(grad_feats);
+  Maps dx{};
   for (int64_t s = 0; s < p.S; ++s) {
-    if (!output_mask.get(s)) {
-      dx.data[s] = nullptr;
+    if (output_mask.get(s)) {
+      set_map(dx, s, data_of(grad_feats[s]), grad_feats[s]);
     }
   }
   const Maps dy =
@@ -437,7 +439,7 @@ Backward backward(
     };
     const WeightGrads grads{data(0), data(1), data(2), data(3)};
     const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
-    at::parallel_for(
+    parallel_for(
         0, p.weight_sets() * p.hidden,
         std::max<int64_t>(1, 4 * kSerialElements / work),
         [&](int64_t begin, int64_t end) {

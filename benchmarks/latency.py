@@ -1,0 +1,293 @@
+"""Latency of the fused PSA attention and of its competitors.
+
+    python benchmarks/latency.py                 every shape, layout, mode and level
+    python benchmarks/latency.py --quick         two shapes, about a minute
+    python benchmarks/latency.py --help
+
+Results are checked to be equal before they are timed. The contenders of a row are timed in turn,
+round by round, in one process; a ratio is the median of the rounds' ratios. Writes a CSV and a
+chart into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+
+import epsa_fused
+from epsa_fused import _C
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chart import draw
+from measure import memory_and_launches, ratio, settle_allocator, time_in_turn
+from opponents import BRANCHES, DTYPES, LAYOUTS, Case, contenders, make_copy, make_runner
+
+# (N, planes, H = W): EPSANet's stages, single images, and a batch beyond the caches
+SHAPES = [
+    (8, 64, 56),
+    (8, 128, 28),
+    (8, 256, 14),
+    (8, 512, 7),
+    (1, 64, 56),
+    (1, 512, 14),
+    (32, 64, 56),
+]
+QUICK_SHAPES = [(8, 64, 56), (8, 256, 14)]
+LEVELS = ("attention", "module")
+MODES = {"attention": ("forward", "backward"), "module": ("forward", "train")}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--level", nargs="+", default=LEVELS, choices=LEVELS)
+    parser.add_argument(
+        "--mode", nargs="+", choices=("forward", "backward", "train"), help="default: per level"
+    )
+    parser.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument(
+        "--shape", nargs="+", metavar="N,PLANES,SIZE", help="default: EPSANet's stages"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9, help="times that each contender is timed")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of timing in each round")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="two shapes, short rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", help="file name of the results; default: the device's name")
+    options = parser.parse_args(arguments)
+    options.shapes = QUICK_SHAPES if options.quick else SHAPES
+    if options.shape:
+        try:
+            options.shapes = [tuple(int(x) for x in s.split(",")) for s in options.shape]
+            if any(len(s) != 3 or min(s) < 1 for s in options.shapes):
+                raise ValueError
+        except ValueError:
+            parser.error(f"--shape: expected N,PLANES,SIZE such as 8,64,56, got {options.shape}")
+    if options.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        parser.error("--device cuda: expected a GPU and a build with CUDA kernels, found neither")
+    if options.quick:
+        options.level = ("attention",)
+        options.layout = options.layout[:1]
+        options.rounds, options.seconds = 5, 0.05
+    return options
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = dict(reversed([x.strip() for x in line.split(":", 1)]) for line in lines if line)
+        names = {value: key for key, value in fields.items()}
+        return names["model name"]
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that was measured, with a + behind it where files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "..")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    return [
+        Case(level, mode, layout, dtype, *shape)
+        for level in options.level
+        for mode in options.mode or MODES[level]
+        for layout in options.layout
+        for dtype in options.dtype
+        for shape in options.shapes
+    ]
+
+
+def check_equal(case: Case, results: dict[str, list[torch.Tensor]]) -> None:
+    """Refuse to time what computes something else."""
+    limit = 1e-3 if DTYPES[case.dtype].itemsize >= 4 else 5e-2
+    expected = results["seed eager"]
+    for name, result in results.items():
+        for i, (a, b) in enumerate(zip(expected, result, strict=True)):
+            error = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
+            if not error <= limit:
+                raise SystemExit(f"{case}: result {i} of {name} differs by {error:.1e}")
+
+
+def measure(case: Case, options: argparse.Namespace) -> list[dict]:
+    """Check and time every contender on one case; one row each."""
+    torch._dynamo.reset()
+    kinds = contenders(case.level, not options.no_compile)
+    runners = {n: make_runner(n, kind, case, options.device) for n, kind in kinds.items()}
+    check_equal(case, {name: runner.result() for name, runner in runners.items()})
+    runners["copy"] = make_copy(case, options.device)
+    runs = {name: runner.run for name, runner in runners.items()}
+    timings = time_in_turn(runs, options.threads, options.rounds, options.seconds)
+    rows = []
+    for name, timing in timings.items():
+        memory, launches = memory_and_launches(runs[name], options.device)
+        rows.append(
+            {
+                "level": case.level,
+                "mode": case.mode,
+                "layout": case.layout,
+                "dtype": case.dtype,
+                "n": case.n,
+                "planes": case.planes,
+                "size": case.size,
+                "contender": name,
+                "median_us": round(timing.median * 1e6, 2),
+                "iqr_us": round(timing.iqr * 1e6, 2),
+                "over_fused": round(ratio(timing, timings["fused"]), 3),
+                "over_copy": round(ratio(timing, timings["copy"]), 3),
+                "gb_per_s": round(floor_bytes(case) / timing.median / 1e9, 2),
+                "peak_mb": round(memory / 1e6, 3),
+                "launches": launches,
+            }
+        )
+    return rows
+
+
+def floor_bytes(case: Case) -> int:
+    """The fewest bytes that the attention step must move: features in and out, or G, F and dF."""
+    return case.nbytes * {"forward": 2, "backward": 3, "train": 5}[case.mode]
+
+
+def host_rows(options: argparse.Namespace) -> list[dict]:
+    """What one call costs when there is nothing to compute, with grad."""
+    device = options.device
+    feats = [torch.randn(1, 8, 1, 1, device=device, requires_grad=True) for _ in range(BRANCHES)]
+    shapes = ((2, 8), (2,), (8, 2), (8,))
+    weights = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    x = torch.randn(1, 8, device=device, requires_grad=True)
+    runs = {
+        "fused": lambda: epsa_fused.psa_attention(feats, *weights),
+        "torch.add": lambda: torch.add(x, x),
+        "F.linear": lambda: F.linear(x, weights[0], weights[1]),
+    }
+    timings = time_in_turn(runs, options.threads, options.rounds, options.seconds)
+    return [
+        {
+            "level": "host",
+            "mode": "forward",
+            "layout": "contiguous",
+            "dtype": "float32",
+            "n": 1,
+            "planes": 32,
+            "size": 1,
+            "contender": name,
+            "median_us": round(timing.median * 1e6, 2),
+            "iqr_us": round(timing.iqr * 1e6, 2),
+            "over_fused": round(ratio(timing, timings["fused"]), 3),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def print_table_row(rows: list[dict]) -> None:
+    by_name = {row["contender"]: row for row in rows}
+    fused = by_name["fused"]
+    opponents = [row for row in rows if row["contender"] not in ("fused", "copy")]
+    best = min(opponents, key=lambda row: row["over_fused"])
+    columns = "".join(f"{row['median_us']:>12.0f}" for row in opponents)
+    shape = f"({fused['n']}, {fused['planes']}, {fused['size']})"
+    print(
+        f"{shape:>14}{columns}{fused['median_us']:>10.0f} ±{fused['iqr_us']:<6.0f}"
+        f"{best['over_fused']:>6.2f}x {by_name['seed eager']['over_fused']:>8.1f}x"
+        f"{fused['over_copy']:>9.2f}{fused['gb_per_s']:>8.1f}{fused['peak_mb']:>9.1f}"
+        f"{fused['launches']:>6}",
+        flush=True,
+    )
+
+
+def print_header(case: Case, names: list[str]) -> None:
+    short = [n.replace("compiled", "comp.").replace("rewrite", "rewr.") for n in names]
+    print(f"\n{case.level}, {case.mode}, {case.layout}, {case.dtype}: median microseconds")
+    print(
+        f"{'(N,planes,H)':>14}"
+        + "".join(f"{name:>12}" for name in short)
+        + f"{'fused':>10} {'±IQR':<7}{'best/us':>6} {'seed/us':>9}{'us/copy':>9}"
+        + f"{'GB/s':>8}{'peak MB':>9}{'calls':>6}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    # the compiled backward is timed with retain_graph, which forbids donated buffers
+    torch._functorch.config.donated_buffer = False
+    device = device_name(options.device)
+    facts = {
+        "device": device,
+        "threads": options.threads,
+        "isa": _C.cpu_isa(),
+        "torch": torch.__version__,
+        "epsa_fused": epsa_fused.__version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(
+        "best/us: the fastest opponent's time over the fused one's. seed/us: the published "
+        "code's formulation, eager. us/copy: fused over a copy of the features' bytes."
+    )
+
+    settle_allocator()
+    rows = host_rows(options)
+    host = {row["contender"]: row["median_us"] for row in rows}
+    print("\nhost cost of one call with grad, [1, 4x8, 1, 1], microseconds:", end=" ")
+    print(", ".join(f"{name} {us:.1f}" for name, us in host.items()))
+
+    todo, group = cases(options), None
+    for i, case in enumerate(todo, 1):
+        if group != (case.level, case.mode, case.layout, case.dtype):
+            group = (case.level, case.mode, case.layout, case.dtype)
+            names = list(contenders(case.level, not options.no_compile))
+            print_header(case, [name for name in names if name != "fused"])
+        progress = f"[{i}/{len(todo)}] {case.level} {case.mode} {case.shape}"
+        if sys.stderr.isatty():
+            print(progress, end="\r", file=sys.stderr, flush=True)
+        new = measure(case, options)
+        rows += new
+        print_table_row(new)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.name or "".join(c if c.isalnum() else "-" for c in device).strip("-")
+    path = options.out / f"{name}.csv"
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*fields, *facts], lineterminator=os.linesep)
+        writer.writeheader()
+        writer.writerows(row | facts for row in rows)
+    chart = path.with_suffix(".png")
+    draw(rows, facts, chart)
+    print(f"\nwrote {path} and {chart}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
