@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -80,6 +81,20 @@ bool any_needs_grad(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), needs_grad);
 }
 
+// Without this the tangents of inputs that need no (reverse) gradient would get
+// lost; of the others torch::autograd::Function itself says so.
+void refuse_forward_mode(
+    const char* op, at::TensorList feats,
+    std::initializer_list<OptTensor> tensors) {
+  bool any = torch::autograd::isFwGradDefinedTensorList(feats);
+  for (const auto& t : tensors) {
+    any |= torch::autograd::isFwGradDefined(t);
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !any, op, ": forward-mode differentiation (jvp) is not supported, expected "
+      "tensors without tangents; psa_attention_reference supports it");
+}
+
 // Feats and SE weights as they lie in a saved list: S maps, then four weights
 // of which the biases may be undefined.
 struct Inputs {
@@ -107,15 +122,18 @@ std::pair<Tensor, Tensor> formula(const Inputs& in, bool reversed) {
     means.push_back(maps.back().mean({2, 3}));
   }
   const Tensor p = at::stack(means, 1).unsqueeze(2);  // [N, S, 1, C]
-  const int64_t C = p.size(3);
-  const int64_t hidden = in.fc1_weight.numel() / C /
-      (in.fc1_weight.dim() % 2 ? branches : 1);  // an S axis makes it odd
+  const c10::SymInt C = p.sym_size(3);
+  // [r, C], or [S, r, C]: an S axis makes the number of dimensions odd
+  const c10::SymInt hidden =
+      in.fc1_weight.sym_size(in.fc1_weight.dim() % 2 ? 1 : 0);
   const auto linear = [acc](
                           const Tensor& x, const Tensor& weight,
-                          const Tensor& bias, int64_t to, int64_t from) {
-    const Tensor w = weight.reshape({-1, to, from}).to(acc);  // [1 or S, to, from]
+                          const Tensor& bias, const c10::SymInt& to,
+                          const c10::SymInt& from) {
+    const Tensor w =  // [1 or S, to, from]
+        weight.reshape_symint({-1, to, from}).to(acc);
     const Tensor y = at::matmul(x, w.transpose(1, 2));
-    return bias.defined() ? y + bias.reshape({-1, 1, to}).to(acc) : y;
+    return bias.defined() ? y + bias.reshape_symint({-1, 1, to}).to(acc) : y;
   };
   const Tensor h = linear(p, in.fc1_weight, in.fc1_bias, hidden, C).relu();
   const Tensor v = linear(h, in.fc2_weight, in.fc2_bias, C, hidden);
@@ -187,7 +205,7 @@ class PsaAttentionBackward
     variable_list wrt, weights;  // the gradients asked for, and their cotangents
     for (size_t i = 0; i < grad_grads.size(); ++i) {
       if (grad_grads[i].defined() && inputs[2 + i].defined() &&
-          grad_grads[i].sizes() == inputs[2 + i].sizes()) {
+          grad_grads[i].sym_sizes() == inputs[2 + i].sym_sizes()) {
         wrt.push_back(inputs[2 + i]);
         weights.push_back(grad_grads[i]);
       }
@@ -234,6 +252,9 @@ Backward backward_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
     const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  refuse_forward_mode(
+      "psa_attention_backward", feats,
+      {grad_out, grad_attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias});
   if (!at::GradMode::is_enabled() ||
       !(any_needs_grad(feats) ||
         any_needs_grad({grad_out, grad_attention, fc1_weight, fc1_bias,
@@ -310,6 +331,8 @@ Forward forward_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& pooled) {
+  refuse_forward_mode(
+      "psa_attention", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
   if (!at::GradMode::is_enabled() ||
       !(any_needs_grad(feats) ||
         any_needs_grad({fc1_weight, fc1_bias, fc2_weight, fc2_bias}))) {

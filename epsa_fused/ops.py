@@ -123,7 +123,7 @@ def _common_layout(feats: Sequence[Tensor]) -> torch.memory_format:
     return torch.channels_last if channels_last > contiguous else torch.contiguous_format
 
 
-def _check_fake(op: str, feats: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+def _check_fake(op: str, feats: Sequence[Tensor], **others: Tensor | None) -> None:
     """What the fake kernels rely on. The real kernels check everything (csrc/psa_args.cpp)."""
     if not MIN_BRANCHES <= len(feats) <= MAX_BRANCHES:
         raise ValueError(
@@ -133,16 +133,17 @@ def _check_fake(op: str, feats: Sequence[Tensor], tensors: Sequence[Tensor | Non
         raise ValueError(
             f"{op}: feats[0] has shape {list(feats[0].shape)}, expected 4 dimensions [N, C, H, W]"
         )
-    for s, f in enumerate(feats):
+    named = {f"feats[{s}]": f for s, f in enumerate(feats)}
+    for name, f in named.items():
         if f.shape != feats[0].shape:
             raise ValueError(
-                f"{op}: feats[{s}] has shape {list(f.shape)}, expected {list(feats[0].shape)}, "
+                f"{op}: {name} has shape {list(f.shape)}, expected {list(feats[0].shape)}, "
                 "the shape of feats[0]"
             )
-    for t in (*feats, *tensors):
+    for name, t in (named | others).items():
         if t is not None and t.device != feats[0].device:
             raise RuntimeError(
-                f"{op}: a tensor is on {t.device}, expected {feats[0].device}, "
+                f"{op}: {name} is on {t.device}, expected {feats[0].device}, "
                 "the device of feats[0]"
             )
 
@@ -153,8 +154,15 @@ def _empty(like: Tensor, shape, memory_format: torch.memory_format) -> Tensor:
 
 @torch.library.register_fake("epsa_fused::psa_attention")
 def _(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled=None):
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, pooled)
-    _check_fake("psa_attention", feats, weights)
+    _check_fake(
+        "psa_attention",
+        feats,
+        fc1_weight=fc1_weight,
+        fc1_bias=fc1_bias,
+        fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias,
+        pooled=pooled,
+    )
     n, c, h, w = feats[0].shape
     branches = len(feats)
     out = _empty(feats[0], (n, branches * c, h, w), _common_layout(feats))
@@ -177,8 +185,9 @@ def _(
     reversed,
     output_mask,
 ):
+    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check_fake("psa_attention_backward", feats, weights)
+    _check_fake("psa_attention_backward", feats, **dict(zip(names, weights, strict=True)))
     layout = _common_layout(feats)
     grad_feats = [
         _empty(f, f.shape, layout) if wanted else f.new_empty(0)

@@ -245,10 +245,11 @@ EPSA_FN double sum_lanes(Vec<double> v) {
 
 // Cody and Waite's reduction x = k ln2 + f with |f| <= ln2 / 2, and the Taylor
 // series of e^f to degree 7 (truncation under 6e-9 relative, below float's
-// rounding). Clamped to the range of a normal result, NaN stays NaN.
+// rounding). Infinite from 2^127.5 on, so that sigmoid(-inf) is exactly zero; not
+// below the least normal number; NaN stays NaN.
 EPSA_FN Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  const V low = V{} - 87.33654f, high = V{} + 88.37626f;
+  const V low = V{} - 87.33654f, high = V{} + 89.0f;
   x = x < low ? low : x;
   x = x > high ? high : x;
   const float round = 0x1.8p23f;  // adding it rounds to an integer
@@ -263,7 +264,8 @@ EPSA_FN Vec<float> exp(Vec<float> x) {
   e = e * f + 0.5f;
   e = e * f + 1.0f;
   e = e * f + 1.0f;
-  // 2^k: k stands in the low bits of `shifted`, the bias is added
+  // 2^k: k stands in the low bits of `shifted`, the bias is added; k = 128 gives
+  // the bits of infinity
   return e * bit_cast<V>((bit_cast<U32>(shifted) << 23) + 0x3f800000);
 }
 

@@ -1,0 +1,35 @@
+"""What every test file shares: the devices, the seed and the number of threads."""
+
+import pytest
+import torch
+
+from epsa_fused import _C
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and _C.build_info()["cuda"]:
+    DEVICES.append("cuda")
+
+
+def pytest_report_header() -> str:
+    """Says which kernels the run covers: nothing is left out silently."""
+    info = _C.build_info()
+    return (
+        f"epsa_fused: CPU kernels {_C.cpu_isa()} of {', '.join(info['cpu_isas'])}; "
+        f"CUDA kernels {'built' if info['cuda'] else 'not built'}, "
+        f"CUDA device {'found' if torch.cuda.is_available() else 'not found'}; "
+        f"tested devices: {', '.join(DEVICES)}"
+    )
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_threads():
+    """Each test starts from one seed, and leaves the number of threads as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,189 @@
+"""Threads: the same bits for any number of them, all cores used, and none where none is wanted."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import BY_NAME, DTYPES, PLAIN_LAYOUTS, WEIGHT_KINDS, Case, make_inputs, name_of
+from processes import run_code
+from tolerance import make_cotangents, run
+
+from epsa_fused import _C, psa_attention
+
+THREADS = (1, 2, 3, 5, 8)
+
+# One sample; batches that do not divide by the threads, so that some samples are dealt out whole
+# and others are split; maps of several chunks; a call too small for threads; many rows to sum
+# weight gradients over.
+CASES = (
+    BY_NAME["one_sample"],
+    BY_NAME["batch_of_7"],
+    BY_NAME["stage4"],
+    BY_NAME["large_planes"],
+    BY_NAME["many_channels"],
+    BY_NAME["many_pixels"],
+    BY_NAME["odd"],
+    Case("many_samples", 37, 4, 40, 5, 5, 9),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_results_are_bitwise_the_same_for_any_number_of_threads(case, layout, dtype, device):
+    """And from run to run: each number of threads runs twice."""
+    inputs = make_inputs(case, dtype, layout, device=device)
+    cotangents = make_cotangents(case, dtype, layout.out_format, device)
+    expected = None
+    for threads in THREADS * 2:
+        torch.set_num_threads(threads)
+        results = run(psa_attention, inputs, *cotangents)
+        expected = expected or results
+        for name, result in results.items():
+            assert torch.equal(result, expected[name]), (name, threads)
+
+
+def test_per_branch_weight_gradients_are_bitwise_the_same(device):
+    case = Case("many_samples", 37, 4, 40, 5, 5, 9)
+    kind = next(kind for kind in WEIGHT_KINDS if kind.name == "per_branch")
+    inputs = make_inputs(case, kind=kind, device=device)
+    cotangents = make_cotangents(case, torch.float32, device=device)
+    expected = None
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        results = run(psa_attention, inputs, *cotangents)
+        expected = expected or results
+        assert all(torch.equal(results[name], expected[name]) for name in results)
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_the_memory_between_the_maps_does_not_matter(layout, device):
+    """The same maps in other places give the same bits: sums go by index, not by address."""
+    case = BY_NAME["stage3"]
+    inputs = make_inputs(case, layout=layout, device=device)
+    expected = run(psa_attention, inputs)
+    for offset in (1, 2, 3, 7):
+
+        def moved(t, offset=offset):
+            size = t.untyped_storage().nbytes() // t.element_size()
+            memory = t.new_full((size + offset,), float("nan"))
+            view = memory[offset:].as_strided(t.shape, t.stride())
+            return view.copy_(t)
+
+        results = run(psa_attention, inputs.map(moved))
+        assert all(torch.equal(results[name], expected[name]) for name in expected), offset
+
+
+def test_several_python_threads_at_once(device):
+    """Each with inputs of its own, forward and backward."""
+    case = BY_NAME["stage3"]
+    jobs = []
+    for seed in range(4):
+        layout = PLAIN_LAYOUTS[seed % 2]
+        inputs = make_inputs(case, layout=layout, seed=seed, device=device)
+        cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
+        jobs.append((inputs, cotangents, run(psa_attention, inputs, *cotangents)))
+
+    def work(job):
+        inputs, cotangents, expected = job
+        for _ in range(10):
+            results = run(psa_attention, inputs, *cotangents)
+            assert all(torch.equal(results[name], expected[name]) for name in expected)
+        return True
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert all(pool.map(work, jobs))
+
+
+def test_the_extension_is_built_with_openmp():
+    """Without it at::parallel_for is serial and does not say so."""
+    assert _C.build_info()["openmp"] > 0
+
+
+# ---- in a fresh process ----
+
+SETUP = """
+    import os, numpy, torch
+    from epsa_fused import psa_attention
+
+    def tensor(*shape):  # no torch operator that could use threads itself
+        return torch.from_numpy(numpy.random.rand(*shape).astype("float32"))
+
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+
+    feats = [tensor({batch}, 16, 56, 56) for _ in range(4)]
+    weights = [tensor(1, 16), tensor(1), tensor(16, 1), tensor(16)]
+    torch.set_num_threads({threads})
+    before = tasks()
+"""
+
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="counts threads in /proc, a Linux file system"
+)
+
+
+FORWARD = """
+    out = psa_attention(feats, *weights)
+"""
+# called as an operator: autograd's engine has threads of its own
+BACKWARD = """
+    torch.set_num_threads(1)
+    out, pooled, attention = torch.ops.epsa_fused.psa_attention(feats, *weights, True)
+    torch.set_num_threads({threads})
+    torch.ops.epsa_fused.psa_attention_backward(
+        out, None, feats, *weights, pooled, attention, True, [True] * 8
+    )
+"""
+COUNT = """
+    print(tasks() - before)
+"""
+
+
+def threads_started(threads: int, batch: int, calls: str) -> int:
+    code = SETUP + calls + COUNT
+    return int(run_code(code.format(threads=threads, batch=batch)).split()[-1])
+
+
+@linux
+@pytest.mark.parametrize("batch", (1, 4), ids=("one_sample", "four_samples"))
+@pytest.mark.parametrize("calls", (FORWARD, BACKWARD), ids=("forward", "backward"))
+def test_as_many_threads_run_as_were_asked_for(calls, batch):
+    """Also within one sample."""
+    assert threads_started(3, batch, calls) == 2
+
+
+@linux
+def test_with_one_thread_no_other_is_ever_started():
+    assert threads_started(1, 4, FORWARD + BACKWARD) == 0
+
+
+FORK = """
+    import os, signal, time
+    expected = psa_attention(feats, *weights).numpy()
+    child = os.fork()
+    if child == 0:
+        {child}
+        same = (psa_attention(feats, *weights).numpy() == expected).all()
+        os._exit(0 if same else 1)
+    for _ in range(200):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise SystemExit("the child hangs")
+    assert status == 0, status
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    "child", ("pass", "torch.set_num_threads(1)"), ids=("as_it_is", "one_thread")
+)
+def test_a_forked_child_can_use_the_op(child):
+    """Its parent has used it with two threads. The second is what DataLoader's workers do."""
+    run_code((SETUP + FORK).format(threads=2, batch=2, child=child))
