@@ -35,12 +35,12 @@ lint: $(VENV)/installed
 
 # the source distribution holds what its build needs
 sdist-check: $(VENV)/installed
-	rm -rf build/sdist
-	$(PY) -m build --sdist --no-isolation --outdir build/sdist . > build/sdist.log 2>&1 || \
-	  { cat build/sdist.log; exit 1; }
-	tar -tzf build/sdist/epsa_fused-*.tar.gz | sed 's|^[^/]*/||' | sort > build/sdist/files
-	for file in $$(git ls-files csrc setup.py pyproject.toml epsa_fused LICENSE README.md); do \
-	  grep -qx "$$file" build/sdist/files || { echo "sdist lacks $$file"; exit 1; }; done
+	rm -rf build/sdist && mkdir -p build/sdist/unpacked
+	$(PY) -m build --sdist --no-isolation --outdir build/sdist . > build/sdist/log 2>&1 || \
+	  { cat build/sdist/log; exit 1; }
+	tar -xzf build/sdist/epsa_fused-*.tar.gz -C build/sdist/unpacked --strip-components 1
+	for part in csrc epsa_fused tests benchmarks; do \
+	  diff -rq -x __pycache__ -x '*.so' $$part build/sdist/unpacked/$$part || exit 1; done
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +54,8 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@echo "compiling the extension (about a minute)"
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	  $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:

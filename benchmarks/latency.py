@@ -93,10 +93,8 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = dict(reversed([x.strip() for x in line.split(":", 1)]) for line in lines if line)
-        names = {value: key for key, value in fields.items()}
-        return names["model name"]
-    except (OSError, KeyError):
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
@@ -110,7 +108,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "..")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -164,17 +162,28 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict]:
                 "iqr_us": round(timing.iqr * 1e6, 2),
                 "over_fused": round(ratio(timing, timings["fused"]), 3),
                 "over_copy": round(ratio(timing, timings["copy"]), 3),
-                "gb_per_s": round(floor_bytes(case) / timing.median / 1e9, 2),
+                "gb_per_s": bandwidth(case, name, timing.median),
                 "peak_mb": round(memory / 1e6, 3),
-                "launches": launches,
+                "launches": launches if counts_launches(name, options.device) else "",
             }
         )
     return rows
 
 
-def floor_bytes(case: Case) -> int:
-    """The fewest bytes that the attention step must move: features in and out, or G, F and dF."""
-    return case.nbytes * {"forward": 2, "backward": 3, "train": 5}[case.mode]
+def bandwidth(case: Case, name: str, seconds: float) -> float | str:
+    """GB/s of the fewest bytes that must move: features in and out, or G, F and dF.
+
+    Blank for a module, where the convolutions' bytes are not counted.
+    """
+    if case.level != "attention":
+        return ""
+    passes = 2 if name == "copy" else {"forward": 2, "backward": 3, "train": 5}[case.mode]
+    return round(passes * case.nbytes / seconds / 1e9, 2)
+
+
+def counts_launches(name: str, device: str) -> bool:
+    """On the CPU operators are counted, and compiled code runs without any."""
+    return device == "cuda" or not name.endswith("compiled")
 
 
 def host_rows(options: argparse.Namespace) -> list[dict]:
@@ -218,7 +227,7 @@ def print_table_row(rows: list[dict]) -> None:
     print(
         f"{shape:>14}{columns}{fused['median_us']:>10.0f} ±{fused['iqr_us']:<6.0f}"
         f"{best['over_fused']:>6.2f}x {by_name['seed eager']['over_fused']:>8.1f}x"
-        f"{fused['over_copy']:>9.2f}{fused['gb_per_s']:>8.1f}{fused['peak_mb']:>9.1f}"
+        f"{fused['over_copy']:>9.2f}{fused['gb_per_s']:>8}{fused['peak_mb']:>9.1f}"
         f"{fused['launches']:>6}",
         flush=True,
     )

@@ -168,6 +168,7 @@ class PsaAttentionBackward
         {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias)});
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["reversed"] = reversed;
+    ctx->saved_data["output_mask"] = output_mask;
     ctx->set_materialize_grads(false);
     variable_list grads = std::move(grad_feats);
     grads.insert(grads.end(), {dw1, db1, dw2, db2});
@@ -202,10 +203,11 @@ class PsaAttentionBackward
         grad_outputs.push_back(grad);
       }
     }
+    const auto output_mask = ctx->saved_data["output_mask"].toBoolList();
     variable_list wrt, weights;  // the gradients asked for, and their cotangents
     for (size_t i = 0; i < grad_grads.size(); ++i) {
-      if (grad_grads[i].defined() && inputs[2 + i].defined() &&
-          grad_grads[i].sym_sizes() == inputs[2 + i].sym_sizes()) {
+      if (output_mask.get(i) && grad_grads[i].defined() &&
+          inputs[2 + i].defined()) {
         wrt.push_back(inputs[2 + i]);
         weights.push_back(grad_grads[i]);
       }
@@ -280,10 +282,12 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
   static variable_list forward(
       AutogradContext* ctx, at::TensorList feats, const Tensor& fc1_weight,
       const OptTensor& fc1_bias, const Tensor& fc2_weight,
-      const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled_in) {
+      const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled_in,
+      Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, pooled, attention] = call_forward(
         feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled_in);
+    *pooled_out = pooled;
     variable_list saved(feats.begin(), feats.end());
     saved.insert(
         saved.end(),
@@ -291,17 +295,17 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
          attention});
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["reversed"] = reversed;
-    ctx->mark_non_differentiable({pooled});
     ctx->set_materialize_grads(false);
-    return {out, pooled, attention};
+    return {out, attention};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const size_t branches = saved.size() - 6;
-    // One result for each forward argument; reversed and pooled have none.
-    variable_list result(branches + 6);
-    if (!grads[0].defined() && !grads[2].defined()) {
+    // One result for each forward argument; reversed, pooled_in and pooled_out
+    // have none.
+    variable_list result(branches + 7);
+    if (!grads[0].defined() && !grads[1].defined()) {
       return result;
     }
     const Inputs in(saved, 0, branches);
@@ -313,7 +317,7 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
       mask.push_back(saved[i].defined() && ctx->needs_input_grad(edge++));
     }
     auto [grad_feats, dw1, db1, dw2, db2] = call_backward(
-        optional(grads[0]), optional(grads[2]), in.feats, in.fc1_weight,
+        optional(grads[0]), optional(grads[1]), in.feats, in.fc1_weight,
         optional(in.fc1_bias), in.fc2_weight, optional(in.fc2_bias),
         saved[branches + 4], saved[branches + 5],
         ctx->saved_data["reversed"].toBool(), mask);
@@ -340,9 +344,13 @@ Forward forward_autograd(
     return call_forward(
         feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
   }
+  // pooled is no output of the Function, since it is not differentiable: marked
+  // as such it would keep compiled autograd from tracing.
+  Tensor pooled_out;
   const variable_list results = PsaAttention::apply(
-      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
-  return {results[0], results[1], results[2]};
+      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled,
+      &pooled_out);
+  return {results[0], pooled_out, results[1]};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The operators' kernels and what every backend shares: argument checks,
-// problem sizes, memory layouts.
+// What every backend of the operators shares: argument checks, problem sizes,
+// memory layouts, result types.
 #pragma once
 
 #include <ATen/core/Tensor.h>

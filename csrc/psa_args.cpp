@@ -25,6 +25,7 @@ at::IntArrayRef matrix_sizes(const at::Tensor& w) {
 void check_device(
     const char* op, const char* name, const at::Tensor& t,
     const at::Tensor& like) {
+  TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " is None, expected a Tensor");
   TORCH_CHECK(
       t.device() == like.device(), op, ": ", name, " is on ", t.device(),
       ", expected ", like.device(), ", the device of feats[0]");
@@ -102,6 +103,7 @@ Problem check_arguments(
   p.H = first.size(2);
   p.W = first.size(3);
   p.dtype = dtype;
+  check_device(op, "fc1_weight", fc1_weight, first);
   p.weight_dtype = fc1_weight.scalar_type();
   p.acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(
@@ -115,7 +117,6 @@ Problem check_arguments(
           (is_half(dtype) && p.weight_dtype == at::kFloat),
       op, ": fc1_weight has dtype ", p.weight_dtype, ", expected ", dtype,
       is_half(dtype) ? " or Float" : "", " beside features of ", dtype);
-  check_weight(op, "fc1_weight", fc1_weight, p, first);
   check_weight(op, "fc2_weight", fc2_weight, p, first);
 
   const auto fc1 = matrix_sizes(fc1_weight);

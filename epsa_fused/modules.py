@@ -60,11 +60,26 @@ class FusedPSAModule(PSAModule):
         why = _why_not_fused("se", self.se, SEWeight)
         for name, expected in _SE_LAYERS.items():
             why = why or _why_not_fused(f"se.{name}", self.se._modules.get(name), expected)
-        # asked for by its attribute: importing the class DTensor takes a second
-        if why is None and hasattr(self.se.fc1.weight, "device_mesh"):
-            why = "se.fc1.weight is a DTensor (a shard), expected a whole tensor"
+        why = why or self._why_settings_do_not_fit()
         if why is not None:
             raise RuntimeError(
                 f"FusedPSAModule: {why}. Use epsa_fused.PSAModule for this model, or hook, wrap "
                 "or shard the whole FusedPSAModule."
             )
+
+    def _why_settings_do_not_fit(self) -> str | None:
+        size = self.se.avg_pool.output_size
+        if size not in (1, (1, 1)):
+            return f"se.avg_pool has output_size {size}, expected 1"
+        for name in ("fc1", "fc2"):
+            layer = getattr(self.se, name)
+            if layer.padding != (0, 0) or layer.groups != 1:
+                return (
+                    f"se.{name} has padding {layer.padding} and groups {layer.groups}, "
+                    "expected a plain 1x1 convolution"
+                )
+            for parameter in ("weight", "bias"):
+                # by its name: importing the class DTensor takes a second
+                if type(getattr(layer, parameter)).__name__ == "DTensor":
+                    return f"se.{name}.{parameter} is a DTensor (a shard), expected a whole tensor"
+        return None

@@ -143,8 +143,7 @@ def _check_fake(op: str, feats: Sequence[Tensor], **others: Tensor | None) -> No
     for name, t in (named | others).items():
         if t is not None and t.device != feats[0].device:
             raise RuntimeError(
-                f"{op}: {name} is on {t.device}, expected {feats[0].device}, "
-                "the device of feats[0]"
+                f"{op}: {name} is on {t.device}, expected {feats[0].device}, the device of feats[0]"
             )
 
 
@@ -187,7 +186,15 @@ def _(
 ):
     names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check_fake("psa_attention_backward", feats, **dict(zip(names, weights, strict=True)))
+    _check_fake(
+        "psa_attention_backward",
+        feats,
+        **dict(zip(names, weights, strict=True)),
+        pooled=pooled,
+        attention=attention,
+        grad_out=grad_out,
+        grad_attention=grad_attention,
+    )
     layout = _common_layout(feats)
     grad_feats = [
         _empty(f, f.shape, layout) if wanted else f.new_empty(0)

@@ -52,9 +52,8 @@ def psa_attention_reference(
     written, in the published code's formulation; with half-precision features each step rounds
     to the dtype it runs in (the SE layers to that of their weights).
     """
-    branches = len(feats)
-    n, c, _, _ = feats[0].shape
-    hidden = fc1_weight.numel() // c // (branches if fc1_weight.dim() in (3, 5) else 1)
+    c = feats[0].shape[1]
+    hidden = fc1_weight.shape[1 if fc1_weight.dim() in (3, 5) else 0]
 
     # 1. Squeeze and excitation of each branch, by the same SE layers (eq. 4 and 5).
     weights = []
@@ -62,20 +61,30 @@ def psa_attention_reference(
         pooled = F.adaptive_avg_pool2d(feat, 1).to(fc1_weight.dtype)  # [N, C, 1, 1]
         squeezed = F.relu(_conv1x1(pooled, fc1_weight, fc1_bias, branch, hidden))
         weights.append(torch.sigmoid(_conv1x1(squeezed, fc2_weight, fc2_bias, branch, c)))
+    out, attention = _recalibrate(feats, weights, is_reversed(branch_order))
+    return (out, attention) if return_attention else out
+
+
+def _recalibrate(
+    feats: Sequence[Tensor], weights: Sequence[Tensor], reversed_order: bool
+) -> tuple[Tensor, Tensor]:
+    """Steps 2 to 4, given each branch's SE weights [N, C, 1, 1]: out and attention [N, S, C]."""
+    branches = len(feats)
+    n, c, h, w = feats[0].shape
 
     # 2. Recalibration: a softmax across the branches, of the sigmoid's outputs (eq. 6).
     attention = torch.softmax(torch.cat(weights, 1).view(n, branches, c, 1, 1), dim=1)
 
     # 3. Reweight each map by its channels' attention (eq. 7).
-    maps = torch.cat(list(feats), 1).view(n, branches, c, *feats[0].shape[2:])
+    maps = torch.cat(list(feats), 1).view(n, branches, c, h, w)
     products = maps * attention.to(maps.dtype)
 
     # 4. Concatenate (eq. 8). The published code puts every branch BEFORE the earlier ones.
     out = products[:, 0]
     for branch in range(1, branches):
         pair = (products[:, branch], out)
-        out = torch.cat(pair if is_reversed(branch_order) else pair[::-1], 1)
-    return (out, attention.flatten(2)) if return_attention else out
+        out = torch.cat(pair if reversed_order else pair[::-1], 1)
+    return out, attention.flatten(2)
 
 
 class SEWeight(nn.Module):
@@ -101,7 +110,13 @@ def _check_configuration(
     conv_groups: Sequence[int],
     reduction: int,
 ) -> None:
-    """Raise ValueError, with expected and actual values, where no PSA module can be built."""
+    """Raise, with expected and actual values, where no PSA module can be built."""
+    numbers = {"inplans": inplans, "planes": planes, "stride": stride, "reduction": reduction}
+    numbers |= {f"conv_kernels[{i}]": kernel for i, kernel in enumerate(conv_kernels)}
+    numbers |= {f"conv_groups[{i}]": groups for i, groups in enumerate(conv_groups)}
+    for name, value in numbers.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
     branches = len(conv_kernels)
     if len(conv_groups) != branches:
         raise ValueError(
@@ -143,8 +158,8 @@ class PSAModule(nn.Module):
     """Pyramid Squeeze Attention in plain PyTorch; equation numbers from arXiv 2105.14447.
 
     One grouped convolution per entry of `conv_kernels` maps x [N, inplans, H, W] to
-    [N, planes / S, H', W'] each; their channels are weighed against each other by
-    :func:`psa_attention_reference`.
+    [N, planes / S, H', W'] each; their channels are weighed against each other as
+    :func:`psa_attention_reference` does it, by the layers of `se`.
 
     Args:
         inplans: input channels.
@@ -160,7 +175,8 @@ class PSAModule(nn.Module):
     se.fc1.bias, se.fc2.weight, se.fc2.bias.
 
     Raises:
-        ValueError: for a configuration that cannot be built; the message names the argument.
+        ValueError, TypeError: for a configuration that cannot be built; the message names the
+            argument.
     """
 
     def __init__(
@@ -202,7 +218,5 @@ class PSAModule(nn.Module):
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        return psa_attention_reference(
-            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
-        )
+        weights = [self.se(feat) for feat in feats]
+        return _recalibrate(feats, weights, is_reversed(self.branch_order))[0]

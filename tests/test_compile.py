@@ -260,6 +260,20 @@ def test_a_compiled_training_step(device):
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_compiled_autograd(device):
+    """The whole backward as one graph, the fused operator's node among others."""
+    module = small_module().to(device)
+    x = torch.randn(2, 16, 8, 8, device=device)
+    module(x).square().sum().backward()
+    expected = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(lambda x: module(x).square().sum().backward(), backend="aot_eager")
+        compiled(x)
+    for p, grad in zip(module.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
 # ---- torch.export, AOTInductor ----
 
 

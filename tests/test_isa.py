@@ -17,11 +17,11 @@ from epsa_fused import _C
 HERE = Path(__file__).parent
 OP = torch.ops.epsa_fused.psa_attention.default
 
-# What each instruction set has code of its own for. The last line is this file's tests of the
-# 16-bit formats.
+# What each instruction set has code of its own for.
 TESTS = (
     "test_forward.py",
     "test_backward.py",
+    "test_bounds.py::test_nothing_outside_of_the_inputs_is_read",
     "test_isa.py::test_every_16_bit_number_is_read_exactly",
     "test_isa.py::test_results_are_rounded_as_torch_rounds",
     "test_isa.py::test_ties_round_to_even",
@@ -47,12 +47,9 @@ def cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
-NEEDS = {
-    "baseline": set(),
-    "avx2": {"avx2", "fma", "f16c", "bmi2"},
-    "avx512": {"avx2", "fma", "f16c", "bmi2"}
-    | {f"avx512{part}" for part in ("f", "bw", "dq", "vl", "cd")},
-}
+# x86-64-v3 and v4, by Linux's names (abm: lzcnt)
+NEEDS = {"baseline": set(), "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}}
+NEEDS["avx512"] = NEEDS["avx2"] | {f"avx512{part}" for part in ("f", "bw", "dq", "vl", "cd")}
 
 
 @pytest.mark.parametrize("isa", _C.build_info()["cpu_isas"])

@@ -1,4 +1,4 @@
-"""Maps whose offsets do not fit into 32 bits, as elements or as bytes."""
+"""Tensors whose offsets do not fit into 32 bits: of samples, of slots, of pixels."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,13 @@ from epsa_fused import psa_attention_reference
 OP = torch.ops.epsa_fused.psa_attention.default
 BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
 
-BATCH, BRANCHES, CHANNELS, SIZE = 2, 2, 64, 2900
-PLANES = BRANCHES * CHANNELS
-ELEMENTS = BATCH * PLANES * SIZE**2
-NEEDED = 3 * 2 * ELEMENTS + 2**30  # features, output, gradients, and this file's own
+# All branches are one map, told apart by SE weights of their own, so that `out` is eight times
+# as large as what goes in: one sample of it has more than 2^31 elements.
+BATCH, BRANCHES, CHANNELS, SIZE, HIDDEN = 2, 8, 32, 2900, 2
+BRANCHES_WITH_GRADIENT = (0, 7)
+MAP_BYTES = 2 * BATCH * CHANNELS * SIZE**2
+# features, output, gradients, and what this file needs itself
+NEEDED = (1 + BRANCHES + len(BRANCHES_WITH_GRADIENT)) * MAP_BYTES + 2**30
 
 
 def available_memory() -> int:
@@ -29,72 +32,64 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def scaled_planes(memory_format: torch.memory_format) -> tuple[torch.Tensor, ...]:
-    """One pattern times a power of two in each plane: exact, so that every plane's sums follow
-    from the pattern's. Returns the maps, the pattern and the factors [N, S*C]."""
-    pattern = (torch.randn(SIZE, SIZE) + 0.5).bfloat16()
-    factors = 2.0 ** torch.randint(-2, 3, (BATCH, PLANES))
-    shape = (BATCH, PLANES, SIZE, SIZE)
-    maps = torch.empty(shape, dtype=torch.bfloat16, memory_format=memory_format)
+def fill(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every plane a pattern times a power of two of its own: exact, so that all sums follow from
+    the pattern's. Returns the pattern and the factors [N, planes]."""
+    pattern = (torch.randn(maps.shape[2:]) + 0.5).bfloat16()
+    factors = 2.0 ** torch.randint(-2, 3, maps.shape[:2])
     torch.mul(pattern, factors[:, :, None, None].bfloat16(), out=maps)
-    return maps, pattern.double(), factors.double()
-
-
-def by_branch(t: torch.Tensor) -> list[torch.Tensor]:
-    """[N, S*C] -> S x [N, C, 1, 1], as maps of one pixel."""
-    return [part[:, :, None, None] for part in t.chunk(BRANCHES, dim=1)]
+    return pattern.double(), factors.double()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_more_than_2_to_the_31_elements(layout):
-    """Branches are chunks of one tensor. What is small is compared whole, the maps in slices:
-    the first and the last plane of each branch in each sample."""
+    """What is small is compared whole, the maps in slices: the first and the last plane of each
+    branch in each sample."""
     free = available_memory()
     if free < NEEDED:
         pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of free memory, there are {free / 2**30:.0f}")
-    assert ELEMENTS > 2**31
-
-    x, pattern, factors = scaled_planes(layout.out_format)
-    feats = x.chunk(BRANCHES, dim=1)
-    c, r = CHANNELS, 4
+    x = torch.empty(
+        (BATCH, CHANNELS, SIZE, SIZE), dtype=torch.bfloat16, memory_format=layout.out_format
+    )
+    pattern, factors = fill(x)
+    feats = [x] * BRANCHES
     weights = [
-        torch.randn(r, c) * c**-0.5,
-        torch.randn(r) * 0.5 + 0.5,
-        torch.randn(c, r),
-        torch.randn(c) * 0.5,
+        torch.randn(BRANCHES, HIDDEN, CHANNELS) * CHANNELS**-0.5,
+        torch.randn(BRANCHES, HIDDEN) + 0.5,
+        torch.randn(BRANCHES, CHANNELS, HIDDEN),
+        torch.randn(BRANCHES, CHANNELS),
     ]
-    exact = Inputs(by_branch(factors * pattern.mean()), weights).double().leaves()
-    _, expected = psa_attention_reference(*exact.args, return_attention=True)
+    # the attention does not depend on the maps but by their means: maps of one pixel
+    means = (factors * pattern.mean())[:, :, None, None]
+    small = Inputs([means.clone() for _ in feats], weights).double().leaves()
+    _, expected = psa_attention_reference(*small.args, return_attention=True)
 
     out, pooled, attention = OP(feats, *weights, False)
+    assert out[0].numel() > 2**31
     assert_close(attention, expected.detach(), torch.float32)
-    planes = [0, c - 1, c, 2 * c - 1]
-    a = expected.detach().flatten(1)
-    for n in range(BATCH):
-        for plane in planes:
-            product = pattern * factors[n, plane] * a[n, plane]
-            assert_close(out[n, plane], product, torch.float32, name=f"out[{n}, {plane}]")
-    del out
+    a = expected.detach()
+    positions = [
+        (n, s, c) for n in range(BATCH) for s in range(BRANCHES) for c in (0, CHANNELS - 1)
+    ]
+    for n, s, c in positions:
+        product = pattern * (factors[n, c] * a[n, s, c])
+        assert_close(out[n, s * CHANNELS + c], product, torch.float32, name=f"out {n, s, c}")
 
-    grad_out, grad_pattern, grad_factors = scaled_planes(layout.out_format)
-    terms = pattern * grad_pattern
-    grad_a = (factors * grad_factors * terms.sum()).view(BATCH, BRANCHES, c)
-    sizes = (factors * grad_factors * terms.abs().sum()).view(BATCH, BRANCHES, c)
-    magnitudes = gradients(exact.double(), None, sizes, absolute=True)
-    names = exact.names()
-    grads = torch.autograd.grad(expected, exact.tensors(), grad_a)
-    through_pooled = torch.cat(grads[:BRANCHES], 1) / SIZE**2
+    grad_pattern, grad_factors = fill(out)  # as grad_out
+    grad_factors = grad_factors.view(BATCH, BRANCHES, CHANNELS)
+    terms, both = pattern * grad_pattern, grad_factors * factors[:, None]
+    sizes = gradients(small.double(), None, both * terms.abs().sum(), absolute=True)
+    names = small.names()
+    grads = torch.autograd.grad(expected, small.tensors(), both * terms.sum())
 
-    grad_feats, *grad_weights = BACKWARD(
-        grad_out, None, feats, *weights, pooled, attention, False, [True] * (BRANCHES + 4)
-    )
+    mask = [s in BRANCHES_WITH_GRADIENT for s in range(BRANCHES)] + [True] * 4
+    grad_feats, *grad_weights = BACKWARD(out, None, feats, *weights, pooled, attention, False, mask)
     for name, actual, grad in zip(names[BRANCHES:], grad_weights, grads[BRANCHES:], strict=True):
-        magnitude = magnitudes[f"grad of {name}"]
-        assert_close(actual, grad, torch.float32, magnitude=magnitude, name=name)
-    for n in range(BATCH):
-        for plane in planes:
-            actual = grad_feats[plane // c][n, plane % c]
-            grad = grad_pattern * grad_factors[n, plane] * a[n, plane]
-            grad += through_pooled[n, plane]
-            assert_close(actual, grad, torch.float32, name=f"grad of map {n}, {plane}")
+        size = sizes[f"grad of {name}"]
+        assert_close(actual, grad, torch.float32, magnitude=size, name=name)
+    for n, s, c in positions:
+        if s in BRANCHES_WITH_GRADIENT:
+            grad = grad_pattern * (grad_factors[n, s, c] * a[n, s, c])
+            grad += grads[s][n, c] / SIZE**2  # through the mean
+            assert_close(grad_feats[s][n, c], grad, torch.float32, name=f"gradient {n, s, c}")

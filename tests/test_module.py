@@ -152,6 +152,24 @@ def test_configurations_that_cannot_be_built(bad, cls):
 
 
 @pytest.mark.parametrize("cls", MODULES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"inplans": 16.0}, r"inplans: expected an int, got 16\.0"),
+        ({"planes": "64"}, r"planes: expected an int, got '64'"),
+        ({"stride": (1, 1)}, r"stride: expected an int, got \(1, 1\)"),
+        ({"reduction": 16.0}, r"reduction: expected an int, got 16\.0"),
+        ({"conv_kernels": (3, 5, 7.0, 9)}, r"conv_kernels\[2\]: expected an int, got 7\.0"),
+        ({"conv_groups": (None, 2, 4, 8)}, r"conv_groups\[0\]: expected an int, got None"),
+    ),
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_things_that_are_no_integers(options, message, cls):
+    with pytest.raises(TypeError, match=message):
+        cls(**{"inplans": 16, "planes": 64, "conv_groups": GROUPS, **options})
+
+
+@pytest.mark.parametrize("cls", MODULES)
 def test_the_reduction_that_the_message_names_works(cls):
     with pytest.raises(ValueError) as error:
         cls(16, 32, conv_groups=GROUPS)
@@ -381,6 +399,23 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused():
     module.se.fc2 = doubling_conv2d(module.se.fc2)
     with pytest.raises(RuntimeError, match=r"se\.fc2 is a DoublingConv2d.*expected.*Conv2d"):
         module(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "replacement", "message"),
+    (
+        ("avg_pool", nn.AdaptiveAvgPool2d(2), r"avg_pool has output_size 2, expected 1"),
+        ("fc1", nn.Conv2d(16, 1, 1, padding=1), r"fc1 has padding \(1, 1\)"),
+        ("fc1", nn.Conv2d(16, 2, 1, groups=2), r"fc1 has.*groups 2"),
+        ("fc2", nn.Conv2d(1, 16, 3, padding=1), r"fc2 has padding \(1, 1\)"),
+    ),
+    ids=("output_size", "padding", "groups", "kernel_size"),
+)
+def test_layers_of_other_settings_are_refused(layer, replacement, message):
+    module = small()
+    setattr(module.se, layer, replacement)
+    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: se\.{message}.*PSAModule"):
+        module(torch.randn(2, 16, 6, 6))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -16,7 +16,9 @@ bool machine_runs(Isa isa) {
       return true;
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
+          __builtin_cpu_supports("movbe");
     case Isa::avx512:
       return machine_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
           __builtin_cpu_supports("avx512bw") &&
@@ -28,21 +30,29 @@ bool machine_runs(Isa isa) {
   return isa == Isa::baseline;
 }
 
+std::string environment() {
+  const char* value = std::getenv("EPSA_CPU_ISA");
+  return value ? value : "";
+}
+
+// Read when the library is loaded: the two libraries that hold this file are
+// loaded together and must agree.
+const std::string wanted = environment();
+
 Isa choose() {
   std::string runnable;
   Isa best = Isa::baseline;
-  const char* wanted = std::getenv("EPSA_CPU_ISA");
   for (Isa isa : built_isas()) {
     if (!machine_runs(isa)) {
       continue;
     }
-    if (wanted && name(isa) == wanted) {
+    if (name(isa) == wanted) {
       return isa;
     }
     runnable += (runnable.empty() ? "" : ", ") + name(isa);
     best = isa;
   }
-  if (wanted && *wanted) {
+  if (!wanted.empty()) {
     throw std::runtime_error(
         "EPSA_CPU_ISA: expected one of {" + runnable +
         "} (what is built and what this machine runs), got '" + wanted + "'");

@@ -13,8 +13,8 @@ enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
 std::vector<Isa> built_isas();
 
 // The best body that is built and that this machine runs. The environment
-// variable EPSA_CPU_ISA (baseline, avx2 or avx512; read once, at first use)
-// overrides it. Throws std::runtime_error if it names anything else, or a body
+// variable EPSA_CPU_ISA (baseline, avx2 or avx512; read when the library is
+// loaded) overrides it. Throws std::runtime_error if it names anything else, or a body
 // that was not built or that this machine cannot run.
 Isa isa_in_use();
 

@@ -322,14 +322,14 @@ Backward backward(
   // Weight gradients are summed in the accumulation type and cast at the end.
   const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   Tensor grad_weights[4];
-  bool any_weights = false;
+  bool wanted[4], any_weights = false;
   for (int i = 0; i < 4; ++i) {
-    const bool wanted = output_mask.get(p.S + i) && given[i];
-    any_weights |= wanted;
-    grad_weights[i] = wanted
+    wanted[i] = output_mask.get(p.S + i) && given[i];
+    any_weights |= wanted[i];
+    grad_weights[i] = wanted[i]
         ? empty(given[i]->sizes(), p.acc)
         : empty({0}, p.weight_dtype);
-    if (wanted && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
+    if (wanted[i] && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
       grad_weights[i].zero_();
     }
   }
@@ -433,9 +433,7 @@ Backward backward(
   }
   if (any_weights) {
     const auto data = [&](int i) -> void* {
-      return output_mask.get(p.S + i) && given[i]
-          ? grad_weights[i].mutable_data_ptr()
-          : nullptr;
+      return wanted[i] ? grad_weights[i].mutable_data_ptr() : nullptr;
     };
     const WeightGrads grads{data(0), data(1), data(2), data(3)};
     const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
