@@ -44,6 +44,8 @@ SHAPES = [
     (1, 512, 14),
     (32, 64, 56),
 ]
+# the whole module: its convolutions take most of the time, and of the benchmark's patience
+MODULE_SHAPES = [(8, 64, 56), (8, 256, 14), (1, 64, 56), (1, 512, 14)]
 QUICK_SHAPES = [(8, 64, 56), (8, 256, 14)]
 LEVELS = ("attention", "module")
 MODES = {"attention": ("forward", "backward"), "module": ("forward", "train")}
@@ -54,7 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--level", nargs="+", default=LEVELS, choices=LEVELS)
+    parser.add_argument("--level", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument(
         "--mode", nargs="+", choices=("forward", "backward", "train"), help="default: per level"
     )
@@ -71,12 +73,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="file name of the results; default: the device's name")
     options = parser.parse_args(arguments)
-    options.shapes = QUICK_SHAPES if options.quick else SHAPES
+    options.shapes = {"attention": SHAPES, "module": MODULE_SHAPES}
+    if options.quick:
+        options.shapes["attention"] = QUICK_SHAPES
     if options.shape:
         try:
-            options.shapes = [tuple(int(x) for x in s.split(",")) for s in options.shape]
-            if any(len(s) != 3 or min(s) < 1 for s in options.shapes):
+            given = [tuple(int(x) for x in s.split(",")) for s in options.shape]
+            if any(len(s) != 3 or min(s) < 1 for s in given):
                 raise ValueError
+            options.shapes = dict.fromkeys(LEVELS, given)
         except ValueError:
             parser.error(f"--shape: expected N,PLANES,SIZE such as 8,64,56, got {options.shape}")
     if options.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
@@ -121,7 +126,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         for mode in options.mode or MODES[level]
         for layout in options.layout
         for dtype in options.dtype
-        for shape in options.shapes
+        for shape in options.shapes[level]
     ]
 
 

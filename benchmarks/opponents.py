@@ -26,7 +26,9 @@ class Case:
     """One row of the benchmark: PSAModule(planes, planes) on maps [n, planes, size, size]."""
 
     level: str  # "attention" or "module"
-    mode: str  # "forward" (no grad), "backward" (alone), "train" (forward and backward)
+    mode: (
+        str  # "forward" (nothing requires grad), "backward" (alone), "train" (forward and backward)
+    )
     layout: str
     dtype: str
     n: int
@@ -134,16 +136,10 @@ def make_runner(name: str, kind: Callable, case: Case, device: str) -> Runner:
 
         leaves = maps + list(module.parameters())
 
-    if case.mode == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return call()
-
-        return Runner(forward, lambda: [forward()])
-
     for leaf in leaves:
-        leaf.requires_grad_()
+        leaf.requires_grad_(case.mode != "forward")
+    if case.mode == "forward":
+        return Runner(call, lambda: [call()])
 
     def train() -> list[Tensor]:
         out = call()
