@@ -1,5 +1,11 @@
 """What every test file shares: the devices, the seed and the number of threads."""
 
+import os
+
+# The tests enter thousands of short parallel regions. OpenMP threads that spin while they wait
+# make them ten times as slow on a busy machine. Read when torch loads OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import torch
 
