@@ -31,6 +31,9 @@ struct Body {
 
   // ---- contiguous: lanes run along the pixels of one plane ----
 
+  // Below this many pixels a plane is one chunk, and its ragged end counts.
+  static constexpr int64_t kShortPlane = 512;
+
   // Sum of the n terms from index `first` of a dense block of `size` elements,
   // lane by lane. Vectors start at multiples of W in the block, not at `first`:
   // a plane of 49 or 196 pixels would else split almost every cache line. The
@@ -95,6 +98,54 @@ struct Body {
     }
   }
 
+  // `mul` in the lanes before `split`, `next` in the others
+  static EPSA_FN V blend(V mul, V next, int64_t split) {
+    using Int = typename LanesOf<A>::Int;
+    return LanesOf<A>::get() < static_cast<Int>(split) ? mul : next;
+  }
+
+  // The planes [c, last) of one branch, where a plane is short and no multiple
+  // of the vector: vectors start at multiples of W in the branch's block, as in
+  // reduce_row, and one that straddles two planes takes each lane's factor from
+  // its own. A plane of 49 pixels would else split most cache lines (measured:
+  // half the time of that pass).
+  template <bool kAdd>
+  static EPSA_FN void scale_block_of_planes(
+      const T* x, T* dst, const A* mul, const A* add, int64_t plane, int64_t c,
+      int64_t last) {
+    int64_t i = c * plane;
+    V m = V{} + mul[c], d = kAdd ? V{} + add[c] : V{};
+    if (i % W) {
+      const int64_t n = W - i % W;
+      Mem::store(dst + i, scaled<kAdd>(Mem::load(x + i, n), m, d), n);
+      i += n;
+    }
+    for (; c < last; ++c) {
+      const int64_t end = (c + 1) * plane;
+      for (; i + W <= end; i += W) {
+        Mem::store(dst + i, scaled<kAdd>(Mem::load(x + i), m, d));
+      }
+      if (c + 1 == last) {
+        if (i < end) {
+          const V v = scaled<kAdd>(Mem::load(x + i, end - i), m, d);
+          Mem::store(dst + i, v, end - i);
+        }
+        return;
+      }
+      const V next_m = V{} + mul[c + 1];
+      const V next_d = kAdd ? V{} + add[c + 1] : V{};
+      if (i < end) {
+        const V both = scaled<kAdd>(
+            Mem::load(x + i), blend(m, next_m, end - i),
+            kAdd ? blend(d, next_d, end - i) : V{});
+        Mem::store(dst + i, both);
+        i += W;
+      }
+      m = next_m;
+      d = next_d;
+    }
+  }
+
   template <bool kDot>
   static void reduce_planes(
       const Geometry& g, const Maps& x, const Maps* y, A* partial, int64_t n,
@@ -123,6 +174,20 @@ struct Body {
       const Geometry& g, const Maps& x, const A* mul, const A* add,
       const Maps& dst, int64_t n, int64_t begin, int64_t end) {
     const int64_t plane = g.pixels;
+    if (plane >= W && plane < kShortPlane && plane % W) {
+      while (begin < end) {
+        const int64_t s = begin / g.channels;
+        const int64_t stop = smaller(end, (s + 1) * g.channels);
+        if (dst.data[s]) {
+          scale_block_of_planes<kAdd>(
+              map<const T>(x, s, n), map<T>(dst, s, n), mul + s * g.channels,
+              kAdd ? add + s * g.channels : nullptr, plane,
+              begin - s * g.channels, stop - s * g.channels);
+        }
+        begin = stop;
+      }
+      return;
+    }
     // Backwards: the planes that the reduction read last are still in cache.
     int64_t k = (end - 1) % g.chunks;
     int64_t c = (end - 1) / g.chunks % g.channels;
