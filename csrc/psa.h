@@ -2,6 +2,7 @@
 // memory layouts, result types.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/MemoryFormat.h>
 
@@ -41,10 +42,17 @@ void check_branch_vector(
     const char* op, const char* name, const at::Tensor& t, const Problem& p,
     const at::Tensor& like);
 
-// Checks grad_out [N, S*C, H, W].
-void check_grad_out(
-    const char* op, const at::Tensor& grad_out, const Problem& p,
-    const at::Tensor& like);
+// Checks the arguments of one call of the backward operator.
+Problem check_backward_arguments(
+    const char* op,
+    const std::optional<at::Tensor>& grad_out,  // [N, S*C, H, W]
+    const std::optional<at::Tensor>& grad_attention,  // [N, S, C]
+    at::TensorList feats, const at::Tensor& fc1_weight,
+    const std::optional<at::Tensor>& fc1_bias, const at::Tensor& fc2_weight,
+    const std::optional<at::Tensor>& fc2_bias,
+    const at::Tensor& pooled,  // [N, S, C]
+    const at::Tensor& attention,  // [N, S, C]
+    const c10::List<bool>& output_mask);  // S + 4
 
 // Can a kernel read or write t in this layout as it is? contiguous: C, H, W are
 // dense, any batch stride. channels_last: C is dense, pixels are evenly spaced

@@ -155,16 +155,35 @@ void check_branch_vector(
   check_sizes(op, name, t, {p.N, p.S, p.C}, "[N, S, C]");
 }
 
-void check_grad_out(
-    const char* op, const at::Tensor& grad_out, const Problem& p,
-    const at::Tensor& like) {
-  check_device(op, "grad_out", grad_out, like);
-  TORCH_CHECK_TYPE(
-      grad_out.scalar_type() == p.dtype, op, ": grad_out has dtype ",
-      grad_out.scalar_type(), ", expected ", p.dtype,
-      ", the dtype of the features");
-  check_sizes(
-      op, "grad_out", grad_out, {p.N, p.S * p.C, p.H, p.W}, "[N, S*C, H, W]");
+Problem check_backward_arguments(
+    const char* op, const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_attention, at::TensorList feats,
+    const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
+    const at::Tensor& fc2_weight, const std::optional<at::Tensor>& fc2_bias,
+    const at::Tensor& pooled, const at::Tensor& attention,
+    const c10::List<bool>& output_mask) {
+  const Problem p =
+      check_arguments(op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  check_branch_vector(op, "pooled", pooled, p, feats[0]);
+  check_branch_vector(op, "attention", attention, p, feats[0]);
+  if (grad_out) {
+    check_device(op, "grad_out", *grad_out, feats[0]);
+    TORCH_CHECK_TYPE(
+        grad_out->scalar_type() == p.dtype, op, ": grad_out has dtype ",
+        grad_out->scalar_type(), ", expected ", p.dtype,
+        ", the dtype of the features");
+    check_sizes(
+        op, "grad_out", *grad_out, {p.N, p.S * p.C, p.H, p.W},
+        "[N, S*C, H, W]");
+  }
+  if (grad_attention) {
+    check_branch_vector(op, "grad_attention", *grad_attention, p, feats[0]);
+  }
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(output_mask.size()) == p.S + 4, op,
+      ": output_mask has ", output_mask.size(), " entries, expected ", p.S + 4,
+      ": one for each of ", p.S, " feats and of four weights");
+  return p;
 }
 
 bool is_native(const at::Tensor& t, at::MemoryFormat format) {

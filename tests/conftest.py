@@ -11,6 +11,12 @@ import torch
 
 from epsa_fused import _C
 
+# A library that puts the emulated CUDA kernels under the CPU key (test_simt_kernels.py): the tests
+# of the operator then check those.
+EMULATED = os.environ.get("EPSA_TEST_EMULATED")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _C.build_info()["cuda"]:
     DEVICES.append("cuda")
@@ -19,6 +25,8 @@ if torch.cuda.is_available() and _C.build_info()["cuda"]:
 def pytest_report_header() -> str:
     """Says which kernels the run covers: nothing is left out silently."""
     info = _C.build_info()
+    if EMULATED:
+        return f"epsa_fused: emulated CUDA kernels, plan {os.environ.get('EPSA_SIMT_MODE', 'auto')}"
     return (
         f"epsa_fused: CPU kernels {_C.cpu_isa()} of {', '.join(info['cpu_isas'])}; "
         f"CUDA kernels {'built' if info['cuda'] else 'not built'}, "

@@ -1,5 +1,5 @@
 // The operators on the CPU: allocation, layouts and threads around the kernels.
-#include "../psa.h"
+#include "../psa_glue.h"
 #include "psa_kernels.h"
 #include "threads.h"
 
@@ -8,80 +8,19 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#define EPSA_FN inline
 namespace epsa::cpu {
 namespace {
-#include "../psa_math.h"
 
+using namespace glue;
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 static_assert(kMaxBranches == epsa::kMaxBranches);
 
-Dtype dtype_of(at::ScalarType t) {
-  switch (t) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t);
-  }
-}
-
-// ---- maps ----
-
-// t in the given layout: as it is where a kernel can take it, else a copy.
-Tensor in_layout(const Tensor& t, at::MemoryFormat format) {
-  return is_native(t, format) ? t : t.contiguous(format);
-}
-
-void set_map(Maps& maps, int64_t s, void* data, const Tensor& t) {
-  maps.data[s] = data;
-  maps.batch_stride[s] = t.stride(0);
-  maps.pixel_stride[s] = t.size(3) > 1 ? t.stride(3) : t.stride(2);
-}
-
-// Maps serve reads and writes; a tensor that is read is never written.
-void* data_of(const Tensor& t) {
-  return const_cast<void*>(t.const_data_ptr());
-}
-
-Maps maps_of(at::TensorList tensors) {
-  Maps maps{};
-  for (size_t s = 0; s < tensors.size(); ++s) {
-    set_map(maps, s, data_of(tensors[s]), tensors[s]);
-  }
-  return maps;
-}
-
-// The branches' slots of out or grad_out [N, S*C, H, W].
-Maps slots_of(
-    const Tensor& t, const Problem& p, at::MemoryFormat format, bool reversed) {
-  const int64_t channel_stride =
-      format == at::MemoryFormat::Contiguous ? p.pixels() : 1;
-  char* data = static_cast<char*>(data_of(t));
-  Maps maps{};
-  for (int s = 0; s < p.S; ++s) {
-    const int64_t channel =
-        p.C * slot_of_branch(s, static_cast<int>(p.S), reversed);
-    set_map(maps, s, data + channel * channel_stride * t.element_size(), t);
-  }
-  return maps;
-}
-
 Geometry geometry_of(const Problem& p, at::MemoryFormat format) {
-  // With one pixel both layouts are the same bytes; lanes along the channels
-  // are the wider ones.
-  const bool contiguous =
-      format == at::MemoryFormat::Contiguous && p.pixels() > 1;
   return make_geometry(
       static_cast<int>(p.S), p.C, p.pixels(), p.hidden,
-      contiguous ? Layout::contiguous : Layout::channels_last);
+      along_pixels(p, format) ? Layout::contiguous : Layout::channels_last);
 }
 
 // ---- memory ----
@@ -233,7 +172,7 @@ Forward forward(
   if (pooled_in) {
     check_branch_vector("psa_attention", "pooled", *pooled_in, p, feats_[0]);
   }
-  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
+  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
   Tensor pooled = pooled_in
@@ -266,8 +205,8 @@ Forward forward(
   char* partial = chunked ? workspace.take(p.N * g.partials()) : pooled_data;
   const int64_t partial_bytes = g.partials() * pooled.element_size();
 
-  const Maps x = maps_of(feats);
-  const Maps y = slots_of(out, p, format, reversed);
+  const Maps x = maps_of<Maps>(feats);
+  const Maps y = slots_of<Maps>(out, p, format, reversed);
   const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
     if (!pooled_in) {
       k.reduce(g, x, nullptr, partial + n * partial_bytes, n, begin, end);
@@ -293,23 +232,10 @@ Backward backward(
     at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
     const Tensor& attention_, bool reversed, c10::List<bool> output_mask) {
-  const char* op = "psa_attention_backward";
-  const Problem p = check_arguments(
-      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
-  check_branch_vector(op, "pooled", pooled_, p, feats_[0]);
-  check_branch_vector(op, "attention", attention_, p, feats_[0]);
-  if (grad_out_) {
-    check_grad_out(op, *grad_out_, p, feats_[0]);
-  }
-  if (grad_attention_) {
-    check_branch_vector(op, "grad_attention", *grad_attention_, p, feats_[0]);
-  }
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(output_mask.size()) == p.S + 4, op,
-      ": output_mask has ", output_mask.size(), " entries, expected ", p.S + 4,
-      ": one for each of ", p.S, " feats and of four weights");
-
-  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
+  const Problem p = check_backward_arguments(
+      "psa_attention_backward", grad_out_, grad_attention_, feats_, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, pooled_, attention_, output_mask);
+  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   bool any_feats = false;
   std::vector<Tensor> grad_feats;
@@ -389,15 +315,10 @@ Backward backward(
   const auto* grad_attention_data = grad_attention_
       ? static_cast<const char*>(grad_attention.const_data_ptr())
       : nullptr;
-  const Maps x = maps_of(feats);
-  Maps dx{};
-  for (int64_t s = 0; s < p.S; ++s) {
-    if (output_mask.get(s)) {
-      set_map(dx, s, data_of(grad_feats[s]), grad_feats[s]);
-    }
-  }
+  const Maps x = maps_of<Maps>(feats);
+  const Maps dx = wanted_maps<Maps>(grad_feats, output_mask);
   const Maps dy =
-      grad_out_ ? slots_of(grad_out, p, format, reversed) : Maps{};
+      grad_out_ ? slots_of<Maps>(grad_out, p, format, reversed) : Maps{};
 
   const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
     if (grad_out_) {

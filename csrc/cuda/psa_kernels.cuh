@@ -540,7 +540,7 @@ EPSA_DEVICE bool last_to_arrive(
     unsigned* counter, int expected, Message* message) {
   barrier();
   if (thread_id() == 0) {
-    message->last = simt::arrive(counter) == expected - 1;
+    message->last = static_cast<int>(simt::arrive(counter)) == expected - 1;
   }
   barrier();
   return message->last;

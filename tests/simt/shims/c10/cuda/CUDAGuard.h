@@ -1,0 +1,10 @@
+// For the emulated build of csrc/cuda/psa_cuda.cpp: tensors lie in host memory.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(Device) {}
+};
+}  // namespace c10::cuda

@@ -1,0 +1,14 @@
+// For the emulated build of csrc/cuda/psa_cuda.cpp: a launch has run when it
+// returns.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+struct CUDAStream {
+  void* stream() const { return nullptr; }
+};
+inline CUDAStream getCurrentCUDAStream(DeviceIndex) {
+  return {};
+}
+}  // namespace c10::cuda

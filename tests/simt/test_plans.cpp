@@ -1,0 +1,69 @@
+#include "test_plans.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace epsa::cuda {
+namespace {
+
+// Few threads, so that small rows take several turns; enough for 8 branches.
+constexpr int kThreads = 64;
+
+const Device kH100{"H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20};
+
+void set_streaming(const Problem& p, Plan& plan, bool chunks) {
+  Split& split = plan.split;
+  plan.variant = Variant::streaming;
+  plan.cluster = 1;
+  plan.blocks = 5;
+  plan.lag = 1;
+  if (chunks && p.layout == Layout::contiguous && p.pixels > 1) {
+    if (p.pixels % plan.vector) {
+      plan.vector = 1;
+    }
+    const int vectors = p.pixels / plan.vector;
+    split.planes = 1;
+    split.chunk = (vectors + 1) / 2 * plan.vector;
+    split.chunks = (p.pixels + split.chunk - 1) / split.chunk;
+    split.parts = split.units = p.vector() * split.chunks;
+  } else {
+    split.parts = std::min(split.units, 3);
+  }
+}
+
+}  // namespace
+
+const std::vector<std::string>& test_modes() {
+  static const std::vector<std::string> modes = {
+      "auto", "resident", "cluster2", "cluster4", "streaming", "chunks"};
+  return modes;
+}
+
+Plan test_plan(const Problem& p, const std::string& mode) {
+  const auto& modes = test_modes();
+  if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
+    throw std::runtime_error("unknown test plan " + mode);
+  }
+  const std::vector<Plan> ranked = plans(p, kH100);
+  if (mode == "auto") {
+    return ranked.front();
+  }
+  const bool resident = mode != "streaming" && mode != "chunks" &&
+      (p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given);
+  // small problems all have the uncut units of a resident plan
+  Plan plan = ranked.back();
+  plan.threads = kThreads;
+  plan.group = std::min(p.samples, 2);
+  if (resident) {
+    const int blocks = mode == "cluster2" ? 2 : mode == "cluster4" ? 4 : 1;
+    plan.variant = Variant::resident;
+    plan.split.parts = plan.cluster = std::min(blocks, plan.split.units);
+    plan.blocks = p.samples * plan.cluster;
+  } else {
+    set_streaming(p, plan, mode == "chunks");
+  }
+  plan.shared_bytes = shared_bytes(p, plan);
+  return plan;
+}
+
+}  // namespace epsa::cuda
