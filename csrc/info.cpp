@@ -2,9 +2,178 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "cpu/isa.h"
+#include "cuda/psa_plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using namespace epsa::cuda;
+
+template <class E, size_t n>
+using Names = std::array<std::pair<const char*, E>, n>;
+
+constexpr Names<Pass, 2> kPasses{
+    {{"forward", Pass::forward}, {"backward", Pass::backward}}};
+constexpr Names<Dtype, 4> kDtypes{
+    {{"float32", Dtype::f32},
+     {"float64", Dtype::f64},
+     {"bfloat16", Dtype::bf16},
+     {"float16", Dtype::f16}}};
+constexpr Names<Layout, 2> kLayouts{
+    {{"contiguous", Layout::contiguous},
+     {"channels_last", Layout::channels_last}}};
+
+template <class E, size_t n>
+E named(
+    const char* what, const std::string& given, const Names<E, n>& names) {
+  std::string all;
+  for (const auto& [name, value] : names) {
+    if (given == name) {
+      return value;
+    }
+    all += (all.empty() ? "" : ", ") + std::string(name);
+  }
+  throw py::value_error(
+      std::string(what) + ": expected one of {" + all + "}, got '" + given +
+      "'");
+}
+
+int64_t at_least(int64_t least, const char* what, int64_t given) {
+  if (given < least) {
+    throw py::value_error(
+        std::string(what) + ": expected at least " + std::to_string(least) +
+        ", got " + std::to_string(given));
+  }
+  return given;
+}
+
+int small(int64_t least, const char* what, int64_t given) {
+  if (given > std::numeric_limits<int>::max()) {
+    throw py::value_error(
+        std::string(what) + ": expected less than 2^31, got " +
+        std::to_string(given));
+  }
+  return static_cast<int>(at_least(least, what, given));
+}
+
+Device make_device(
+    std::string name, int64_t compute_capability, int64_t multiprocessors,
+    int64_t threads_per_multiprocessor, int64_t blocks_per_multiprocessor,
+    int64_t shared_per_multiprocessor, int64_t shared_per_block, int64_t l2) {
+  Device d;
+  d.name = std::move(name);
+  d.compute_capability = small(80, "compute_capability", compute_capability);
+  d.multiprocessors = small(1, "multiprocessors", multiprocessors);
+  d.threads_per_multiprocessor =
+      small(1, "threads_per_multiprocessor", threads_per_multiprocessor);
+  d.blocks_per_multiprocessor =
+      small(1, "blocks_per_multiprocessor", blocks_per_multiprocessor);
+  d.shared_per_multiprocessor =
+      at_least(1, "shared_per_multiprocessor", shared_per_multiprocessor);
+  d.shared_per_block = at_least(1, "shared_per_block", shared_per_block);
+  d.l2 = at_least(1, "l2", l2);
+  return d;
+}
+
+py::dict to_dict(const Problem& problem, const Plan& plan) {
+  const bool resident = plan.variant == Variant::resident;
+  const Workspace w = workspace(problem, plan);
+  py::dict split, space, result;
+  split["parts"] = plan.split.parts;
+  split["units"] = plan.split.units;
+  split["planes"] = plan.split.planes;
+  split["chunks"] = plan.split.chunks;
+  split["chunk"] = plan.split.chunk;
+  space["ticket"] = w.ticket;
+  space["arrived"] = w.arrived;
+  space["ready"] = w.ready;
+  space["groups_arrived"] = w.groups_arrived;
+  space["cleared"] = w.cleared;
+  space["partial"] = w.partial;
+  space["hidden"] = w.hidden;
+  space["scratch"] = w.scratch;
+  space["grad_v"] = w.grad_v;
+  space["grad_u"] = w.grad_u;
+  space["grad_pooled"] = w.grad_pooled;
+  space["group_sums"] = w.group_sums;
+  space["bytes"] = w.bytes;
+  result["kernel"] =
+      std::string(problem.pass == Pass::forward ? "forward" : "backward") +
+      (resident ? "_resident" : "_streaming");
+  result["variant"] = resident ? "resident" : "streaming";
+  result["cluster"] = plan.cluster;
+  result["threads"] = plan.threads;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["vector"] = plan.vector;
+  result["split"] = split;
+  result["lag"] = plan.lag;
+  result["group"] = plan.group;
+  result["workspace"] = space;
+  return result;
+}
+
+std::vector<py::dict> cuda_plans(
+    const Device& device, const std::string& pass, int64_t samples,
+    int64_t branches, int64_t channels, int64_t pixels, int64_t hidden,
+    bool shared, const std::string& dtype, const std::string& layout,
+    std::optional<bool> aligned, bool pooled_given, bool grad_out_given,
+    bool feats_wanted, bool weights_wanted) {
+  at_least(1, "samples", samples);
+  if (branches < 2 || branches > kMaxBranches) {
+    throw py::value_error(
+        "branches: expected 2 to " + std::to_string(kMaxBranches) + ", got " +
+        std::to_string(branches));
+  }
+  at_least(1, "channels", channels);
+  at_least(1, "pixels", pixels);
+  at_least(1, "hidden", hidden);
+  const std::string error =
+      size_error(samples, branches, channels, pixels, hidden, shared);
+  if (!error.empty()) {
+    throw py::value_error(error);
+  }
+  Problem p{};
+  p.pass = named("pass_", pass, kPasses);
+  p.samples = static_cast<int>(samples);
+  p.branches = static_cast<int>(branches);
+  p.channels = static_cast<int>(channels);
+  p.pixels = static_cast<int>(pixels);
+  p.hidden = static_cast<int>(hidden);
+  p.shared = shared;
+  p.dtype = named("dtype", dtype, kDtypes);
+  p.layout = named("layout", layout, kLayouts);
+  const bool alignable = may_align(p.dtype, p.layout, p.channels, p.pixels);
+  p.aligned = aligned.value_or(alignable);
+  if (p.aligned && !alignable) {
+    throw py::value_error(
+        "aligned: expected False for " + std::to_string(channels) +
+        " channels of " + std::to_string(pixels) + " pixels of " + dtype +
+        " in the layout " + layout +
+        ", of which not every slot begins at a multiple of 16 bytes, got True");
+  }
+  p.pooled_given = pooled_given;
+  p.grad_out_given = grad_out_given;
+  p.feats_wanted = feats_wanted;
+  p.weights_wanted = weights_wanted;
+  std::vector<py::dict> result;
+  for (const Plan& plan : plans(p, device)) {
+    result.push_back(to_dict(p, plan));
+  }
+  return result;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about this build of epsa_fused and this machine.";
@@ -36,4 +205,44 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return epsa::cpu::name(epsa::cpu::isa_in_use()); },
       "The instruction set that the CPU kernels use on this machine; "
       "EPSA_CPU_ISA overrides the choice.");
+
+  py::class_<Device>(
+      m, "CudaDevice",
+      "What a launch plan depends on of a GPU. Sizes are bytes; "
+      "compute_capability is 90 for sm_90; shared_per_block is the most that "
+      "a launch may opt in to.")
+      .def(
+          py::init(&make_device), py::kw_only(), py::arg("name"),
+          py::arg("compute_capability"), py::arg("multiprocessors"),
+          py::arg("threads_per_multiprocessor"),
+          py::arg("blocks_per_multiprocessor"),
+          py::arg("shared_per_multiprocessor"), py::arg("shared_per_block"),
+          py::arg("l2"))
+      .def_readonly("name", &Device::name)
+      .def_readonly("compute_capability", &Device::compute_capability)
+      .def_readonly("multiprocessors", &Device::multiprocessors)
+      .def_readonly(
+          "threads_per_multiprocessor", &Device::threads_per_multiprocessor)
+      .def_readonly(
+          "blocks_per_multiprocessor", &Device::blocks_per_multiprocessor)
+      .def_readonly(
+          "shared_per_multiprocessor", &Device::shared_per_multiprocessor)
+      .def_readonly("shared_per_block", &Device::shared_per_block)
+      .def_readonly("l2", &Device::l2);
+
+  m.def(
+      "cuda_plans", &cuda_plans,
+      "How the attention step of these sizes is laid out on a GPU: the "
+      "candidates, best first, of which a launch takes the first that the "
+      "device has room for. A pure function: no GPU is asked. `aligned`: may "
+      "all maps be accessed by 16 bytes? None: as far as their sizes say. The "
+      "offsets in `workspace` are bytes, and its first `cleared` bytes are set "
+      "to zero before the kernel.",
+      py::arg("device"), py::kw_only(), py::arg("pass_"), py::arg("samples"),
+      py::arg("branches"), py::arg("channels"), py::arg("pixels"),
+      py::arg("hidden"), py::arg("shared") = true,
+      py::arg("dtype") = "float32", py::arg("layout") = "contiguous",
+      py::arg("aligned") = py::none(), py::arg("pooled_given") = false,
+      py::arg("grad_out_given") = true, py::arg("feats_wanted") = true,
+      py::arg("weights_wanted") = true);
 }

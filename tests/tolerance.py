@@ -22,8 +22,9 @@ from torch import Tensor
 
 from epsa_fused import psa_attention, psa_attention_reference
 
-# The worst seen is 2.1, and 6.5 where W1 p is a sum of 4100 products in four lanes.
-FACTOR = 8
+# The worst seen is 2.1, 6.5 where W1 p is a sum of 4100 products in four lanes, and 8.6 where an
+# emulated block of 64 threads adds 196 equal pixels one by one.
+FACTOR = 12
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:

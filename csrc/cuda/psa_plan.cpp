@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <limits>
 #include <numeric>
 #include <tuple>
 
@@ -179,6 +181,15 @@ std::string size_error(
     int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
     int64_t hidden, bool shared) {
   constexpr int64_t kMost = int64_t{1} << 29;
+  const auto product = [](std::initializer_list<int64_t> sizes) {
+    int64_t result = 1;
+    for (const int64_t size : sizes) {
+      if (__builtin_mul_overflow(result, size, &result)) {
+        return std::numeric_limits<int64_t>::max();
+      }
+    }
+    return result;
+  };
   const auto error = [](const char* what, int64_t size) {
     return size < kMost
         ? std::string()
@@ -188,13 +199,15 @@ std::string size_error(
   const std::string errors[] = {
       error("the batch N", samples),
       error("the number of pixels H*W", pixels),
-      error("the number of channels S*C", branches * channels),
+      error("the number of channels S*C", product({branches, channels})),
       error(
           "the number of SE weights r*C",
-          (shared ? 1 : branches) * hidden * channels),
+          product({shared ? 1 : branches, hidden, channels})),
+      error("the number of hidden units S*r", product({branches, hidden})),
       // parts of 32 KiB, of doubles
       error(
-          "N*S*C*H*W / 4096", samples * branches * channels * pixels / 4096)};
+          "N*S*C*H*W / 4096",
+          product({samples, branches, channels, pixels}) / 4096)};
   for (const std::string& e : errors) {
     if (!e.empty()) {
       return e;
@@ -241,11 +254,11 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
       });
   // One block alone on its multiprocessor leaves the memory idle while it waits
   // for its cluster. With several waves of such blocks streaming is faster.
-  std::vector<Plan> result, slow;
+  std::vector<Plan> result;
   for (const Candidate& c : resident) {
-    const bool idles =
-        c.overlap == 1 && c.plan.blocks > device.multiprocessors;
-    (idles ? slow : result).push_back(c.plan);
+    if (c.overlap > 1 || c.plan.blocks <= device.multiprocessors) {
+      result.push_back(c.plan);
+    }
   }
   result.push_back(streaming_plan(p, device));
   return result;

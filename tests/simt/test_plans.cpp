@@ -1,6 +1,7 @@
 #include "test_plans.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 namespace epsa::cuda {
@@ -50,8 +51,14 @@ Plan test_plan(const Problem& p, const std::string& mode) {
   }
   const bool resident = mode != "streaming" && mode != "chunks" &&
       (p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given);
-  // small problems all have the uncut units of a resident plan
   Plan plan = ranked.back();
+  if (plan.split.chunks > 1) {  // whole planes here
+    Split& split = plan.split;
+    split.planes = plan.vector / std::gcd(p.pixels, plan.vector);
+    split.units = p.vector() / split.planes;
+    split.chunks = 1;
+    split.chunk = p.pixels;
+  }
   plan.threads = kThreads;
   plan.group = std::min(p.samples, 2);
   if (resident) {
