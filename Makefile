@@ -15,6 +15,7 @@ PY := $(VENV)/bin/python
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all bench lint sdist-check clean
+.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/built
 	$(PY) benchmarks/demo.py
@@ -58,5 +59,62 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	  $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# ---- CUDA ----
+
+# The CUDA build of torch and its nvidia packages (2.2 GB), in an environment of their own, and a
+# full build against them: compile, link, import, kernels registered. Needs nvcc, not a GPU.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_VENV := .venv-cuda
+CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc)))
+
+cuda-check: $(CUDA_VENV)/installed
+	@echo "compiling the extension for every architecture (about ten minutes on two cores)"
+	mkdir -p build/cuda
+	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" \
+	  $(CUDA_VENV)/bin/python setup.py build --build-base build/cuda --build-lib build/cuda/lib \
+	  > build/cuda/log 2>&1 || { tail -n 50 build/cuda/log; exit 1; }
+	cd build/cuda/lib && "$(CURDIR)/$(CUDA_VENV)/bin/python" -m epsa_fused
+	cd build/cuda/lib && "$(CURDIR)/$(CUDA_VENV)/bin/python" -c "import torch, epsa_fused; \
+	  has = torch._C._dispatch_has_kernel_for_dispatch_key; \
+	  ops = ['epsa_fused::psa_attention', 'epsa_fused::psa_attention_backward']; \
+	  assert all(has(op, 'CUDA') for op in ops), 'no CUDA kernels'; \
+	  print('CUDA kernels registered:', *ops)"
+
+$(CUDA_VENV)/installed:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) numpy ninja pybind11 "setuptools>=77,<82"
+	touch $@
+
+# On a machine with an NVIDIA GPU, nvcc and a torch with CUDA, which these use as they are: nothing
+# is installed. They build in place for the GPU that is there.
+GPU_PYTHON ?= python3
+GPU_BUILD := build/gpu
+
+# what the GPU machine's own torch runs: the tests of the operator, on the GPU
+gpu-test: $(GPU_BUILD)/built
+	$(GPU_PYTHON) -m pytest -m "not slow" -k cuda --ignore tests/test_cuda_compile.py $(PYTEST_ARGS)
+
+# compute-sanitizer's four tools over the case table, without torch
+gpu-sanitize: $(GPU_BUILD)/cases
+	bash benchmarks/sanitize.sh $(GPU_BUILD)/cases
+
+gpu-bench: $(GPU_BUILD)/built
+	$(GPU_PYTHON) benchmarks/gpu.py
+
+$(GPU_BUILD)/built: $(SOURCES)
+	mkdir -p $(GPU_BUILD)
+	rm -f $(VENV)/built
+	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" $(GPU_PYTHON) setup.py build_ext --inplace \
+	  --build-temp $(GPU_BUILD)/temp > $(GPU_BUILD)/log 2>&1 || \
+	  { tail -n 50 $(GPU_BUILD)/log; exit 1; }
+	touch $@
+
+$(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/*)
+	mkdir -p $(GPU_BUILD)
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -lineinfo -arch=native -o $@ \
+	  tests/simt/case_program.cpp tests/simt/test_plans.cpp csrc/cuda/psa_plan.cpp \
+	  csrc/cuda/psa_launch.cu
+
 clean:
-	rm -rf $(VENV) build *.egg-info epsa_fused/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info epsa_fused/*.so

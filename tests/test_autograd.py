@@ -24,8 +24,8 @@ TINY = Case("tiny", 2, 2, 3, 2, 3, 2)
 CHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
 
 
-def tiny_inputs(layout=CONTIGUOUS, kind=WEIGHT_KINDS[0]) -> Inputs:
-    return make_inputs(TINY, torch.float64, layout, kind).leaves()
+def tiny_inputs(layout=CONTIGUOUS, kind=WEIGHT_KINDS[0], device="cpu") -> Inputs:
+    return make_inputs(TINY, torch.float64, layout, kind, device=device).leaves()
 
 
 def call(inputs: Inputs, function=psa_attention, **options):
@@ -45,15 +45,15 @@ def call(inputs: Inputs, function=psa_attention, **options):
 @pytest.mark.parametrize("return_attention", (False, True), ids=("out", "out_and_attention"))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-def test_gradcheck(layout, order, return_attention):
-    inputs = tiny_inputs(layout)
+def test_gradcheck(layout, order, return_attention, device):
+    inputs = tiny_inputs(layout, device=device)
     function = call(inputs, branch_order=order, return_attention=return_attention)
     assert torch.autograd.gradcheck(function, inputs.tensors(), **CHECK)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
-def test_gradcheck_of_every_kind_of_weights(kind):
-    inputs = tiny_inputs(kind=kind)
+def test_gradcheck_of_every_kind_of_weights(kind, device):
+    inputs = tiny_inputs(kind=kind, device=device)
     function = call(inputs, return_attention=True)
     assert torch.autograd.gradcheck(function, inputs.tensors(), **CHECK)
 
@@ -61,15 +61,15 @@ def test_gradcheck_of_every_kind_of_weights(kind):
 @pytest.mark.parametrize("return_attention", (False, True), ids=("out", "out_and_attention"))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-def test_gradgradcheck(layout, order, return_attention):
-    inputs = tiny_inputs(layout)
+def test_gradgradcheck(layout, order, return_attention, device):
+    inputs = tiny_inputs(layout, device=device)
     function = call(inputs, branch_order=order, return_attention=return_attention)
     assert torch.autograd.gradgradcheck(function, inputs.tensors(), **CHECK)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
-def test_gradgradcheck_of_every_kind_of_weights(kind):
-    inputs = tiny_inputs(kind=kind)
+def test_gradgradcheck_of_every_kind_of_weights(kind, device):
+    inputs = tiny_inputs(kind=kind, device=device)
     function = call(inputs, return_attention=True)
     assert torch.autograd.gradgradcheck(function, inputs.tensors(), **CHECK)
 

@@ -21,13 +21,14 @@ using OptTensor = std::optional<Tensor>;
 static_assert(kMaxBranches == epsa::kMaxBranches);
 
 // Can every access to these maps be one of 16 bytes, where a sample's are?
-bool aligned(const Maps& maps, const epsa::Problem& p) {
-  const int64_t size = c10::elementSize(p.dtype);
-  for (int s = 0; s < p.S; ++s) {
+bool aligned(const Maps& maps, const Problem& p) {
+  const int64_t size = element_size(p.dtype);
+  const bool strided = p.layout == Layout::channels_last && p.pixels > 1;
+  for (int s = 0; s < p.branches; ++s) {
     if (maps.data[s] &&
         (reinterpret_cast<uintptr_t>(maps.data[s]) % 16 ||
-         (p.N > 1 && maps.batch_stride[s] * size % 16) ||
-         (p.pixels() > 1 && maps.pixel_stride[s] * size % 16))) {
+         (p.samples > 1 && maps.batch_stride[s] * size % 16) ||
+         (strided && maps.pixel_stride[s] * size % 16))) {
       return false;
     }
   }
@@ -126,7 +127,8 @@ Forward forward(
       p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, params);
 
   Problem problem = problem_of(op, Pass::forward, p, format);
-  problem.aligned &= aligned(params.feats, p) && aligned(params.out, p);
+  problem.aligned &=
+      aligned(params.feats, problem) && aligned(params.out, problem);
   problem.pooled_given = pooled_in.has_value();
   run(problem, params, feats_[0]);
   return {out, pooled, attention};
@@ -196,8 +198,9 @@ Backward backward(
         p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, params);
 
     Problem problem = problem_of(op, Pass::backward, p, format);
-    problem.aligned &= aligned(params.feats, p) &&
-        aligned(params.grad_out, p) && aligned(params.grad_feats, p);
+    problem.aligned &= aligned(params.feats, problem) &&
+        aligned(params.grad_out, problem) &&
+        aligned(params.grad_feats, problem);
     problem.grad_out_given = grad_out_.has_value();
     problem.feats_wanted = any_feats;
     problem.weights_wanted = any_weights;

@@ -1,12 +1,13 @@
 // csrc/cuda/psa_launch.h over the emulator: the kernels' own source, launched on
-// a CPU. EPSA_SIMT_MODE names the plan (test_plans.h), EPSA_SIMT_SEED the order
-// of blocks and threads (0: first come, first served), EPSA_SIMT_RESIDENT the
-// most blocks that run at once.
-#include "../../csrc/cuda/psa_launch.h"
+// a CPU. EPSA_SIMT_MODE names the plan (test_plans.h); EPSA_SIMT_TRACE, where
+// set, has each plan written to stderr; for the rest see emulated_launch.h.
+#include "emulated_launch.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "../../csrc/cuda/psa_kernels.cuh"
 #include "emulator.h"
@@ -15,10 +16,46 @@
 namespace epsa::cuda {
 namespace {
 
-int64_t setting(const char* name, int64_t otherwise) {
+int64_t setting(const char* name) {
   const char* value = std::getenv(name);
-  return value ? std::atoll(value) : otherwise;
+  return value ? std::atoll(value) : 0;
 }
+
+#ifdef EPSA_TYPES
+
+// Kernels of some types alone: all of them take a sanitizer's compiler minutes.
+template <class T>
+constexpr Dtype kDtype = Dtype::f32;
+template <>
+constexpr Dtype kDtype<double> = Dtype::f64;
+template <>
+constexpr Dtype kDtype<simt::bf16> = Dtype::bf16;
+template <>
+constexpr Dtype kDtype<simt::f16> = Dtype::f16;
+
+template <class... Types>
+Kernel kernel_of_types(const Problem& problem, const Plan& plan) {
+  Kernel kernel = nullptr;
+  ((kernel = problem.dtype == kDtype<Types> ? kernel_of<Types>(problem, plan)
+                                            : kernel),
+   ...);
+  if (!kernel) {
+    throw std::runtime_error("this build has no kernels of that type");
+  }
+  return kernel;
+}
+
+Kernel chosen_kernel(const Problem& problem, const Plan& plan) {
+  return kernel_of_types<EPSA_TYPES>(problem, plan);
+}
+
+#else
+
+Kernel chosen_kernel(const Problem& problem, const Plan& plan) {
+  return kernel_of(problem, plan);
+}
+
+#endif
 
 }  // namespace
 
@@ -28,29 +65,47 @@ Plan choose_plan(const Problem& problem, int) {
 }
 
 std::string describe(const Plan& plan) {
-  return plan.variant == Variant::resident ? "resident" : "streaming";
+  return std::string(
+             plan.variant == Variant::resident ? "resident" : "streaming") +
+      ", clusters of " + std::to_string(plan.cluster) + ", vectors of " +
+      std::to_string(plan.vector);
+}
+
+void launch_together(const std::vector<Call>& calls) {
+  std::vector<std::pair<emulator::LaunchOptions, std::function<void()>>> all;
+  std::string plans;
+  for (const Call& call : calls) {
+    const auto& [problem, plan, params, memory] = call;
+    set_plan(params, problem, plan, memory);
+    const Workspace w = workspace(problem, plan);
+    std::memset(memory, 0xff, w.bytes);  // NaN
+    std::memset(memory, 0, w.cleared);
+    all.push_back(
+        {{.blocks = plan.blocks,
+          .threads = plan.threads,
+          .cluster = plan.cluster > 1 ? plan.cluster : 0,
+          .shared_bytes = plan.shared_bytes,
+          .seed = static_cast<uint64_t>(setting("EPSA_SIMT_SEED")),
+          .max_resident = static_cast<int>(setting("EPSA_SIMT_RESIDENT"))},
+         [kernel = chosen_kernel(problem, plan), &given = params] {
+           kernel(given);
+         }});
+    plans += (plans.empty() ? "" : "; ") + describe(plan);
+  }
+  if (std::getenv("EPSA_SIMT_TRACE")) {
+    std::fprintf(stderr, "plan: %s\n", plans.c_str());
+  }
+  if (const std::string report = emulator::launch_together(all);
+      !report.empty()) {
+    throw std::runtime_error(
+        "emulated psa_attention (" + plans + "): " + report);
+  }
 }
 
 void launch(
     const Problem& problem, const Plan& plan, Params& params, void* memory,
     void*) {
-  set_plan(params, problem, plan, memory);
-  const Workspace w = workspace(problem, plan);
-  std::memset(memory, 0xff, w.bytes);  // NaN
-  std::memset(memory, 0, w.cleared);
-  const Kernel kernel = kernel_of(problem, plan);
-  const std::string report = emulator::launch(
-      {.blocks = plan.blocks,
-       .threads = plan.threads,
-       .cluster = plan.cluster > 1 ? plan.cluster : 0,
-       .shared_bytes = plan.shared_bytes,
-       .seed = static_cast<uint64_t>(setting("EPSA_SIMT_SEED", 0)),
-       .max_resident = static_cast<int>(setting("EPSA_SIMT_RESIDENT", 0))},
-      [&] { kernel(params); });
-  if (!report.empty()) {
-    throw std::runtime_error(
-        "emulated psa_attention (" + describe(plan) + "): " + report);
-  }
+  launch_together({{problem, plan, params, memory}});
 }
 
 }  // namespace epsa::cuda

@@ -1,0 +1,338 @@
+"""The attention step on a GPU, most wanted figures first; resumes where it was stopped.
+
+    python benchmarks/gpu.py               what is missing, for at most --minutes
+    python benchmarks/gpu.py --help
+
+For each case: time on the device of every contender (a CUDA graph over input sets that together
+exceed the L2 cache, replayed), beside a copy of the features' bytes measured the same way; the time
+of one call on the wall; peak memory; kernels and memsets of a call, from the profiler; the error
+against float64. Then, for each stage, the module's four convolutions beside its attention step.
+Each row is appended to <out>/<device>-gpu.csv when it is done; rows that are there for this commit
+are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+import epsa_fused
+from epsa_fused import _C
+
+sys.path.insert(0, str(Path(__file__).parent))
+from latency import commit
+from opponents import DTYPES, LAYOUTS, Case, Runner, make_inputs, make_runner, rewrite
+
+STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]
+KEY = ("kind", "mode", "layout", "dtype", "n", "planes", "size", "contender")
+FIELDS = [
+    *KEY,
+    *("device_us", "iqr_us", "wall_us", "gb_per_s", "of_copy", "peak_mb", "kernels", "memsets"),
+    *("error", "timing", "device", "torch", "cuda", "commit", "date"),
+]
+CONTENDERS: dict[str, tuple[Callable, str | None]] = {
+    "fused": (epsa_fused.psa_attention, None),
+    "rewrite compiled": (rewrite, "default"),
+    "seed compiled": (epsa_fused.psa_attention_reference, "max-autotune-no-cudagraphs"),
+    "seed eager": (epsa_fused.psa_attention_reference, None),
+    "rewrite eager": (rewrite, None),
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=7.5, help="start no case after that")
+    parser.add_argument("--repeats", type=int, default=15, help="timed replays of each graph")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        parser.error(
+            "expected a GPU and a build with CUDA kernels; found "
+            f"GPU {torch.cuda.is_available()}, CUDA kernels {_C.build_info()['cuda']}"
+        )
+    return options
+
+
+def cases() -> Iterator[Case]:
+    """Most wanted first."""
+    for mode in ("forward", "backward"):
+        for n in (64, 256):
+            for planes, size in STAGES[:2]:
+                for dtype in ("float32", "bfloat16"):
+                    for layout in LAYOUTS:
+                        yield Case("attention", mode, layout, dtype, n, planes, size)
+        for planes, size in STAGES:
+            for layout in LAYOUTS:
+                yield Case("attention", mode, layout, "float32", 1, planes, size)
+    for mode in ("forward", "backward"):
+        for planes, size in STAGES[2:]:
+            for dtype in ("float32", "bfloat16"):
+                for layout in LAYOUTS:
+                    yield Case("attention", mode, layout, dtype, 64, planes, size)
+
+
+def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]:
+    """Seconds of one call on the device, once per repeat, and how they were taken.
+
+    The calls run one after another inside one captured graph, so that the host's time to launch
+    them does not count. What can't be captured is timed as it is launched, and says so.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            kept = [call() for call in calls]
+        del kept
+        run, timing = graph.replay, "graph"
+    except RuntimeError as error:
+        print(f"  not captured, timed as launched: {error}", file=sys.stderr)
+        torch.cuda.synchronize()
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        timing = "launched"
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return times, timing
+
+
+def wall_time(call: Callable, repeats: int) -> float:
+    """Median seconds from the call to its result on the device."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def launches(call: Callable) -> tuple[int, int]:
+    """Kernels and memsets of one call."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    names = [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    memsets = sum(name.lower().startswith("memset") for name in names)
+    return len(names) - memsets, memsets
+
+
+def peak_memory(call: Callable) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+def sets_beyond_cache(nbytes: int) -> int:
+    """Input sets, so many that one is out of the L2 cache before its turn comes again."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(64, max(2, -(-4 * cache // nbytes)))
+
+
+def spread(times: list[float]) -> float:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low
+
+
+def measure(case: Case, name: str, sets: int, repeats: int) -> tuple[dict, list[torch.Tensor]]:
+    kind, mode = CONTENDERS[name]
+    function = torch.compile(kind, dynamic=False, mode=mode) if mode else kind
+    # of a name without "compiled": the function is compiled here, once for all sets
+    runners: list[Runner] = [make_runner("", function, case, "cuda") for _ in range(sets)]
+    calls = [runner.run for runner in runners]
+    times, timing = device_times(calls, repeats)
+    kernels, memsets = launches(calls[0])
+    seconds = statistics.median(times)
+    moved = (2 if case.mode == "forward" else 3) * case.nbytes
+    row = {
+        "device_us": round(seconds * 1e6, 2),
+        "iqr_us": round(spread(times) * 1e6, 2),
+        "wall_us": round(wall_time(calls[0], repeats) * 1e6, 2),
+        "gb_per_s": round(moved / seconds / 1e9, 1),
+        "peak_mb": round(peak_memory(calls[0]) / 1e6, 3),
+        "kernels": kernels,
+        "memsets": memsets,
+        "timing": timing,
+    }
+    return row, [t.detach() for t in runners[0].result()]
+
+
+def copy_row(case: Case, sets: int, repeats: int) -> dict:
+    """A copy of the features' bytes, into memory that was written before, like the graphs' own."""
+    pairs = [torch.randn(2, case.nbytes // 4, device="cuda").unbind() for _ in range(sets)]
+    times, timing = device_times([lambda p=p: p[1].copy_(p[0]) for p in pairs], repeats)
+    seconds = statistics.median(times)
+    return {
+        "device_us": round(seconds * 1e6, 2),
+        "iqr_us": round(spread(times) * 1e6, 2),
+        "gb_per_s": round(2 * case.nbytes / seconds / 1e9, 1),
+        "timing": timing,
+    }
+
+
+def largest_error(results: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    return max(
+        ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(results, exact, strict=True)
+    )
+
+
+def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
+    """The module's convolutions beside its attention step, N = 64, as inference runs them."""
+    for layout in LAYOUTS:
+        for dtype in ("float32", "tf32", "bfloat16"):
+            torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+            torch.backends.cudnn.benchmark = True
+            kind = DTYPES[dtype.replace("tf32", "float32")]
+            module = epsa_fused.FusedPSAModule(planes, planes).to("cuda", kind)
+            module.to(memory_format=LAYOUTS[layout]).requires_grad_(False)
+            case = Case("attention", "forward", layout, str(kind)[6:], 64, planes, size)
+            maps, weights, _ = make_inputs(case, "cuda")
+            x = torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout])
+            convolutions = [c for n, c in module.named_children() if n.startswith("conv")]
+            parts = {
+                f"conv {i}": (lambda c=c, x=x: c(x)) for i, c in enumerate(convolutions, start=1)
+            }
+            parts["attention"] = lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w)
+            for name, call in parts.items():
+                times, timing = device_times([call], repeats)
+                yield {
+                    "kind": "share",
+                    "mode": "forward",
+                    "layout": layout,
+                    "dtype": dtype,
+                    "n": 64,
+                    "planes": planes,
+                    "size": size,
+                    "contender": name,
+                    "device_us": round(statistics.median(times) * 1e6, 2),
+                    "iqr_us": round(spread(times) * 1e6, 2),
+                    "timing": timing,
+                }
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class Results:
+    """The CSV: what it holds for this device and commit, and what is appended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        self.done = {self.key(r) for r in rows if r["commit"] == self.facts["commit"]}
+
+    @staticmethod
+    def key(row: dict) -> tuple:
+        return tuple(str(row[name]) for name in KEY)
+
+    def add(self, row: dict) -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row | self.facts)
+        self.done.add(self.key(row))
+
+
+def run_case(case: Case, results: Results, repeats: int) -> None:
+    base = {"kind": "attention"} | {
+        name: getattr(case, name) for name in ("mode", "layout", "dtype", "n", "planes", "size")
+    }
+    todo = [n for n in CONTENDERS if results.key(base | {"contender": n}) not in results.done]
+    if not todo:
+        return
+    torch._dynamo.reset()
+    sets = sets_beyond_cache(case.nbytes)
+    exact_case = replace(case, dtype="float64")
+    exact = make_runner("", epsa_fused.psa_attention_reference, exact_case, "cuda").result()
+    exact = [t.detach() for t in exact]
+    copy = copy_row(case, sets, repeats)
+    if results.key(base | {"contender": "copy"}) not in results.done:
+        results.add(base | copy | {"contender": "copy"})
+    print(f"{case.mode} {case.dtype} {case.layout} {case.shape}: copy {copy['device_us']} us")
+    for name in todo:
+        row, values = measure(case, name, sets, repeats)
+        error = largest_error(values, exact)
+        row |= {
+            "contender": name,
+            "of_copy": round(row["gb_per_s"] / copy["gb_per_s"], 3),
+            "error": f"{error:.2e}",
+        }
+        results.add(base | row)
+        print(
+            f"  {name:<17}{row['device_us']:>10} us  {row['of_copy']:>6.0%} of the copy's bytes/s"
+            f"  wall {row['wall_us']} us  kernels {row['kernels']}+{row['memsets']}"
+            f"  error {row['error']}",
+            flush=True,
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name()).lower()
+    results = Results(options.out / f"{name}-gpu.csv")
+    stop = time.monotonic() + 60 * options.minutes
+
+    for case in cases():
+        if time.monotonic() > stop:
+            print("out of time: run again to go on")
+            return
+        run_case(case, results, options.repeats)
+    for planes, size in STAGES:
+        if time.monotonic() > stop:
+            print("out of time: run again to go on")
+            return
+        for row in share_rows(planes, size, options.repeats):
+            if results.key(row) not in results.done:
+                results.add(row)
+    print(f"complete: {results.path}")
+
+
+if __name__ == "__main__":
+    main()

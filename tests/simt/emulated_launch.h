@@ -1,0 +1,23 @@
+// Beside csrc/cuda/psa_launch.h, for the emulator alone.
+#pragma once
+
+#include <vector>
+
+#include "../../csrc/cuda/psa_launch.h"
+
+namespace epsa::cuda {
+
+// The arguments of a launch, without its stream.
+struct Call {
+  const Problem& problem;
+  const Plan& plan;
+  Params& params;
+  void* memory;
+};
+
+// Several launches at once, as from several streams. EPSA_SIMT_SEED is the order
+// of blocks and threads (0: first come, first served), EPSA_SIMT_RESIDENT the
+// most blocks that run at once.
+void launch_together(const std::vector<Call>& calls);
+
+}  // namespace epsa::cuda

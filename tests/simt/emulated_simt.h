@@ -1,0 +1,184 @@
+// What csrc/cuda/simt.cuh offers, for a CPU: every CUDA thread is a fiber of
+// emulator.h, which runs until a primitive below hands over to another.
+//
+// Whatever touches the kernels' own memory is written here and not in
+// emulator.cpp, so that the sanitizers see it.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define EPSA_DEVICE inline
+#define EPSA_KERNEL(threads, blocks) void
+#define EPSA_PARAMETER const
+
+namespace epsa::cuda::simt {
+
+namespace detail {
+
+// A copy to shared memory on its way, and what its source held at the start.
+struct Copy {
+  void* to;
+  const void* from;
+  uint64_t value[2];
+};
+
+// What a thread knows of itself.
+struct Place {
+  int thread = 0;
+  int threads = 0;
+  int64_t block = 0;
+  unsigned char* shared = nullptr;
+  std::vector<Copy> copies;
+};
+extern Place* here;  // the running thread's
+
+// Another thread may go on here. `polled`: this one saw that it has to wait: it
+// lets the others go on, and where all do the same, that is a livelock.
+// `progress`: this one did what others may wait for.
+enum class Step { polled, neutral, progress };
+void step(Step kind);
+
+// The thread's launch ends with a report.
+[[noreturn]] void fail(const char* what);
+
+uint64_t exchange(uint64_t bits, int mask);
+const void* peer(const void* shared, int rank);
+bool in_shared_memory(const void* begin, int64_t bytes);
+
+}  // namespace detail
+
+// ---- 16-bit floats: rounded to nearest even; NaN becomes CUDA's 0x7fff ----
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+EPSA_DEVICE float to_float(bf16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+EPSA_DEVICE float to_float(f16 x) {
+  const uint32_t size = x.bits & 0x7fffu;
+  const uint32_t shifted = size << 13;  // the exponent's bias is still f16's
+  const float value = size >= 0x7c00u
+                          ? std::bit_cast<float>(shifted | 0x7f800000u)
+                          : std::bit_cast<float>(shifted) * 0x1p112f;
+  return x.bits & 0x8000u ? -value : value;
+}
+EPSA_DEVICE void from_float(float x, bf16& to) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>(x != x ? 0x7fffu : rounded);
+}
+EPSA_DEVICE void from_float(float x, f16& to) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t size = bits & 0x7fffffffu;
+  uint32_t half = bits >> 16 & 0x8000u;
+  if (x != x) {
+    half = 0x7fffu;
+  } else if (size >= 0x477ff000u) {  // 65520 is halfway to the next power of 2
+    half |= 0x7c00u;
+  } else if (size >= 0x38800000u) {  // normal: from 2^-14 on
+    half |= (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
+  } else {  // the unit of 0.5f is 2^-24, that of a subnormal f16
+    const float sum = std::bit_cast<float>(size) + 0.5f;
+    half |= std::bit_cast<uint32_t>(sum) - std::bit_cast<uint32_t>(0.5f);
+  }
+  to.bits = static_cast<uint16_t>(half);
+}
+EPSA_DEVICE float exponential(float x) { return std::exp(x); }
+EPSA_DEVICE double exponential(double x) { return std::exp(x); }
+
+// ---- threads of a block ----
+
+constexpr int kWarp = 32;
+
+EPSA_DEVICE int thread_id() { return detail::here->thread; }
+EPSA_DEVICE int block_threads() { return detail::here->threads; }
+EPSA_DEVICE int64_t block_id() { return detail::here->block; }
+EPSA_DEVICE unsigned char* shared_memory() { return detail::here->shared; }
+
+void barrier();
+
+template <class A>
+EPSA_DEVICE A shuffle_xor(A value, int mask) {
+  static_assert(sizeof(A) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(A));
+  bits = detail::exchange(bits, mask);
+  std::memcpy(&value, &bits, sizeof(A));
+  return value;
+}
+
+// ---- clusters ----
+
+int cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+
+template <class A>
+EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
+  return static_cast<const A*>(detail::peer(shared, rank));
+}
+
+// ---- the whole device ----
+
+EPSA_DEVICE unsigned arrive(unsigned* counter) {
+  const unsigned before = __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+  detail::step(detail::Step::progress);
+  return before;
+}
+
+EPSA_DEVICE void publish(unsigned* flag) {
+  __atomic_store_n(flag, 1u, __ATOMIC_RELEASE);
+  detail::step(detail::Step::progress);
+}
+EPSA_DEVICE bool is_published(const unsigned* flag) {
+  const bool set = __atomic_load_n(flag, __ATOMIC_ACQUIRE) != 0;
+  detail::step(set ? detail::Step::neutral : detail::Step::polled);
+  return set;
+}
+
+EPSA_DEVICE unsigned long long next_ticket(unsigned long long* counter) {
+  const auto ticket = __atomic_fetch_add(counter, 1ull, __ATOMIC_RELAXED);
+  detail::step(detail::Step::progress);
+  return ticket;
+}
+
+EPSA_DEVICE void pause() { detail::step(detail::Step::polled); }
+
+// ---- asynchronous copies: made as late as the machine may make them ----
+
+EPSA_DEVICE void copy_async16(void* shared, const void* global) {
+  const auto address = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p);
+  };
+  if (address(shared) % 16 != 0 || address(global) % 16 != 0) {
+    detail::fail("misaligned copy_async16");
+  }
+  if (!detail::in_shared_memory(shared, 16)) {
+    detail::fail("copy_async16 to outside of the block's shared memory");
+  }
+  detail::Copy copy{shared, global, {}};
+  std::memcpy(copy.value, global, 16);
+  std::memset(shared, 0xff, 16);  // neither the old nor the new until the wait
+  detail::here->copies.push_back(copy);
+}
+EPSA_DEVICE void copy_async_wait() {
+  for (const detail::Copy& copy : detail::here->copies) {
+    if (std::memcmp(copy.value, copy.from, 16) != 0) {
+      detail::fail("the source of a copy_async16 changed before its wait");
+    }
+    std::memcpy(copy.to, copy.value, 16);
+  }
+  detail::here->copies.clear();
+  detail::step(detail::Step::progress);
+}
+
+}  // namespace epsa::cuda::simt
