@@ -40,8 +40,9 @@ def cuda_wanted() -> bool:
         missing = "no CUDA toolkit was found: set CUDA_HOME to its root folder"
     elif not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
         missing = f"CUDA_HOME={cpp_extension.CUDA_HOME} holds no bin/nvcc"
-    elif not list((CSRC / "cuda").glob("*.cu")):
-        missing = "this version of epsa_fused has no CUDA kernels yet"
+    elif not (Path(cpp_extension.CUDA_HOME) / "include" / "cuda_runtime.h").exists():
+        # torch guesses the root from the nvcc on PATH, which may be a wrapper elsewhere
+        missing = f"CUDA_HOME={cpp_extension.CUDA_HOME} holds no include/cuda_runtime.h"
     if missing and choice == "1":
         raise SystemExit(f"EPSA_CUDA=1, but {missing}")
     return missing is None
@@ -68,11 +69,12 @@ def extensions() -> list[Extension]:
     ops_sources = sources("*.cpp", "cpu/*.cpp")
     ops_sources.remove(str(CSRC / "info.cpp"))
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+        if not torch.cuda.is_available():  # else torch takes the architecture of the GPU here
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
         ops = cpp_extension.CUDAExtension(
             "epsa_fused._ops",
             ops_sources + sources("cuda/*.cpp", "cuda/*.cu"),
-            extra_compile_args={"cxx": ops_flags, "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": ops_flags, "nvcc": ["-O3", "--threads", "4"]},
             extra_link_args=["-s"],
             py_limited_api=True,  # leaves torch_python out of the libraries
         )

@@ -26,7 +26,12 @@ def _describe() -> None:
     print(f"running with  torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"CPU kernels   {', '.join(info['cpu_isas'])}; this machine uses {_C.cpu_isa()}")
     print(f"CPU threads   {torch.get_num_threads()} (OpenMP {info['openmp']})")
+    devices = [
+        "{} (sm_{}{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
     print(f"CUDA kernels  {'built' if info['cuda'] else 'not built'}")
+    print(f"CUDA devices  {', '.join(devices) or 'none found'}")
 
 
 def _errors(device: str, dtype: torch.dtype, layout: torch.memory_format) -> tuple[float, float]:

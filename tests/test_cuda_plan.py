@@ -79,7 +79,7 @@ def stage_shapes(stages, batches: tuple[int, ...]) -> list[tuple[int, ...]]:
 EPSANET = [(planes, size, size) for planes, size in (*STAGES, *LARGE_STAGES)]
 DETECTION = [(64, 200, 334), (128, 100, 167), (256, 50, 84), (512, 25, 42)]
 ODD = [
-    *itertools.product((1, 2, 37), range(2, 9), (1, 3, 8, 40), (1, 15, 49, 64)),
+    *itertools.product((1, 37), range(2, 9), (1, 3, 8, 40), (1, 15, 49, 64)),
     # planes beyond the size of a part, of which rows do not begin at whole vectors
     *itertools.product((3,), (2, 8), (1, 8), (66801, 66802, 2**20)),
     # far more samples than blocks; few pixels of very many channels
@@ -133,21 +133,50 @@ def piece_bytes(problem: Problem, split: dict) -> int:
     return ceil(split["units"] / split["parts"]) * unit * SIZE[problem.dtype]
 
 
+def needed_shared_bytes(problem: Problem, plan: dict) -> int:
+    """What the kernels of psa_kernels.cuh take of a block's shared memory, one piece at a time."""
+    acc, message = problem.accumulator, 16
+
+    def piece(size: int) -> int:
+        return ceil(size / 16) * 16
+
+    lanes = plan["vector"] if problem.layout == "channels_last" else 1
+    meet = piece(plan["threads"] * lanes * acc)
+    if plan["variant"] == "streaming":
+        return message + meet
+    vectors = 4 * piece(problem.vector * acc)
+    hidden = piece(problem.branches * problem.hidden * acc)
+    tail = hidden if problem.pass_ == "forward" else 2 * hidden + message
+    return piece(piece_bytes(problem, plan["split"])) + meet + vectors + tail
+
+
+def blocks_on_multiprocessor(device: _C.CudaDevice, problem: Problem, plan: dict) -> int:
+    registers = plan["threads"] * (128 if problem.dtype == "float64" else 64)
+    return min(
+        REGISTERS // registers,
+        device.threads_per_multiprocessor // plan["threads"],
+        device.shared_per_multiprocessor // (plan["shared_bytes"] + SYSTEM_SHARED),
+        device.blocks_per_multiprocessor,
+    )
+
+
 def check_limits(device: _C.CudaDevice, problem: Problem, plan: dict) -> None:
     """The device can hold at least one block, of a launch that CUDA admits."""
-    threads, cluster, shared = plan["threads"], plan["cluster"], plan["shared_bytes"]
+    threads, cluster, resident = plan["threads"], plan["cluster"], plan["variant"] == "resident"
     assert threads % 32 == 0 and 8 * problem.branches <= threads <= 512
-    assert 0 < shared <= device.shared_per_block
-    assert shared + SYSTEM_SHARED <= device.shared_per_multiprocessor
-    assert threads <= device.threads_per_multiprocessor
-    assert threads * (128 if problem.dtype == "float64" else 64) <= REGISTERS
-    assert 1 <= plan["blocks"] < 2**31
+    assert plan["shared_bytes"] == needed_shared_bytes(problem, plan)
+    assert plan["shared_bytes"] <= device.shared_per_block
+    fit = blocks_on_multiprocessor(device, problem, plan)
+    assert fit >= 1
     most = 1 if device.compute_capability < 90 else 8 if device.compute_capability >= 120 else 16
     assert cluster in (1, 2, 4, 8, 16) and cluster <= most
-    assert cluster <= device.multiprocessors
+    assert cluster <= fit * device.multiprocessors
+    assert 1 <= plan["blocks"] < 2**31
+    # more blocks than fit would find no ticket when they start
+    assert resident or plan["blocks"] <= fit * device.multiprocessors
     full = 1 if problem.dtype == "float64" else 16 // SIZE[problem.dtype]
     assert plan["vector"] in (1, full)
-    assert plan["vector"] == 1 or problem.may_align() and problem.aligned is not False
+    assert plan["vector"] == 1 or (problem.may_align() and problem.aligned is not False)
 
 
 def check_variant(problem: Problem, plan: dict) -> None:
@@ -157,9 +186,6 @@ def check_variant(problem: Problem, plan: dict) -> None:
     if plan["variant"] == "resident":
         assert plan["blocks"] == n * plan["cluster"] and parts == plan["cluster"]
         assert plan["split"]["chunks"] == 1
-        # beside the part: a sample's four vectors and hidden units, in the accumulation type
-        vectors = (4 * problem.vector + problem.branches * problem.hidden) * problem.accumulator
-        assert plan["shared_bytes"] >= piece_bytes(problem, plan["split"]) + vectors
     else:
         assert plan["cluster"] == 1 and 1 <= plan["lag"] <= n
         tickets = n * 2 * parts

@@ -163,7 +163,8 @@ EPSA_DEVICE void sum_rows(
     const T* px = x + row * pixels;
     const T* py = kDot ? y + row * pixels : nullptr;
     A sum[V] = {};
-#pragma unroll 4
+    // as many as the registers hold on every architecture: see the compile test
+#pragma unroll (kDot ? 2 : 3)
     for (int i = first; i < pixels; i += sharing * kWarp * V) {
       add_terms<T, V, kDot>(px + i, kDot ? py + i : nullptr, sum);
     }
@@ -301,7 +302,7 @@ EPSA_DEVICE void sum_pixels(
     const int at = (first + deal.column) * V;
     A sum[V] = {};
     if (deal.active && at < p.channels) {
-#pragma unroll (V == 1 ? 2 : 4)
+#pragma unroll (kDot || V == 1 ? 2 : 4)
       for (int m = deal.row; m < pixels; m += deal.rows) {
         add_terms<T, V, kDot>(
             x.data + m * x.stride + at,
