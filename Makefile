@@ -69,9 +69,10 @@ CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(patsubst %/bin/nvcc,%,$(s
 
 cuda-check: $(CUDA_VENV)/installed
 	@echo "compiling the extension for every architecture (about ten minutes on two cores)"
-	mkdir -p build/cuda
+	mkdir -p build/cuda/lib
 	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" \
 	  $(CUDA_VENV)/bin/python setup.py build --build-base build/cuda --build-lib build/cuda/lib \
+  egg_info --egg-base build/cuda/lib \
 	  > build/cuda/log 2>&1 || { tail -n 50 build/cuda/log; exit 1; }
 	cd build/cuda/lib && "$(CURDIR)/$(CUDA_VENV)/bin/python" -m epsa_fused
 	cd build/cuda/lib && "$(CURDIR)/$(CUDA_VENV)/bin/python" -c "import torch, epsa_fused; \
@@ -100,12 +101,12 @@ gpu-sanitize: $(GPU_BUILD)/cases
 	bash benchmarks/sanitize.sh $(GPU_BUILD)/cases
 
 gpu-bench: $(GPU_BUILD)/built
-	$(GPU_PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
 
 $(GPU_BUILD)/built: $(SOURCES)
 	mkdir -p $(GPU_BUILD)
 	rm -f $(VENV)/built
-	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" $(GPU_PYTHON) setup.py build_ext --inplace \
+	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" $(GPU_PYTHON) setup.py egg_info build_ext --inplace \
 	  --build-temp $(GPU_BUILD)/temp > $(GPU_BUILD)/log 2>&1 || \
 	  { tail -n 50 $(GPU_BUILD)/log; exit 1; }
 	touch $@

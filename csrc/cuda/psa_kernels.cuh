@@ -302,7 +302,7 @@ EPSA_DEVICE void sum_pixels(
     const int at = (first + deal.column) * V;
     A sum[V] = {};
     if (deal.active && at < p.channels) {
-#pragma unroll (kDot || V == 1 ? 2 : 4)
+#pragma unroll (V == 1 ? 2 : kDot ? 8 / V : 4)
       for (int m = deal.row; m < pixels; m += deal.rows) {
         add_terms<T, V, kDot>(
             x.data + m * x.stride + at,
