@@ -12,13 +12,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
+ROOT = HERE.parent.parent
+EMULATOR = HERE / "emulator.cpp"
 
 # What a vector's cast does is no aliasing that C++ allows, but CUDA's compiler does.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+# nvcc's `#pragma unroll` means nothing to g++.
+FLAGS += ["-Wno-unknown-pragmas", "-DEPSA_EMULATED"]
 SANITIZERS = {
     "": [],
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -27,22 +31,38 @@ SANITIZERS = {
 
 
 def compile(
-    sources: Sequence[Path],
-    out: Path,
+    sources: Sequence[Path], out: Path, sanitizer: str = "", *, flags: Sequence[str] = ()
+) -> Path:
+    """A program of `sources` and the emulator."""
+    pairs = [(source, out.with_suffix(f".{source.stem}.o")) for source in [*sources, EMULATOR]]
+    compile_objects(pairs, sanitizer, flags=flags)
+    return link([made for _, made in pairs], out, sanitizer)
+
+
+def compile_objects(
+    pairs: Sequence[tuple[Path, Path]],
     sanitizer: str = "",
     *,
-    shared: bool = False,
+    root: Path = ROOT,
     flags: Sequence[str] = (),
-) -> Path:
-    """A program of `sources` and the emulator; `shared`: a library instead."""
-    common = ["-DEPSA_EMULATED", f"-I{CSRC}", f"-I{HERE}", *FLAGS, *flags]
-    common += ["-fPIC"] if shared else []
-    # The sanitizer must not watch the scheduler, which tells it of the threads instead.
-    emulator = out.with_name(out.name + ".emulator.o")
-    told = [f"-DEPSA_{sanitizer.upper()}"] if sanitizer else []
-    _gxx(*common, *told, "-c", HERE / "emulator.cpp", "-o", emulator)
-    linked = ["-shared"] if shared else []
-    _gxx(*common, *SANITIZERS[sanitizer], *linked, *sources, emulator, "-o", out)
+) -> None:
+    """An object of each source, in pairs (source, object); `root`: a copy of the project's."""
+
+    def one(source: Path, out: Path) -> None:
+        watched = SANITIZERS[sanitizer]
+        if source == EMULATOR and sanitizer:
+            # The sanitizer must not watch the scheduler, which tells it of the threads instead.
+            watched = [f"-DEPSA_{sanitizer.upper()}"]
+        include = [f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'simt'}"]
+        _gxx(*FLAGS, *include, *flags, *watched, "-c", source, "-o", out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: one(*pair), pairs))
+
+
+def link(objects: Sequence[Path], out: Path, sanitizer: str = "", *, shared: bool = False) -> Path:
+    """A program, or a `shared` library, of objects and libraries."""
+    _gxx(*SANITIZERS[sanitizer], *(["-shared"] if shared else []), *objects, "-o", out)
     return out
 
 
