@@ -9,6 +9,7 @@ PYTHON ?= python3
 #   make TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -101,7 +102,7 @@ gpu-sanitize: $(GPU_BUILD)/cases
 	bash benchmarks/sanitize.sh $(GPU_BUILD)/cases
 
 gpu-bench: $(GPU_BUILD)/built
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 $(GPU_BUILD)/built: $(SOURCES)
 	mkdir -p $(GPU_BUILD)

@@ -7,14 +7,15 @@ For each case: time on the device of every contender (a CUDA graph over input se
 exceed the L2 cache, replayed), beside a copy of the features' bytes measured the same way; the time
 of one call on the wall; peak memory; kernels and memsets of a call, from the profiler; the error
 against float64. Then, for each stage, the module's four convolutions beside its attention step.
-Each row is appended to <out>/<device>-gpu.csv when it is done; rows that are there for this commit
-are skipped.
+Each row is appended to <out>/<device>-gpu.csv when it is done; rows that are there for these very
+sources (csrc) are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import os
 import statistics
 import sys
@@ -33,15 +34,16 @@ from epsa_fused import _C
 
 sys.path.insert(0, str(Path(__file__).parent))
 from latency import commit
-from opponents import DTYPES, LAYOUTS, Case, Runner, make_inputs, make_runner, rewrite
+from opponents import DTYPES, LAYOUTS, Case, Inputs, Runner, make_inputs, make_runner, rewrite
 
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]
 KEY = ("kind", "mode", "layout", "dtype", "n", "planes", "size", "contender")
 FIELDS = [
     *KEY,
     *("device_us", "iqr_us", "wall_us", "gb_per_s", "of_copy", "peak_mb", "kernels", "memsets"),
-    *("error", "timing", "device", "torch", "cuda", "commit", "date"),
+    *("error", "timing", "device", "torch", "cuda", "sources", "commit", "date"),
 ]
+# name -> function and mode of torch.compile
 CONTENDERS: dict[str, tuple[Callable, str | None]] = {
     "fused": (epsa_fused.psa_attention, None),
     "rewrite compiled": (rewrite, "default"),
@@ -49,6 +51,10 @@ CONTENDERS: dict[str, tuple[Callable, str | None]] = {
     "seed eager": (epsa_fused.psa_attention_reference, None),
     "rewrite eager": (rewrite, None),
 }
+
+
+# all cases of the first before the second begins: most wanted first
+PASSES = (("fused",), ("rewrite compiled",), ("seed compiled", "seed eager", "rewrite eager"))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,20 +75,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def cases() -> Iterator[Case]:
     """Most wanted first."""
-    for mode in ("forward", "backward"):
-        for n in (64, 256):
-            for planes, size in STAGES[:2]:
-                for dtype in ("float32", "bfloat16"):
+    for stages, n in ((STAGES[:2], 64), (STAGES[:2], 256), (STAGES, 1), (STAGES[2:], 64)):
+        for mode in ("forward", "backward"):
+            for planes, size in stages:
+                for dtype in ("float32", "bfloat16") if n > 1 else ("float32",):
                     for layout in LAYOUTS:
                         yield Case("attention", mode, layout, dtype, n, planes, size)
-        for planes, size in STAGES:
-            for layout in LAYOUTS:
-                yield Case("attention", mode, layout, "float32", 1, planes, size)
-    for mode in ("forward", "backward"):
-        for planes, size in STAGES[2:]:
-            for dtype in ("float32", "bfloat16"):
-                for layout in LAYOUTS:
-                    yield Case("attention", mode, layout, dtype, 64, planes, size)
 
 
 def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]:
@@ -91,16 +89,12 @@ def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]
     The calls run one after another inside one captured graph, so that the host's time to launch
     them does not count. What can't be captured is timed as it is launched, and says so.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             kept = [call() for call in calls]
         del kept
         run, timing = graph.replay, "graph"
@@ -113,10 +107,10 @@ def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]
                 call()
 
         timing = "launched"
-    run()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()  # keeps the device busy while the host launches what is timed
         start.record()
         run()
         end.record()
@@ -143,7 +137,11 @@ def launches(call: Callable) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         call()
         torch.cuda.synchronize()
-    names = [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    names = [
+        e.name
+        for e in profiler.events()
+        if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+    ]
     memsets = sum(name.lower().startswith("memset") for name in names)
     return len(names) - memsets, memsets
 
@@ -160,7 +158,8 @@ def peak_memory(call: Callable) -> int:
 
 
 def sets_beyond_cache(nbytes: int) -> int:
-    """Input sets, so many that one is out of the L2 cache before its turn comes again."""
+    """Input sets, so many that one is out of the L2 cache before its turn comes again (at most 64,
+    which for a single image is not that many)."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(64, max(2, -(-4 * cache // nbytes)))
 
@@ -170,11 +169,24 @@ def spread(times: list[float]) -> float:
     return high - low
 
 
-def measure(case: Case, name: str, sets: int, repeats: int) -> tuple[dict, list[torch.Tensor]]:
+def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    maps, weights, grad = inputs
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().to(dtype or t.dtype, copy=True)
+
+    return [copy(t) for t in maps], [copy(t) for t in weights], copy(grad)
+
+
+def measure(
+    case: Case, name: str, inputs: Inputs, sets: int, repeats: int
+) -> tuple[dict, list[torch.Tensor]]:
     kind, mode = CONTENDERS[name]
     function = torch.compile(kind, dynamic=False, mode=mode) if mode else kind
     # of a name without "compiled": the function is compiled here, once for all sets
-    runners: list[Runner] = [make_runner("", function, case, "cuda") for _ in range(sets)]
+    runners: list[Runner] = [
+        make_runner("", function, case, "cuda", copied(inputs)) for _ in range(sets)
+    ]
     calls = [runner.run for runner in runners]
     times, timing = device_times(calls, repeats)
     kernels, memsets = launches(calls[0])
@@ -248,8 +260,16 @@ def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def sources() -> str:
+    """Tells one state of the kernels from another, also where no commit is known."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "csrc").rglob("*.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 class Results:
-    """The CSV: what it holds for this device and commit, and what is appended."""
+    """The CSV: what it holds for this device and these sources, and what is appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -257,11 +277,12 @@ class Results:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "sources": sources(),
             "commit": commit(),
             "date": time.strftime("%Y-%m-%d"),
         }
         rows = list(csv.DictReader(path.open())) if path.exists() else []
-        self.done = {self.key(r) for r in rows if r["commit"] == self.facts["commit"]}
+        self.done = {self.key(r) for r in rows if r["sources"] == self.facts["sources"]}
 
     @staticmethod
     def key(row: dict) -> tuple:
@@ -277,25 +298,30 @@ class Results:
         self.done.add(self.key(row))
 
 
-def run_case(case: Case, results: Results, repeats: int) -> None:
+def run_case(case: Case, names: tuple[str, ...], results: Results, repeats: int) -> None:
     base = {"kind": "attention"} | {
         name: getattr(case, name) for name in ("mode", "layout", "dtype", "n", "planes", "size")
     }
-    todo = [n for n in CONTENDERS if results.key(base | {"contender": n}) not in results.done]
+    todo = [n for n in names if results.key(base | {"contender": n}) not in results.done]
     if not todo:
         return
     torch._dynamo.reset()
     sets = sets_beyond_cache(case.nbytes)
-    exact_case = replace(case, dtype="float64")
-    exact = make_runner("", epsa_fused.psa_attention_reference, exact_case, "cuda").result()
-    exact = [t.detach() for t in exact]
+    inputs = make_inputs(case, "cuda")
+    exact = make_runner(
+        "",
+        epsa_fused.psa_attention_reference,
+        replace(case, dtype="float64"),
+        "cuda",
+        copied(inputs, torch.float64),
+    ).result()
     copy = copy_row(case, sets, repeats)
     if results.key(base | {"contender": "copy"}) not in results.done:
         results.add(base | copy | {"contender": "copy"})
     print(f"{case.mode} {case.dtype} {case.layout} {case.shape}: copy {copy['device_us']} us")
     for name in todo:
-        row, values = measure(case, name, sets, repeats)
-        error = largest_error(values, exact)
+        row, values = measure(case, name, inputs, sets, repeats)
+        error = largest_error(values, [t.detach() for t in exact])
         row |= {
             "contender": name,
             "of_copy": round(row["gb_per_s"] / copy["gb_per_s"], 3),
@@ -319,11 +345,14 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(options.out / f"{name}-gpu.csv")
     stop = time.monotonic() + 60 * options.minutes
 
-    for case in cases():
-        if time.monotonic() > stop:
-            print("out of time: run again to go on")
-            return
-        run_case(case, results, options.repeats)
+    # Autograd runs a backward on its forward's stream, and a graph can't capture the default one.
+    torch.cuda.set_stream(torch.cuda.Stream())
+    for names in PASSES:
+        for case in cases():
+            if time.monotonic() > stop:
+                print("out of time: run again to go on")
+                return
+            run_case(case, names, results, options.repeats)
     for planes, size in STAGES:
         if time.monotonic() > stop:
             print("out of time: run again to go on")

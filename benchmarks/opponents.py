@@ -115,9 +115,14 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Te
     return maps, weights, grad
 
 
-def make_runner(name: str, kind: Callable, case: Case, device: str) -> Runner:
-    """Prepare one contender with inputs of its own."""
-    maps, weights, grad = make_inputs(case, device)
+Inputs = tuple[list[Tensor], list[Tensor], Tensor]
+
+
+def make_runner(
+    name: str, kind: Callable, case: Case, device: str, inputs: Inputs | None = None
+) -> Runner:
+    """Prepare one contender with inputs of its own; `inputs`: what make_inputs returned."""
+    maps, weights, grad = inputs or make_inputs(case, device)
     if case.level == "attention":
         function = _compiled(kind) if name.endswith("compiled") else kind
 

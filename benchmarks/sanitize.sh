@@ -6,6 +6,7 @@ program=${1:?usage: sanitize.sh PROGRAM}
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 out="$(dirname "$0")/results/$(echo "$name" | tr '[:upper:] ' '[:lower:]-')-sanitizer.txt"
 log=$(mktemp)
+PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 failed=0
 {
   echo "$name, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"

@@ -316,8 +316,8 @@ const char* const kNames[] = {
     "grad_feats", "fc1", "fc1_bias", "fc2", "fc2_bias", "grad_fc1",
     "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
 
-// [N, S, C, M], [N, S, C] or as the weights' shapes in psa_params.h; empty where
-// there is none.
+// [N, S, C, M], [N, S, C] or a weight's shape in psa_params.h; empty where there
+// is none.
 using Values = std::vector<Numbers>;
 
 Values make_inputs(const Case& k) {
@@ -364,7 +364,9 @@ void reference(const Case& k, Values& v) {
     Numbers h(S * r), z(S * C), da(S * C);
     Number* p = &v[kPooled][n * S * C];
     Number* a = &v[kAttention][n * S * C];
-    const auto map = [&](Tensor t, int i) { return &v[t][(n * S * C + i) * M]; };
+    const auto map = [&](Tensor t, int i) {
+      return &v[t][(n * S * C + i) * M];
+    };
     for (int i = 0; i < S * C; ++i) {
       for (int m = 0; !given && m < M; ++m) {
         p[i] += map(kFeats, i)[m] / M;
@@ -487,8 +489,10 @@ Field fields_of_maps(
   const int begin = k.storage == Storage::gaps ? 8
       : k.storage == Storage::sliced           ? 1
                                                : 0;
-  const int gap = k.storage == Storage::sliced ? 3 : begin;
-  const int channels = (one ? k.S : 1) * k.C + gap;
+  const auto channels = [&](int s) {  // another number for each tensor
+    const int gap = k.storage == Storage::sliced ? 3 : begin;
+    return one ? k.S * k.C + gap : k.C + gap * (s + 1);
+  };
   const bool planes = k.layout == Layout::contiguous;
   const auto first = [&](int s) {
     const int slot = slots && k.reversed ? k.S - 1 - s : s;
@@ -499,25 +503,26 @@ Field fields_of_maps(
     return !wanted ? -1 : one ? 0 : s;
   };
   Field f{tensor, k.dtype, output, {}, {}, {}};
-  int64_t end = 0;
+  std::vector<int64_t> ends(one ? 1 : k.S);
   for (int n = 0; n < k.N; ++n) {
     for (int s = 0; s < k.S; ++s) {
       for (int c = 0; c < k.C; ++c) {
         for (int m = 0; m < k.M; ++m) {
-          const int64_t inner = planes ? c * k.M + m : m * channels + c;
-          f.add(buffer(s), first(s) + n * channels * k.M + inner);
+          const int64_t inner = planes ? c * k.M + m : m * channels(s) + c;
+          f.add(buffer(s), first(s) + n * channels(s) * k.M + inner);
+          int64_t& end = ends[one ? 0 : s];
           end = std::max(end, f.index.back() + 1);
         }
       }
     }
   }
-  for (int i = 0; i < (one ? 1 : k.S); ++i) {
+  for (const int64_t end : ends) {
     f.buffers.emplace_back(end * f.bytes());
   }
   for (int s = 0; s < k.S; ++s) {
     maps.data[s] = buffer(s) < 0 ? nullptr : f.data(buffer(s), first(s));
-    maps.batch_stride[s] = int64_t{channels} * k.M;
-    maps.pixel_stride[s] = planes ? 1 : channels;
+    maps.batch_stride[s] = int64_t{channels(s)} * k.M;
+    maps.pixel_stride[s] = planes ? 1 : channels(s);
   }
   return f;
 }
@@ -710,16 +715,16 @@ class Experiment {
 
 // ---- the program ----
 
-// The emulator's (emulated_launch.h); a GPU has its own and runs a launch again.
+// The emulator's (emulated_launch.h); a GPU has its own, and runs all again.
 struct Schedule {
   uint64_t seed;
   int max_resident;
 };
 
 struct Options {
-  std::vector<std::string> names;  // parts of names; none: all
-  std::vector<std::string> dtypes;
-  std::string mode;
+  std::vector<std::string> names;  // parts of them; none: all
+  std::vector<std::string> dtypes;  // as in names; none: all
+  std::vector<std::string> modes;  // none: all
   uint64_t seed = 1;
   bool quick = false;
   bool list = false;
@@ -769,8 +774,9 @@ void run_together(
 }
 
 // All plans of a mode.
-double run_alone(const Case& k, Pass pass, const std::string& mode,
-                 const Options& options) {
+double run_alone(
+    const Case& k, Pass pass, const std::string& mode,
+    const Options& options) {
   Experiment experiment(k, pass);
   for (const Plan& plan : plans_of(experiment.problem(), mode)) {
     experiment.take(plan);
@@ -779,8 +785,8 @@ double run_alone(const Case& k, Pass pass, const std::string& mode,
   return experiment.error();
 }
 
-// Two launches that share the device: neither may wait for what only the other's
-// end would let start.
+// Two launches that share the device: neither may wait for what only the
+// other's end would let start.
 double run_pair(const Case& k, Pass pass, const Options& options) {
   Experiment one(k, pass);
   Experiment two(
@@ -805,7 +811,7 @@ bool is_quick(const Case& k) {
   return contains(
       k.name,
       {"stage4/", "vectors/", "odd/", "one_pixel/", "batch_of_17/", "wide/",
-       "per_branch/", "sliced/", "chunks/", "grad_attention_alone/",
+       "per_branch/", "gaps/", "sliced/", "chunks/", "grad_attention_alone/",
        "some_frozen/"});
 }
 
@@ -824,7 +830,7 @@ int run(const Options& options) {
         const std::string name = k.name +
             (pass == Pass::forward ? "/forward/" : "/backward/") + mode;
         if (!contains(name, options.names) ||
-            (!options.mode.empty() && mode != options.mode)) {
+            !contains("/" + mode, options.modes)) {
           continue;
         }
         ++count;
@@ -851,7 +857,7 @@ int run(const Options& options) {
 }
 
 constexpr const char* kUsage =
-    "usage: case_program [--list] [--quick] [--mode MODE] [--seed SEED]\n"
+    "usage: case_program [--list] [--quick] [--seed SEED] [--mode MODE]...\n"
     "                    [--dtype DTYPE]... [PART_OF_A_NAME]...\n";
 
 }  // namespace
@@ -867,7 +873,7 @@ int main(int argc, char** argv) {
     } else if (given[i] == "--quick") {
       options.quick = true;
     } else if (given[i] == "--mode" && !last) {
-      options.mode = given[++i];
+      options.modes.push_back("/" + given[++i]);
     } else if (given[i] == "--seed" && !last) {
       options.seed = std::stoull(given[++i]);
     } else if (given[i] == "--dtype" && !last) {

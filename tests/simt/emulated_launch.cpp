@@ -1,4 +1,4 @@
-// csrc/cuda/psa_launch.h over the emulator: the kernels' own source, launched on
+// csrc/cuda/psa_launch.h over the emulator: the kernels' own source, run on
 // a CPU. EPSA_SIMT_MODE names the plan (test_plans.h); EPSA_SIMT_TRACE, where
 // set, has each plan written to stderr; for the rest see emulated_launch.h.
 #include "emulated_launch.h"

@@ -1,0 +1,279 @@
+"""Bugs to plant in the kernels and in what they stand on, and who must report each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = "csrc/cuda/psa_kernels.cuh"
+PLAN = "csrc/cuda/psa_plan.cpp"
+SIMT = "tests/simt/emulated_simt.h"
+
+# Words of the reports.
+WRONG = "wrong result: "
+RACE = "ThreadSanitizer: data race"
+OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` must occur exactly `count` times in the file, so that no change of the kernels can
+    quietly turn the bug into none."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    cases: str  # arguments of the case program that reach it
+    found: dict[str, str]  # build -> words of its report
+    count: int = 1
+    quick: bool = False
+
+    def plant(self, root: Path) -> None:
+        path = root / self.file
+        text = path.read_text()
+        occurs = text.count(self.old)
+        assert occurs == self.count, f"{self.name}: {self.file} holds it {occurs} times"
+        path.write_text(text.replace(self.old, self.new))
+
+
+BUGS = [
+    # ---- order: barriers, arrivals, flags, copies ----
+    Bug(
+        "no_barrier_after_copy_in",
+        KERNELS,
+        "  simt::copy_async_wait();\n  barrier();\n",
+        "  simt::copy_async_wait();\n",
+        "--mode resident vectors/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "no_wait_for_the_copies",
+        KERNELS,
+        "  simt::copy_async_wait();\n",
+        "",
+        "--mode resident vectors/",
+        {"native": WRONG},
+        quick=True,
+    ),
+    Bug(
+        "no_barrier_before_the_arrival",
+        KERNELS,
+        "  barrier();\n  if (thread_id() == 0) {\n    message->last",
+        "  if (thread_id() == 0) {\n    message->last",
+        "--mode streaming odd/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "no_barrier_before_the_ticket_is_read",
+        KERNELS,
+        "    barrier();\n    const unsigned long long ticket",
+        "    const unsigned long long ticket",
+        "--mode streaming odd/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "no_barrier_before_meet_is_used_again",
+        KERNELS,
+        "    barrier();\n  }\n}\n\n// ---- the second pass",
+        "  }\n}\n\n// ---- the second pass",
+        "--mode streaming wide/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "relaxed_arrival",
+        SIMT,
+        "__atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL)",
+        "__atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED)",
+        "--mode streaming odd/",
+        {"tsan": RACE},
+        quick=True,
+    ),
+    Bug(
+        "groups_arrive_without_release",
+        KERNELS,
+        "  if (!last_to_arrive(&p.groups_arrived[0], groups, message)) {\n    return;\n",
+        """\
+  barrier();
+  if (thread_id() == 0) {
+    message->last = __atomic_fetch_add(&p.groups_arrived[0], 1u, __ATOMIC_RELAXED) + 1u ==
+        static_cast<unsigned>(groups);
+  }
+  barrier();
+  if (!message->last) {
+    return;
+""",
+        "--mode cluster2 odd/f32/contiguous/backward",
+        {"tsan": RACE},
+    ),
+    Bug(
+        "ready_without_acquire",
+        SIMT,
+        "__atomic_load_n(flag, __ATOMIC_ACQUIRE)",
+        "__atomic_load_n(flag, __ATOMIC_RELAXED)",
+        "--mode streaming odd/",
+        {"tsan": RACE},
+    ),
+    Bug(
+        "ready_before_the_gate",
+        KERNELS,
+        "        gate<T>(\n            p, pooled, row_of",
+        "        set_ready(p, n);\n        gate<T>(\n            p, pooled, row_of",
+        "--mode streaming odd/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "no_wait_for_ready",
+        KERNELS,
+        "        wait_ready(p, n);\n",
+        "",
+        "--mode streaming odd/",
+        {"native": WRONG, "tsan": RACE},
+        count=2,
+    ),
+    Bug(
+        "no_cluster_barrier_before_peers_are_read",
+        KERNELS,
+        "  simt::cluster_arrive();\n  simt::cluster_wait();\n  const Split",
+        "  const Split",
+        "--mode cluster2 odd/",
+        {"native": "cluster_peer before any cluster barrier"},
+    ),
+    Bug(
+        "exit_while_peers_read",
+        KERNELS,
+        "  if (p.cluster > 1) {\n    simt::cluster_wait();\n  }\n",
+        "",
+        "--mode cluster2 odd/",
+        {"native": "exit between cluster_arrive and cluster_wait"},
+    ),
+    # ---- progress ----
+    Bug(
+        "tickets_by_block_number",
+        KERNELS,
+        """\
+  for (;;) {
+    if (thread_id() == 0) {
+      message->ticket = simt::next_ticket(p.ticket);
+""",
+        """\
+  for (unsigned long long own = simt::block_id();; own += 5) {
+    if (thread_id() == 0) {
+      message->ticket = own;
+""",
+        "--mode streaming odd/",
+        {"native": "livelock: "},
+        quick=True,
+    ),
+    Bug(
+        "reweight_before_pool",
+        KERNELS,
+        """\
+      if (j < pools) {
+        pool(p.lag + n, j);
+      } else {
+        reweight(n, j - pools);
+      }
+""",
+        """\
+      if (j < reweights) {
+        reweight(p.lag + n, j);
+      } else {
+        pool(p.lag + n, j - reweights);
+      }
+""",
+        "--mode streaming odd/",
+        {"native": "livelock: "},
+    ),
+    # ---- which part, which element ----
+    Bug(
+        "wrong_owner_of_a_plane",
+        KERNELS,
+        "part_of(split, i / split.planes)",
+        "i / split.planes % p.cluster",
+        "--mode cluster2 odd/",
+        {"native": WRONG},
+        quick=True,
+    ),
+    Bug(
+        "last_plane_of_a_part_left_out",
+        KERNELS,
+        "  const int end = part_begin(split, part + 1);\n",
+        "  const int end = part_begin(split, part + 1) - 1;\n",
+        "--mode streaming odd/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "one_pixel_too_many",
+        KERNELS,
+        "first < pixels ? (pixels - first - 1) / step + 1 : 0;",
+        "(pixels - first) / step + 1;",
+        "--mode streaming odd/",
+        {"native": WRONG, "asan": OVERFLOW},
+    ),
+    Bug(
+        "stride_of_the_first_map",
+        KERNELS,
+        "maps.pixel_stride[s]",
+        "maps.pixel_stride[0]",
+        "--mode streaming gaps/",
+        {"native": WRONG, "asan": OVERFLOW},
+        count=2,
+    ),
+    Bug(
+        "vectors_where_nothing_is_aligned",
+        PLAN,
+        "plan.vector = p.aligned ? full_vector(p.dtype) : 1;",
+        "plan.vector = full_vector(p.dtype);",
+        "--mode streaming sliced/",
+        {"asan": "runtime error: .*misaligned address"},
+        count=2,
+    ),
+    # ---- memory of the plan ----
+    Bug(
+        "shared_memory_one_vector_too_small",
+        PLAN,
+        "? piece + meet + 4 * vector + hidden\n",
+        "? piece + meet + 3 * vector + hidden\n",
+        "--mode resident odd/",
+        {"asan": OVERFLOW},
+    ),
+    Bug(
+        "counters_of_groups_not_cleared",
+        PLAN,
+        "  w.cleared = next;\n",
+        "  w.cleared = w.groups_arrived;\n",
+        "--mode cluster2 odd/f32/contiguous/backward",
+        {"native": WRONG},
+    ),
+    # ---- maths ----
+    Bug(
+        "relu_passes_every_gradient",
+        KERNELS,
+        "grad_u[k] = relu_grad(sum, hidden[k]);",
+        "grad_u[k] = sum;",
+        "--mode resident odd/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "pooled_gradient_not_divided",
+        KERNELS,
+        "grad_pooled[i] = sum / static_cast<A>(p.pixels);",
+        "grad_pooled[i] = sum;",
+        "--mode resident odd/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "sums_of_the_last_group_left_out",
+        KERNELS,
+        "    for (int k = 0; k < groups; ++k) {\n",
+        "    for (int k = 0; k < groups - 1; ++k) {\n",
+        "--mode resident odd/",
+        {"native": WRONG},
+    ),
+]
+
+
+def builds() -> Iterator[tuple[Bug, str]]:
+    return ((bug, build) for bug in BUGS for build in bug.found)

@@ -1,0 +1,209 @@
+"""The CUDA kernels' own source, run on the CPU by the emulator: under the operator's tests, over
+the table of tests/simt/case_program.cpp with and without sanitizers, and with planted bugs.
+
+`make test` runs a part of each; the rest is marked slow.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import python, run_code
+from simt import broken, build
+from torch.utils.cpp_extension import include_paths
+
+LAUNCH = build.HERE / "emulated_launch.cpp"
+PLAN = build.ROOT / broken.PLAN
+PROGRAM = [build.HERE / "case_program.cpp", build.HERE / "test_plans.cpp", PLAN]
+
+
+class Workshop:
+    """Compiles what is asked for, each object once."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def objects(self, sources: list[Path], suffix: str = "", sanitizer: str = "", **options):
+        pairs = [(s, self.directory / f"{s.stem}{suffix}{sanitizer}.o") for s in sources]
+        build.compile_objects([p for p in pairs if not p[1].exists()], sanitizer, **options)
+        return [made for _, made in pairs]
+
+    def library(self) -> Path:
+        """The operators under the CPU key, for torch.ops.load_library."""
+        flags = ["-fPIC", f"-I{build.HERE / 'shims'}"]
+        flags += [f"-isystem{path}" for path in include_paths()]
+        sources = [build.HERE / "emulated_op.cpp", build.ROOT / "csrc" / "psa_args.cpp"]
+        sources += [LAUNCH, build.EMULATOR, *PROGRAM[1:]]
+        torch_libraries = Path(torch.__file__).parent / "lib"
+        parts = self.objects(sources, ".library", flags=flags)
+        parts += [torch_libraries / name for name in ("libtorch_cpu.so", "libc10.so")]
+        return build.link(parts, self.directory / "emulated.so", shared=True)
+
+    def program(self, sanitizer: str, types: str = "") -> Path:
+        """The case program with kernels of some types, or all. Only the kernels are watched."""
+        out = self.directory / f"cases-{sanitizer or 'native'}-{types.replace('::', '_')}"
+        if not out.exists():
+            flags = [f"-DEPSA_TYPES={types}"] if types else []
+            parts = self.objects([LAUNCH], out.name, sanitizer, flags=flags)
+            parts += self.objects([build.EMULATOR], "", sanitizer) + self.objects(PROGRAM)
+            build.link(parts, out, sanitizer)
+        return out
+
+    def broken_program(self, bug: broken.Bug, sanitizer: str) -> Path:
+        """The case program for float alone, with the bug in a copy of the sources."""
+        root = self.directory / f"{bug.name}{sanitizer}"
+        for part in ("csrc", "tests/simt"):
+            shutil.copytree(build.ROOT / part, root / part)
+        bug.plant(root)
+        changed = [root / LAUNCH.relative_to(build.ROOT), root / broken.PLAN]
+        flags = ["-DEPSA_TYPES=float"]
+        parts = self.objects(changed, root.name, sanitizer, root=root, flags=flags)
+        parts += self.objects([build.EMULATOR], "", sanitizer) + self.objects(PROGRAM[:-1])
+        return build.link(parts, root / "cases", sanitizer)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Workshop:
+    if reason := build.missing():
+        pytest.skip(reason)
+    return Workshop(tmp_path_factory.mktemp("simt"))
+
+
+def need(sanitizer: str) -> None:
+    if reason := build.missing(sanitizer):
+        pytest.skip(reason)
+
+
+# ---- the operator's tests, against the emulated kernels ----
+
+
+@pytest.fixture(scope="module")
+def library(workshop) -> Path:
+    return workshop.library()
+
+
+FILES = ["tests/test_forward.py", "tests/test_backward.py", "tests/test_autograd.py"]
+# What is about the CPU's kernels alone.
+LEFT_OUT = {
+    "test_any_call_is_bitwise_the_same_for_any_number_of_threads": "the emulator has one thread",
+}
+QUICK = (
+    "(test_every_shape or test_every_layout) and (odd or stage4)"
+    " or test_any_subset or test_output_mask or test_gradcheck"
+)
+# files, selection, plan, seed, most resident blocks
+RUNS = [
+    (FILES, QUICK, "streaming", 1, 1),
+    (FILES, QUICK, "chunks", 0, 0),
+    (FILES, QUICK, "cluster4", 2, 0),
+]
+SLOW_RUNS = [
+    (FILES, "", "auto", 3, 0),
+    (FILES, "", "resident", 4, 2),
+    (FILES, "", "cluster2", 5, 3),
+    (FILES, "", "cluster4", 6, 0),
+    (FILES, "", "streaming", 7, 1),
+    (FILES, "", "chunks", 8, 0),
+    (["tests/test_properties.py"], "", "streaming", 9, 2),
+    (["tests/test_properties.py"], "", "cluster2", 10, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("files", "selection", "plan", "seed", "resident"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW_RUNS)],
+    ids=lambda value: str(value) if isinstance(value, str | int) else "",
+)
+def test_the_operators_tests_pass(library, files, selection, plan, seed, resident):
+    selection = " and ".join([f"({selection or 'test'})", *(f"not {name}" for name in LEFT_OUT)])
+    output = python(
+        *("-m", "pytest", "-p", "no:cacheprovider", *files, "-k", selection),
+        timeout=900,
+        CUDA_VISIBLE_DEVICES="",
+        EPSA_TEST_EMULATED=str(library),
+        EPSA_SIMT_MODE=plan,
+        EPSA_SIMT_SEED=str(seed),
+        EPSA_SIMT_RESIDENT=str(resident),
+    )
+    assert f"emulated CUDA kernels, plan {plan}" in output
+    summary = output.splitlines()[-1]
+    passed = int(re.search(r"(\d+) passed", summary)[1])
+    assert passed >= (100 if files == FILES else 1), summary
+    assert "failed" not in summary and "skipped" not in summary
+
+
+VECTORS = """
+import os, torch, epsa_fused
+torch.ops.load_library(os.environ["LIBRARY"])
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for offset in (0, 1):
+            feats = []
+            for s in range(2):
+                memory = torch.randn(2 * 8 * 4 * 4 + offset, dtype=dtype)[offset:]
+                f = memory.view(2, 8, 4, 4)
+                if layout == torch.channels_last:
+                    f = memory.view(2, 4, 4, 8).permute(0, 3, 1, 2)
+                feats.append(f.requires_grad_())
+            fc1, fc2 = torch.randn(2, 8, dtype=dtype), torch.randn(8, 2, dtype=dtype)
+            out = epsa_fused.psa_attention(feats, fc1, None, fc2, None)
+            out.backward(torch.randn_like(out))
+"""
+
+
+def test_aligned_maps_are_read_by_16_bytes(library):
+    """In both layouts and passes; maps from an odd element on, and float64, one by one."""
+    output = run_code(VECTORS, LIBRARY=str(library), EPSA_SIMT_TRACE="1")
+    vectors = [int(v) for v in re.findall(r"vectors of (\d+)", output)]
+    expected = []
+    for full in (4, 1, 8, 8):
+        # forward and backward, of aligned maps and then of others
+        expected += [full, full, 1, 1] * 2
+    assert vectors == expected
+
+
+# ---- the case table ----
+
+CUT = [f"--mode={mode}" for mode in ("resident", "cluster2", "cluster4", "streaming", "chunks")]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "types", "arguments", "least"),
+    [
+        ("", "", "--quick --mode resident", 1),
+    ],
+)
+def test_case_table(workshop, sanitizer, types, arguments, least):
+    need(sanitizer)
+    result = build.run(workshop.program(sanitizer, types), *arguments.split(), timeout=900)
+    count = re.fullmatch(r"(\d+) cases, 0 failed", result.stdout.splitlines()[-1])
+    assert count and result.returncode == 0, result.stdout[-5000:]
+    assert int(count[1]) >= least
+
+
+# ---- planted bugs ----
+
+
+@pytest.mark.parametrize(
+    ("bug", "found_by"),
+    [
+        pytest.param(
+            bug,
+            found_by,
+            id=f"{bug.name}-{found_by}",
+            marks=() if bug.quick else pytest.mark.slow,
+        )
+        for bug, found_by in broken.builds()
+    ],
+)
+def test_planted_bugs_are_found(workshop, bug, found_by):
+    sanitizer = found_by if found_by in build.SANITIZERS else ""
+    need(sanitizer)
+    program = workshop.broken_program(bug, sanitizer)
+    result = build.run(program, "--quick", "--dtype", "f32", *bug.cases.split())
+    assert re.search(bug.found[found_by], result.stdout), result.stdout[-5000:]
+    assert result.returncode != 0
