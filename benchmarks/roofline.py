@@ -27,15 +27,15 @@ LAYOUTS = ("contiguous", "channels_last")
 # how often the bytes of all features move, at the least
 TRAFFIC = {"forward": 2, "backward": 3}
 
-# as psa_plan.cpp counts: 64 or 80 registers a thread, of 65536; 1 KiB of a block's shared memory is
-# the system's
-THREADS_BY_REGISTERS = {"resident": 1024, "streaming": 768}
+# as psa_plan.cpp counts: 64 registers a thread, of 65536; 1 KiB of a block's shared memory is the
+# system's
+THREADS_BY_REGISTERS = 1024
 SYSTEM_SHARED = 1024
 
 
 def blocks_on_multiprocessor(device: _C.CudaDevice, plan: dict) -> int:
     return min(
-        THREADS_BY_REGISTERS[plan["variant"]] // plan["threads"],
+        THREADS_BY_REGISTERS // plan["threads"],
         device.threads_per_multiprocessor // plan["threads"],
         device.shared_per_multiprocessor // (plan["shared_bytes"] + SYSTEM_SHARED),
         device.blocks_per_multiprocessor,

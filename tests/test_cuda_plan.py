@@ -151,8 +151,7 @@ def needed_shared_bytes(problem: Problem, plan: dict) -> int:
 
 
 def blocks_on_multiprocessor(device: _C.CudaDevice, problem: Problem, plan: dict) -> int:
-    of_thread = 80 if plan["variant"] == "streaming" else 64
-    registers = plan["threads"] * (128 if problem.dtype == "float64" else of_thread)
+    registers = plan["threads"] * (128 if problem.dtype == "float64" else 64)
     return min(
         REGISTERS // registers,
         device.threads_per_multiprocessor // plan["threads"],

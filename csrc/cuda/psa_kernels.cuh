@@ -27,15 +27,11 @@ using simt::block_threads;
 using simt::kWarp;
 using simt::thread_id;
 
-// Threads of a block, at most, and blocks on a multiprocessor that registers are
-// given out for: 64 in each thread of a resident kernel, 80 of a streaming one,
-// which keeps more loads under way. double, which serves gradient checks, has
-// 128. psa_plan.cpp counts on it.
-constexpr int kResidentThreads = 512, kStreamingThreads = 256;
+constexpr int kMaxThreads = 512;
+// Registers are given out for two such blocks on a multiprocessor (64 each);
+// double, which serves gradient checks, may have twice as many.
 template <class T>
-constexpr int kResidentBlocks = std::is_same_v<T, double> ? 1 : 2;
-template <class T>
-constexpr int kStreamingBlocks = std::is_same_v<T, double> ? 2 : 3;
+constexpr int kMinBlocks = std::is_same_v<T, double> ? 1 : 2;
 
 // ---- elements: T in memory, the accumulation type in registers ----
 
@@ -136,36 +132,18 @@ EPSA_DEVICE A warp_sum(A value) {
   return value;
 }
 
-// Adds the terms at x + k * x_step (times those at y + k * y_step) for k < count.
-// The loads of a batch are all under way before the first is used: the compiler
-// keeps a plain loop's exits between them, and memory would wait.
+// The terms from x + i on: x, or x * y.
 template <class T, int V, bool kDot>
-EPSA_DEVICE void add_terms(
-    const T* x, int64_t x_step, const T* y, int64_t y_step, int count,
-    Acc<T> (&sum)[V]) {
-  // as many as the registers hold on every architecture: see the compile test
-  constexpr int kBatch = (V == 8 ? 2 : 4) / (kDot ? 2 : 1);
-  for (int k = 0; k < count; k += kBatch) {
-    Pack<T, V> px[kBatch] = {}, py[kBatch] = {};
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (k + u < count) {
-        px[u] = load<V>(x + u * x_step);
-        if constexpr (kDot) {
-          py[u] = load<V>(y + u * y_step);
-        }
-      }
+EPSA_DEVICE void add_terms(const T* x, const T* y, Acc<T> (&sum)[V]) {
+  const Pack<T, V> px = load<V>(x);
+  if constexpr (kDot) {
+    const Pack<T, V> py = load<V>(y);
+    for (int v = 0; v < V; ++v) {
+      sum[v] += to_acc(px.lane[v]) * to_acc(py.lane[v]);
     }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      for (int v = 0; v < V; ++v) {
-        const Acc<T> term = to_acc(px[u].lane[v]);
-        sum[v] += kDot ? term * to_acc(py[u].lane[v]) : term;
-      }
-    }
-    x += kBatch * x_step;
-    if constexpr (kDot) {
-      y += kBatch * y_step;
+  } else {
+    for (int v = 0; v < V; ++v) {
+      sum[v] += to_acc(px.lane[v]);
     }
   }
 }
@@ -181,13 +159,15 @@ EPSA_DEVICE void sum_rows(
   const int warp = thread_id() / kWarp, lane = thread_id() % kWarp;
   const int sharing = rows < warps ? warps / rows : 1;
   const int first = (warp % sharing * kWarp + lane) * V;
-  const int step = sharing * kWarp * V;
-  const int count = first < pixels ? (pixels - first - 1) / step + 1 : 0;
   for (int row = warp / sharing; row < rows; row += warps / sharing) {
-    const T* px = x + row * pixels + first;
-    const T* py = kDot ? y + row * pixels + first : nullptr;
+    const T* px = x + row * pixels;
+    const T* py = kDot ? y + row * pixels : nullptr;
     A sum[V] = {};
-    add_terms<T, V, kDot>(px, step, py, step, count, sum);
+    // as many as the registers hold on every architecture: see the compile test
+#pragma unroll (kDot ? 2 : 3)
+    for (int i = first; i < pixels; i += sharing * kWarp * V) {
+      add_terms<T, V, kDot>(px + i, kDot ? py + i : nullptr, sum);
+    }
     A total = sum[0];
     for (int v = 1; v < V; ++v) {
       total += sum[v];
@@ -321,12 +301,13 @@ EPSA_DEVICE void sum_pixels(
   for (int first = 0; first < deal.vectors; first += deal.columns) {
     const int at = (first + deal.column) * V;
     A sum[V] = {};
-    if (deal.active && at < p.channels && deal.row < pixels) {
-      add_terms<T, V, kDot>(
-          x.data + deal.row * x.stride + at, deal.rows * x.stride,
-          kDot ? y.data + deal.row * y.stride + at : nullptr,
-          kDot ? deal.rows * y.stride : 0,
-          (pixels - deal.row - 1) / deal.rows + 1, sum);
+    if (deal.active && at < p.channels) {
+#pragma unroll (V == 1 ? 2 : kDot ? 8 / V : 4)
+      for (int m = deal.row; m < pixels; m += deal.rows) {
+        add_terms<T, V, kDot>(
+            x.data + m * x.stride + at,
+            kDot ? y.data + m * y.stride + at : nullptr, sum);
+      }
     }
     for (int v = 0; v < V; ++v) {
       meet[thread_id() * V + v] = sum[v];
@@ -840,7 +821,7 @@ EPSA_DEVICE void wait_ready(const Params& p, int n) {
 }
 
 template <class T, int V, bool kLast>
-EPSA_KERNEL(kStreamingThreads, kStreamingBlocks<T>)
+EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 forward_streaming(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
   Shared shared;
@@ -878,7 +859,7 @@ forward_streaming(EPSA_PARAMETER Params p) {
 }
 
 template <class T, int V, bool kLast>
-EPSA_KERNEL(kStreamingThreads, kStreamingBlocks<T>)
+EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 backward_streaming(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
   Shared shared;
@@ -1071,7 +1052,7 @@ EPSA_DEVICE void copy_vector(const A* from, A* to, int size) {
 }
 
 template <class T, int V, bool kLast>
-EPSA_KERNEL(kResidentThreads, kResidentBlocks<T>)
+EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 forward_resident(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
   const int n = simt::block_id() / p.cluster;
@@ -1100,7 +1081,7 @@ forward_resident(EPSA_PARAMETER Params p) {
 }
 
 template <class T, int V, bool kLast>
-EPSA_KERNEL(kResidentThreads, kResidentBlocks<T>)
+EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 backward_resident(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
   const int n = simt::block_id() / p.cluster;

@@ -17,13 +17,9 @@ constexpr int kThreads = 256;
 // A block that holds a large piece wants more threads to move it.
 constexpr int kLargeThreads = 512;
 constexpr int64_t kLargePiece = 56 * 1024;
-// Threads of a multiprocessor that have the registers of their kernels' launch
-// bounds (psa_kernels.cuh): 64, 80 and, for double, 128 of 65536.
-int threads_by_registers(Dtype dtype, Variant variant) {
-  return dtype == Dtype::f64              ? 512
-      : variant == Variant::streaming ? 768
-                                      : 1024;
-}
+// Enough for 64 registers in each of a multiprocessor's threads (the launch
+// bounds of psa_kernels.cuh; double has 128).
+constexpr int kThreadsByRegisters = 1024;
 // What a streaming block reads for one ticket: some microseconds of one
 // multiprocessor's share of the memory's speed, and small beside the L2 cache.
 constexpr int64_t kPartBytes = 32 * 1024;
@@ -70,7 +66,7 @@ int largest_cluster(const Device& device) {
 int blocks_on_multiprocessor(
     const Problem& p, const Plan& plan, const Device& device) {
   const int64_t by_registers =
-      threads_by_registers(p.dtype, plan.variant) / plan.threads;
+      kThreadsByRegisters / (p.dtype == Dtype::f64 ? 2 : 1) / plan.threads;
   const int64_t by_shared = device.shared_per_multiprocessor /
       (plan.shared_bytes + kSystemShared);
   const int64_t by_threads =

@@ -54,7 +54,7 @@ BUGS = [
         "  simt::copy_async_wait();\n",
         "",
         "--mode resident vectors/",
-        {"native": WRONG},
+        {"native": "a copy_async16 that was not waited for"},
         quick=True,
     ),
     Bug(
@@ -205,12 +205,20 @@ BUGS = [
         {"native": WRONG},
     ),
     Bug(
-        "one_pixel_too_many",
+        "one_element_too_many",
         KERNELS,
-        "first < pixels ? (pixels - first - 1) / step + 1 : 0;",
-        "(pixels - first) / step + 1;",
+        "i < rows * pixels; i += block_threads() * V",
+        "i <= rows * pixels; i += block_threads() * V",
         "--mode streaming odd/",
         {"native": WRONG, "asan": OVERFLOW},
+    ),
+    Bug(
+        "last_row_of_weight_sums_left_out",
+        KERNELS,
+        "  for (int row = 0; row < rows; ++row) {\n",
+        "  for (int row = 0; row < rows - 1; ++row) {\n",
+        "--mode streaming odd/",
+        {"native": WRONG},
     ),
     Bug(
         "stride_of_the_first_map",
