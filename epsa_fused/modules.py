@@ -1,11 +1,13 @@
-"""FusedPSAModule: the PSA module with its attention step as one fused operator."""
+"""FusedPSAModule: the PSA module with its convolutions and its attention step fused."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from .convolution import spc_conv
 from .ops import psa_attention
-from .reference import PSAModule, SEWeight
+from .reference import PSAModule, SEWeight, is_reversed
 
 # The layers that the fused operator computes in one go.
 _SE_LAYERS = {
@@ -36,25 +38,58 @@ def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module
     return None
 
 
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether calling the layer is the convolution that its weight and settings say."""
+    return (
+        _why_not_fused("conv", conv, nn.Conv2d) is None
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and all(len(set(both)) == 1 for both in (conv.stride, conv.padding, conv.dilation))
+        and type(conv.weight).__name__ != "DTensor"
+    )
+
+
 class FusedPSAModule(PSAModule):
     """Pyramid Squeeze Attention, fused: a drop-in for the published PSAModule.
 
     Constructor, `state_dict` keys and output are those of :class:`PSAModule` (see there) and of
-    the published code; the attention step is :func:`epsa_fused.psa_attention`.
+    the published code; the attention step is :func:`epsa_fused.psa_attention`. On the CPU the
+    convolutions are one call of :func:`epsa_fused.convolution.spc_conv`, as long as they are
+    plain: if one has hooks, was replaced or is sharded, each of them is called as the layer it is,
+    as on other devices.
 
-    The fused step reads the parameters of `se.fc1` and `se.fc2` and does not call the
+    The fused attention reads the parameters of `se.fc1` and `se.fc2` and does not call the
     submodules of `se`. Where a call would mean something else (hooks, a replaced layer such as a
     LoRA or quantisation wrapper, a sharded parameter), forward raises RuntimeError instead of
     leaving that out; use :class:`PSAModule` there, or hook, wrap or shard (FSDP2's fully_shard)
     the whole module or a parent of it.
     """
 
-    def attention(self, feats: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, inplans, H, W] -> [N, planes, H', W']."""
+        convs = [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
+        if x.device.type != "cpu" or not all(map(_is_plain, convs)):
+            return self.attention([conv(x) for conv in convs])
+        feats, pooled = spc_conv(
+            x,
+            [conv.weight for conv in convs],
+            [conv.groups for conv in convs],
+            stride=convs[0].stride[0],
+            padding=[conv.padding[0] for conv in convs],
+            dilation=[conv.dilation[0] for conv in convs],
+        )
+        return self.attention(feats, pooled)
+
+    def attention(self, feats: list[Tensor], pooled: Tensor | None = None) -> Tensor:
+        """The attention step; `pooled` [N, S, C] is given where the maps' means are known."""
         self._check_se()
         fc1, fc2 = self.se.fc1, self.se.fc2
-        return psa_attention(
-            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
-        )
+        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if pooled is None:
+            return psa_attention(feats, *weights, branch_order=self.branch_order)
+        reverse = is_reversed(self.branch_order)
+        return torch.ops.epsa_fused.psa_attention.default(feats, *weights, reverse, pooled)[0]
 
     def _check_se(self) -> None:
         why = _why_not_fused("se", self.se, SEWeight)

@@ -1,0 +1,65 @@
+// The CPU kernels of the grouped convolutions: plain structs and a table of
+// functions per element type and instruction set. No torch header.
+//
+// Direct convolution over a padded copy of one image ("scratch"), which all
+// branches of a PSA module share: each image is packed once, and each unit of the
+// plan reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_plan.h"
+#include "psa_kernels.h"
+
+namespace epsa::cpu {
+
+// An image in blocks of L channels, padded to the left and right; rows of the
+// kernel above and below the image are left out. The padding is zero, as are the
+// lanes behind the last channel.
+struct Scratch {
+  float* data;
+  int64_t height, width;  // of the padded image
+  int64_t border;  // columns left of the image
+};
+
+// An image, or a part of it, in memory; strides in elements. Either the channels
+// of a pixel or the pixels of a row are dense.
+struct Image {
+  void* data;
+  int64_t channel_stride, pixel_stride, row_stride;
+};
+
+// Weights [out_channels, ic, kernel_h * kernel_w] in memory, strides in elements.
+struct ConvWeights {
+  const void* data;
+  int64_t out_stride, in_stride, tap_stride;
+};
+
+struct ConvKernels {
+  int lanes;  // L
+
+  // floats of a tile buffer, with what else a unit needs
+  int64_t (*buffer_floats)(const ConvPlan&);
+  // source -> the inner part of the scratch, blocks of L channels [begin, end)
+  void (*pack_image)(
+      const Image& source, int64_t channels, int64_t width, const Scratch&,
+      int64_t begin, int64_t end);
+  // the weights of one unit, in the order in which they are used
+  void (*pack_weights)(
+      const Conv&, const ConvPlan&, const ConvWeights&, int64_t unit,
+      float* packed);
+  // The sums of one unit, output rows [begin, end), at most a strip.
+  void (*convolve)(
+      const Conv&, const ConvPlan&, const Scratch&, const float* packed,
+      int64_t unit, int64_t begin, int64_t end, float* buffer);
+  // The tile buffer's rows and channels -> destination, and where `sums` is not
+  // null their sums over the pixels, before any rounding.
+  void (*unpack)(
+      const float* buffer, const ConvPlan&, int64_t channels, int64_t rows,
+      int64_t width, const Image& destination, float* sums);
+};
+
+// The kernels of one element type in memory (f32, bf16, f16); sums are float.
+const ConvKernels& conv_kernels(Dtype dtype, Isa isa);
+
+}  // namespace epsa::cpu

@@ -1,0 +1,101 @@
+// How the CPU computes one grouped convolution: a pure function of shapes and
+// instruction set. No torch header.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace epsa::cpu {
+
+// One branch's convolution, as at::conv2d defines it.
+struct Conv {
+  int64_t in_channels, out_channels, groups;
+  int64_t kernel_h, kernel_w;
+  int64_t stride, padding, dilation;  // vertical and horizontal
+  int64_t height, width;  // of the input
+
+  int64_t ic() const { return in_channels / groups; }  // of one group
+  int64_t oc() const { return out_channels / groups; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t out_size(int64_t size, int64_t kernel) const {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  }
+  int64_t out_height() const { return out_size(height, kernel_h); }
+  int64_t out_width() const { return out_size(width, kernel_w); }
+};
+
+enum class ConvMethod {
+  // Lanes are output channels of one group; an input channel is broadcast.
+  broadcast,
+  // Lanes are input channels; the lanes of a group are summed at the end.
+  dot,
+  // No kernel here fits: at::conv2d.
+  library,
+};
+
+// A unit of work is a run of output channels of one branch and a strip of output
+// rows. Its sums stand in a tile buffer [rows][buffer_width][unit_pitch].
+struct ConvPlan {
+  ConvMethod method = ConvMethod::library;
+  int pixels = 0;  // of a tile: what registers hold of an output row
+  int block = 0;  // vectors of output channels (broadcast) or channels (dot)
+  int64_t unit_channels = 0;  // output channels of a unit; the last may lack some
+  int64_t units = 0;  // runs of output channels
+  int64_t unit_pitch = 0;  // floats from pixel to pixel of the tile buffer
+  int64_t unit_weights = 0;  // packed floats of one unit
+  int64_t buffer_width = 0;  // pixels of its rows: whole tiles
+  int64_t strip = 0;  // output rows of a unit; the last strip may have fewer
+
+  int64_t strips(int64_t out_height) const {
+    return (out_height + strip - 1) / strip;
+  }
+};
+
+ConvPlan plan_conv(const Conv& conv, Isa isa);
+
+// The output channels of one unit.
+struct Run {
+  int64_t first, count;
+};
+Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
+
+// Of dot: how a vector's lanes are shared among groups, or a group's channels
+// among vectors.
+struct DotLanes {
+  int64_t run;  // lanes of one group
+  int64_t groups;  // of one vector
+  int64_t vectors;  // of one group
+
+  DotLanes(const Conv& conv, int64_t lanes)
+      : run(conv.ic() < lanes ? conv.ic() : lanes),
+        groups(lanes / run),
+        vectors(conv.ic() / run) {}
+
+  static bool fit(const Conv& conv, int64_t lanes) {
+    const int64_t ic = conv.ic();
+    return ic < lanes ? lanes % ic == 0 : ic % lanes == 0;
+  }
+  // vectors, or runs of vectors, that hold whole groups
+  int64_t clusters(const Conv& conv) const {
+    return (conv.groups + groups - 1) / groups;
+  }
+};
+
+// ---- what the kernels are built for ----
+
+constexpr int lanes_of(Isa isa) {  // floats of a register
+  return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
+}
+
+constexpr int kMaxStride = 2;
+constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
+constexpr int kBlocks[] = {1, 2, 4, 8};
+
+// Do a tile's sums and operands fit into the registers?
+constexpr bool fits(int pixels, int block, int lanes) {
+  const int fewer = pixels < block ? pixels : block;
+  return pixels * block + fewer + 1 <= (lanes == 16 ? 32 : 16);
+}
+
+}  // namespace epsa::cpu
