@@ -82,7 +82,10 @@ def extensions() -> list[Extension]:
         ops = Extension("epsa_fused._ops", ops_sources, extra_compile_args=ops_flags, **common)
     info = Extension(
         "epsa_fused._C",
-        [str(CSRC / path) for path in ("info.cpp", "cpu/isa.cpp", "cuda/psa_plan.cpp")],
+        [
+            str(CSRC / path)
+            for path in ("info.cpp", "cpu/isa.cpp", "cpu/conv_plan.cpp", "cuda/psa_plan.cpp")
+        ],
         include_dirs=[pybind11.get_include()],
         define_macros=[
             ("EPSA_TORCH_VERSION", f'"{torch.__version__}"'),

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/conv_plan.h"
 #include "cpu/isa.h"
 #include "cuda/psa_plan.h"
 
@@ -173,6 +174,56 @@ std::vector<py::dict> cuda_plans(
   return result;
 }
 
+py::dict conv_plan(
+    int64_t in_channels, int64_t out_channels, int64_t groups,
+    std::pair<int64_t, int64_t> kernel, int64_t height, int64_t width,
+    int64_t stride, int64_t padding, int64_t dilation, const std::string& dtype,
+    const std::optional<std::string>& isa) {
+  namespace cpu = epsa::cpu;
+  for (const auto& [what, given] : std::vector<std::pair<const char*, int64_t>>{
+           {"in_channels", in_channels}, {"out_channels", out_channels},
+           {"groups", groups}, {"kernel[0]", kernel.first},
+           {"kernel[1]", kernel.second}, {"height", height}, {"width", width},
+           {"stride", stride}, {"dilation", dilation}}) {
+    at_least(1, what, given);
+  }
+  at_least(0, "padding", padding);
+  if (in_channels % groups || out_channels % groups) {
+    throw py::value_error(
+        "groups: expected a divisor of in_channels = " +
+        std::to_string(in_channels) + " and out_channels = " +
+        std::to_string(out_channels) + ", got " + std::to_string(groups));
+  }
+  const cpu::Conv conv{
+      in_channels, out_channels, groups, kernel.first, kernel.second,
+      stride, padding, dilation, height, width};
+  if (height + 2 * padding < dilation * (kernel.first - 1) + 1 ||
+      width + 2 * padding < dilation * (kernel.second - 1) + 1) {
+    throw py::value_error("the output would be empty, expected at least 1 x 1");
+  }
+  cpu::Isa wanted = cpu::isa_in_use();
+  if (isa) {
+    wanted = named(
+        "isa", *isa,
+        Names<cpu::Isa, 3>{
+            {{"baseline", cpu::Isa::baseline},
+             {"avx2", cpu::Isa::avx2},
+             {"avx512", cpu::Isa::avx512}}});
+  }
+  const cpu::ConvPlan plan =
+      cpu::plan_conv(conv, named("dtype", dtype, kDtypes) == Dtype::f64, wanted);
+  py::dict result;
+  result["method"] = plan.method == cpu::ConvMethod::broadcast ? "broadcast"
+      : plan.method == cpu::ConvMethod::dot                    ? "dot"
+                                                               : "library";
+  result["pixels"] = plan.pixels;
+  result["block"] = plan.block;
+  result["units"] = plan.units;
+  result["unit_channels"] = plan.unit_channels;
+  result["strip"] = plan.strip;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -205,6 +256,21 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return epsa::cpu::name(epsa::cpu::isa_in_use()); },
       "The instruction set that the CPU kernels use on this machine; "
       "EPSA_CPU_ISA overrides the choice.");
+
+  m.def(
+      "conv_plan", &conv_plan,
+      "How the CPU computes one branch's grouped convolution in spc_conv. "
+      "method: 'broadcast' (lanes are output channels), 'dot' (lanes are input "
+      "channels) or 'library' (torch's convolution: no kernel here fits). Of "
+      "the first two also the pixels and the vectors (broadcast) or output "
+      "channels (dot) of a register tile, the units that the output channels "
+      "make, the channels of one and its rows at a time. A pure function; isa: "
+      "'baseline', 'avx2' or 'avx512', None for the one in use.",
+      py::kw_only(), py::arg("in_channels"), py::arg("out_channels"),
+      py::arg("groups"), py::arg("kernel"), py::arg("height"),
+      py::arg("width"), py::arg("stride") = 1, py::arg("padding") = 0,
+      py::arg("dilation") = 1, py::arg("dtype") = "float32",
+      py::arg("isa") = py::none());
 
   py::class_<Device>(
       m, "CudaDevice",

@@ -283,7 +283,7 @@ def test_export(tmp_path):
     size = torch.export.Dim.DYNAMIC
     program = torch.export.export(module, (x,), dynamic_shapes=({0: size, 2: size, 3: size},))
     targets = [node.target for node in program.graph.nodes if "epsa" in str(node.target)]
-    assert targets == [OP]
+    assert targets == [torch.ops.epsa_fused.spc_conv.default, OP]
     torch.export.save(program, tmp_path / "module.pt2")
     loaded = torch.export.load(tmp_path / "module.pt2").module()
     for n, h, w in SIZES:
@@ -334,7 +334,7 @@ def test_autocast_casts_nothing_here(dtype):
     assert out.dtype == dtype
     fc1, fc2 = module.se.fc1, module.se.fc2
     expected = psa_attention(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    assert torch.equal(out, expected)
+    torch.testing.assert_close(out, expected)
     out.sum().backward()
     assert fc1.weight.grad.dtype == torch.float32 and fc1.weight.grad.abs().max() > 0
 
@@ -367,10 +367,15 @@ def test_flop_count(kind):
 
 
 def test_flop_count_is_that_of_the_reference():
-    x = torch.randn(2, 16, 8, 8)
+    """Forward; and backward twice that, for the gradients of inputs and of weights. (For grouped
+    convolutions torch's own formula counts the weights' gradients as if there were no groups.)"""
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
     totals = []
     for cls in (PSAModule, FusedPSAModule):
         with FlopCounterMode(display=False) as counter:
-            small_module(cls)(x).sum().backward()
+            out = small_module(cls)(x)
         totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    totals.append(counter.get_total_flops() // 2)
+    assert totals[0] == totals[1] == totals[2] > 0

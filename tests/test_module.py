@@ -294,7 +294,7 @@ def test_weights_of_another_width_and_no_biases():
     module.se.fc2 = nn.Conv2d(3, 16, 1, bias=False)
     x = torch.randn(2, 16, 6, 6)
     expected = psa_attention(features(module, x), *se_weights(module))
-    assert torch.equal(module(x), expected)
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_parametrized_weights(parametrization):
     parametrization(module.se.fc2)
     weights = [w.detach() for w in se_weights(module)]
     out = module(x)
-    assert torch.equal(out, psa_attention(features(module, x), *weights))
+    torch.testing.assert_close(out, psa_attention(features(module, x), *weights))
     out.square().sum().backward()
     parameters = list(module.se.fc2.parametrizations.weight.parameters())
     assert parameters and all(p.grad is not None for p in parameters)
@@ -316,7 +316,8 @@ def test_pruning_that_was_made_permanent():
     module, x = small(), torch.randn(2, 16, 6, 6)
     prune.l1_unstructured(module.se.fc1, "weight", 0.5)
     prune.remove(module.se.fc1, "weight")
-    assert torch.equal(module(x), psa_attention(features(module, x), *se_weights(module)))
+    expected = psa_attention(features(module, x), *se_weights(module))
+    torch.testing.assert_close(module(x), expected)
 
 
 class Wrapper(nn.Module):

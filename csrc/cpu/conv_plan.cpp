@@ -25,9 +25,9 @@ double tile_cycles(int pixels, int block) {
 
 }  // namespace
 
-ConvPlan plan_conv(const Conv& conv, Isa isa) {
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
   ConvPlan plan;
-  if (conv.stride > kMaxStride) {
+  if (in_double || conv.stride > kMaxStride) {
     return plan;
   }
   const int lanes = lanes_of(isa);

@@ -52,7 +52,8 @@ struct ConvPlan {
   }
 };
 
-ConvPlan plan_conv(const Conv& conv, Isa isa);
+// in_double: float64, for which there are no kernels here.
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa);
 
 // The output channels of one unit.
 struct Run {

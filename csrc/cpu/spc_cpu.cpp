@@ -113,10 +113,8 @@ class Bank {
       const Conv conv{
           p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3),
           settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W};
-      Branch b{conv, ConvPlan(), w, packed_, sums_};
-      if (p.dtype != at::kDouble) {
-        b.plan = plan_conv(conv, isa_);
-      }
+      Branch b{
+          conv, plan_conv(conv, p.dtype == at::kDouble, isa_), w, packed_, sums_};
       if (b.plan.method != ConvMethod::library) {
         b.weight = evenly_spaced(w);
         const int64_t strips = b.plan.strips(p.out_h);
