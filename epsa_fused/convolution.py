@@ -131,7 +131,7 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
         else x.new_empty(0)
     )
     grad_weights = [
-        w.new_empty(w.shape) if wanted else w.new_empty(0)
+        torch.empty_like(w) if wanted else w.new_empty(0)
         for w, wanted in zip(weights, output_mask[1:], strict=True)
     ]
     return grad_x, grad_weights

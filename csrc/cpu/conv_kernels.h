@@ -29,17 +29,25 @@ struct Image {
   int64_t channel_stride, pixel_stride, row_stride;
 };
 
-// Weights [out_channels, ic, kernel_h * kernel_w] in memory, strides in elements.
+// Weights [groups][oc][ic][kernel_h * kernel_w] in memory, strides in elements.
 struct ConvWeights {
-  const void* data;
-  int64_t out_stride, in_stride, tap_stride;
+  void* data;
+  int64_t group_stride, out_stride, in_stride, tap_stride;
+  bool turned;  // read from the last tap to the first
+};
+
+// Where convolve's sums go: [rows][pixels][channels] of float.
+struct Sums {
+  float* data;  // of the unit's first channel
+  int64_t row_stride, pixel_stride;
+  bool add;  // to what is there
 };
 
 struct ConvKernels {
   int lanes;  // L
 
-  // floats of a tile buffer, with what else a unit needs
-  int64_t (*buffer_floats)(const ConvPlan&);
+  // floats of the scratch memory of a call of convolve
+  int64_t (*lane_floats)(const ConvPlan&);
   // source -> the inner part of the scratch, blocks of L channels [begin, end)
   void (*pack_image)(
       const Image& source, int64_t channels, int64_t width, const Scratch&,
@@ -48,15 +56,23 @@ struct ConvKernels {
   void (*pack_weights)(
       const Conv&, const ConvPlan&, const ConvWeights&, int64_t unit,
       float* packed);
-  // The sums of one unit, output rows [begin, end), at most a strip.
+  // The sums of one unit, output rows [begin, end).
   void (*convolve)(
       const Conv&, const ConvPlan&, const Scratch&, const float* packed,
-      int64_t unit, int64_t begin, int64_t end, float* buffer);
-  // The tile buffer's rows and channels -> destination, and where `sums` is not
-  // null their sums over the pixels, before any rounding.
+      int64_t unit, int64_t begin, int64_t end, const Sums&, float* lanes);
+  // sums -> destination, and where `totals` is not null their sums over the
+  // pixels, before any rounding
   void (*unpack)(
-      const float* buffer, const ConvPlan&, int64_t channels, int64_t rows,
-      int64_t width, const Image& destination, float* sums);
+      const Sums&, int64_t channels, int64_t rows, int64_t width,
+      const Image& destination, float* totals);
+  // Adds to one unit's sums [taps][block][L] what one image contributes.
+  void (*weight_grad)(
+      const Conv&, const WeightGradPlan&, const Scratch& x, const Scratch& grad,
+      int64_t unit, float* sums);
+  // one unit's sums -> the gradient
+  void (*unpack_weight_grad)(
+      const Conv&, const WeightGradPlan&, int64_t unit, const float* sums,
+      const ConvWeights& destination);
 };
 
 // The kernels of one element type in memory (f32, bf16, f16); sums are float.

@@ -292,16 +292,35 @@ template <class T>
 void pack_broadcast(
     const Conv& conv, const ConvPlan& plan, const ConvWeights& weights,
     int64_t unit, float* packed) {
-  const T* from = static_cast<const T*>(weights.data);
   const int64_t width = plan.unit_channels;
+  const int64_t ic = conv.ic(), oc = conv.oc(), taps = conv.taps();
   const Run run = unit_run(conv, plan, unit);
-  const Segments segments{
-      run.first / conv.oc() * conv.ic(), conv.ic(), conv.taps()};
+  const int64_t group = run.first / oc;
+  const T* from = static_cast<const T*>(weights.data) +
+      group * weights.group_stride + run.first % oc * weights.out_stride;
+  const Segments segments{group * ic, ic, taps};
+  if (weights.out_stride == 1) {  // the lanes are dense
+    for (int64_t c = 0; c < ic; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const T* row = from + c * weights.in_stride +
+            (weights.turned ? taps - 1 - tap : tap) * weights.tap_stride;
+        for (int64_t b = 0; b < width; b += L) {
+          const int64_t n = lesser(L, run.count - b);
+          set_line(
+              packed + segments.at(c, tap) * width + b,
+              n <= 0      ? V{}
+                  : n < L ? Memory<T>::load(row + b, n)
+                          : Memory<T>::load(row + b));
+        }
+      }
+    }
+    return;
+  }
   // Of channels and taps the dense one is the inner: columns of a matrix whose
   // rows are the output channels.
   const bool taps_inner = weights.tap_stride == 1;
-  const int64_t inner = taps_inner ? conv.taps() : conv.ic();
-  const int64_t outer = taps_inner ? conv.ic() : conv.taps();
+  const int64_t inner = taps_inner ? taps : ic;
+  const int64_t outer = taps_inner ? ic : taps;
   const int64_t outer_stride =
       taps_inner ? weights.in_stride : weights.tap_stride;
   // the matrix is one run of memory, or each of its outer rows is
@@ -313,7 +332,7 @@ void pack_broadcast(
     for (int64_t k = 0; k < (dense ? 1 : outer); ++k) {
       for (int i = 0; i < L; ++i) {
         rows[i] = b + i < run.count
-            ? from + (run.first + b + i) * weights.out_stride + k * outer_stride
+            ? from + (b + i) * weights.out_stride + k * outer_stride
             : nullptr;
       }
       int64_t slow = k, fast = 0;
@@ -321,8 +340,10 @@ void pack_broadcast(
         const int64_t n = lesser(L, columns - j);
         load_transposed(rows, j, n, v);
         for (int i = 0; i < n; ++i) {
-          const int64_t at = taps_inner ? segments.at(slow, fast)
-                                        : segments.at(fast, slow);
+          const int64_t c = taps_inner ? slow : fast;
+          const int64_t tap = taps_inner ? fast : slow;
+          const int64_t at =
+              segments.at(c, weights.turned ? taps - 1 - tap : tap);
           set_line(packed + at * width + b, v[i]);
           if (++fast == inner) {
             fast = 0;
@@ -351,18 +372,20 @@ void pack_dot(
         for (int i = 0; i < L; ++i) {
           const int64_t group = g0 + i / lanes.run;
           const int64_t c = m * L + i % lanes.run;
-          rows[i] = group < conv.groups ? from +
-                  (group * oc + o) * weights.out_stride + c * weights.in_stride
-                                        : nullptr;
+          rows[i] = group < conv.groups
+              ? from + group * weights.group_stride + o * weights.out_stride +
+                  c * weights.in_stride
+              : nullptr;
         }
         float* to = packed +
             ((k * oc + o / plan.block * plan.block) * lanes.vectors +
              m * plan.block) * taps * L + o % plan.block * L;
         if (weights.tap_stride != 1) {
           for (int64_t j = 0; j < taps; ++j) {
+            const int64_t tap = weights.turned ? taps - 1 - j : j;
             for (int i = 0; i < L; ++i) {
               to[j * plan.block * L + i] = rows[i]
-                  ? Memory<T>::load(rows[i] + j * weights.tap_stride, 1)[0]
+                  ? Memory<T>::load(rows[i] + tap * weights.tap_stride, 1)[0]
                   : 0.0f;
             }
           }
@@ -372,7 +395,8 @@ void pack_dot(
           const int64_t n = lesser(L, taps - j);
           load_transposed(rows, j, n, v);
           for (int i = 0; i < n; ++i) {
-            set_line(to + (j + i) * plan.block * L, v[i]);
+            const int64_t tap = weights.turned ? taps - 1 - j - i : j + i;
+            set_line(to + tap * plan.block * L, v[i]);
           }
         }
       }
@@ -423,82 +447,84 @@ EPSA_FN void do_row(
   }
 }
 
-// sums [width][block][L] of dot's lanes -> buffer [width][pitch]
+// Sums of one row's lanes [width][block][L] by groups -> `to` (its first pixel
+// and channel); the next group's channels are oc channels on.
 template <int G>
 void reduce_row(
-    const float* sums, int64_t width, int64_t block, int64_t oc, float* buffer,
-    int64_t pitch) {
+    const float* lanes, int64_t width, int64_t block, int64_t oc, float* to,
+    int64_t pixel_stride, bool add) {
   for (int64_t b = 0; b < block; ++b) {
     for (int64_t p = 0; p < width; p += G) {
       V v[G];
 #pragma GCC unroll 16
       for (int i = 0; i < G; ++i) {
-        v[i] = line(sums + ((p + i) * block + b) * L);
+        v[i] = line(lanes + ((p + i) * block + b) * L);
       }
-      alignas(EPSA_VEC_BYTES) float lanes[L];
-      set_line(lanes, sum_runs<G>(v));
+      alignas(EPSA_VEC_BYTES) float sums[L];
+      set_line(sums, sum_runs<G>(v));
       const int64_t n = lesser(G, width - p);
-      float* to = buffer + p * pitch + b;
-      for (int64_t i = 0; i < n; ++i, to += pitch) {
+      float* pixel = to + p * pixel_stride + b;
+      for (int64_t i = 0; i < n; ++i, pixel += pixel_stride) {
         for (int64_t j = 0; j < L / G; ++j) {
-          to[j * oc] = lanes[j * G + i];
+          const float sum = sums[j * G + i];
+          pixel[j * oc] = add ? pixel[j * oc] + sum : sum;
         }
       }
     }
   }
 }
 
-void reduce_row(
-    const DotLanes& lanes, const float* sums, int64_t width, int64_t block,
-    int64_t oc, float* buffer, int64_t pitch) {
-  switch (lanes.run) {
+using ReduceRow = void (*)(
+    const float*, int64_t, int64_t, int64_t, float*, int64_t, bool);
+
+ReduceRow reduce_row_of(int64_t run) {
+  switch (run) {
     case 1:
-      return reduce_row<1>(sums, width, block, oc, buffer, pitch);
+      return reduce_row<1>;
     case 2:
-      return reduce_row<2>(sums, width, block, oc, buffer, pitch);
-    case 4:
-      return reduce_row<4>(sums, width, block, oc, buffer, pitch);
+      return reduce_row<2>;
 #if EPSA_VEC_BYTES >= 32
-    case 8:
-      return reduce_row<8>(sums, width, block, oc, buffer, pitch);
+    case 4:
+      return reduce_row<4>;
 #endif
 #if EPSA_VEC_BYTES >= 64
-    case 16:
-      return reduce_row<16>(sums, width, block, oc, buffer, pitch);
+    case 8:
+      return reduce_row<8>;
 #endif
+    default:
+      return reduce_row<L>;
   }
 }
 
 void convolve(
     const Conv& conv, const ConvPlan& plan, const Scratch& s,
     const float* packed, int64_t unit, int64_t begin, int64_t end,
-    float* buffer) {
+    const Sums& sums, float* lane_sums) {
   const TileFunction tile = tile_function(conv, plan);
-  const int64_t row_floats = plan.buffer_width * plan.unit_pitch;
   const int64_t ic = conv.ic(), oc = conv.oc();
   Tile t{};
   if (plan.method == ConvMethod::broadcast) {
     const int64_t c0 = unit_run(conv, plan, unit).first / oc * ic;
-    t.pitch = plan.unit_pitch;
+    t.pitch = sums.pixel_stride;
     for (int64_t c = 0; c < ic; c += t.channels) {
       const int64_t lane = (c0 + c) % L;
       t.channels = lesser(L - lane, ic - c);
       t.w = packed + c * conv.taps() * plan.unit_channels;
-      t.add = c > 0;
+      t.add = sums.add || c > 0;
       for (int64_t h = begin; h < end; ++h) {
         Row row = row_of(conv, s, (c0 + c) / L, h);
         row.x += lane;
-        t.sums = buffer + (h - begin) * row_floats;
+        t.sums = sums.data + (h - begin) * sums.row_stride;
         do_row(conv, plan, s, tile, row, t);
       }
     }
     return;
   }
   const DotLanes lanes(conv, L);
+  const ReduceRow reduce = reduce_row_of(lanes.run);
   const int64_t outputs = lanes.groups * oc;
   const int64_t clusters = plan.unit_channels / outputs;
   const int64_t all_clusters = lanes.clusters(conv);
-  float* sums = buffer + (end - begin) * row_floats;
   t.channels = 1;
   t.pitch = plan.block * L;
   for (int64_t k = 0; k < clusters; ++k) {
@@ -513,25 +539,24 @@ void convolve(
         for (int64_t m = 0; m < lanes.vectors; ++m) {
           t.w = w + m * plan.block * conv.taps() * L;
           t.add = m > 0;
-          t.sums = sums;
+          t.sums = lane_sums;
           do_row(
               conv, plan, s, tile,
               row_of(conv, s, cluster * lanes.vectors + m, h), t);
         }
-        reduce_row(
-            lanes, sums, plan.buffer_width, plan.block, oc,
-            buffer + (h - begin) * row_floats + k * outputs + o,
-            plan.unit_pitch);
+        reduce(
+            lane_sums, plan.buffer_width, plan.block, oc,
+            sums.data + (h - begin) * sums.row_stride + k * outputs + o,
+            sums.pixel_stride, sums.add);
       }
     }
   }
 }
 
-int64_t buffer_floats(const ConvPlan& plan) {
-  const int64_t sums = plan.method == ConvMethod::dot
+int64_t lane_floats(const ConvPlan& plan) {
+  return plan.method == ConvMethod::dot
       ? (plan.buffer_width + L) * plan.block * L
       : 0;
-  return plan.strip * plan.buffer_width * plan.unit_pitch + sums;
 }
 
 // ---- from the tile buffer to the output ----
@@ -565,38 +590,38 @@ EPSA_FN void unpack_run(
 
 template <class T>
 void unpack(
-    const float* buffer, const ConvPlan& plan, int64_t channels, int64_t rows,
-    int64_t width, const Image& destination, float* sums) {
+    const Sums& sums, int64_t channels, int64_t rows, int64_t width,
+    const Image& destination, float* totals) {
   T* to = static_cast<T*>(destination.data);
-  const int64_t pitch = plan.unit_pitch;
-  const int64_t row_floats = plan.buffer_width * pitch;
+  const int64_t pitch = sums.pixel_stride;
   for (int64_t c = 0; c < channels; c += L) {
     const int64_t n = lesser(L, channels - c);
-    if (sums) {  // rows first, then their sums: shorter chains, less rounding
+    const float* from = sums.data + c;
+    if (totals) {  // rows first, then their sums: shorter chains, less rounding
       V total{};
       for (int64_t h = 0; h < rows; ++h) {
-        const float* from = buffer + h * row_floats + c;
+        const float* pixel = from + h * sums.row_stride;
         V even{}, odd{};
         int64_t w = 0;
-        for (; w + 1 < width; w += 2, from += 2 * pitch) {
-          even += line(from);
-          odd += line(from + pitch);
+        for (; w + 1 < width; w += 2, pixel += 2 * pitch) {
+          even += line(pixel);
+          odd += line(pixel + pitch);
         }
         if (w < width) {
-          even += line(from);
+          even += line(pixel);
         }
         total += even + odd;
       }
       if (n < L) {
-        Memory<float>::store(sums + c, total, n);
+        Memory<float>::store(totals + c, total, n);
       } else {
-        Memory<float>::store(sums + c, total);
+        Memory<float>::store(totals + c, total);
       }
     }
     if (destination.channel_stride == 1) {  // channels_last
       for (int64_t h = 0; h < rows; ++h) {
         for (int64_t w = 0; w < width; ++w) {
-          const V v = line(buffer + h * row_floats + w * pitch + c);
+          const V v = line(from + h * sums.row_stride + w * pitch);
           T* pixel = to + h * destination.row_stride +
               w * destination.pixel_stride + c;
           if (n < L) {
@@ -609,29 +634,228 @@ void unpack(
       continue;
     }
     T* planes = to + c * destination.channel_stride;
-    if (plan.buffer_width == width) {  // the strip is one run of pixels
-      unpack_run(
-          buffer + c, pitch, n, rows * width, planes,
-          destination.channel_stride);
+    if (sums.row_stride == width * pitch && destination.row_stride == width) {
+      unpack_run(  // the rows are one run of pixels
+          from, pitch, n, rows * width, planes, destination.channel_stride);
       continue;
     }
     for (int64_t h = 0; h < rows; ++h) {
       unpack_run(
-          buffer + h * row_floats + c, pitch, n, width,
+          from + h * sums.row_stride, pitch, n, width,
           planes + h * destination.row_stride, destination.channel_stride);
     }
   }
 }
 
+// ---- the gradient of the weights ----
+
+// One row of pixels times K taps of a kernel's row: sums[k][b] += x (L channels)
+// under tap k, times the gradient of output channel b of the lanes' groups. The
+// gradient's pixel holds those channels side by side: where all lanes are of one
+// group, channel b is broadcast; else `lanes[b]` says where each lane finds its
+// own.
+template <int K, int B, int S, bool kShared>
+void weight_grad_tile(
+    const float* x, int64_t x_row, const float* grad, int64_t grad_row,
+    int64_t rows, int64_t width, const Lanes* lanes, float* sums) {
+  V acc[K][B];
+#pragma GCC unroll 9
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      acc[k][b] = line(sums + (k * B + b) * L);
+    }
+  }
+  for (int64_t h = 0; h < rows; ++h, x += x_row, grad += grad_row) {
+    const float* under = x;
+    const float* g = grad;
+    for (int64_t w = 0; w < width; ++w, under += S * L, g += L) {
+      V value[B];
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        value[b] =
+            kShared ? __builtin_shuffle(line(g), lanes[b]) : splat(g[b]);
+      }
+#pragma GCC unroll 9
+      for (int k = 0; k < K; ++k) {
+        V tap = line(under + k * L);
+        if constexpr (B > 1) {
+          pin(tap);
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+          acc[k][b] += tap * value[b];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 9
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      set_line(sums + (k * B + b) * L, acc[k][b]);
+    }
+  }
+}
+
+using WeightGradTile = void (*)(
+    const float*, int64_t, const float*, int64_t, int64_t, int64_t,
+    const Lanes*, float*);
+
+template <int K, int B, int S, bool kShared>
+constexpr WeightGradTile weight_grad_tile_if_fits() {
+  if constexpr (fits(K, B, L)) {
+    return weight_grad_tile<K, B, S, kShared>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define EPSA_TAPS(B, S, D)                                                 \
+  {weight_grad_tile_if_fits<9, B, S, D>(),                                 \
+   weight_grad_tile_if_fits<7, B, S, D>(),                                 \
+   weight_grad_tile_if_fits<5, B, S, D>(),                                 \
+   weight_grad_tile_if_fits<3, B, S, D>(),                                 \
+   weight_grad_tile_if_fits<1, B, S, D>()}
+#define EPSA_BLOCKS(S, D)                                                  \
+  {EPSA_TAPS(1, S, D), EPSA_TAPS(2, S, D), EPSA_TAPS(4, S, D),             \
+   EPSA_TAPS(8, S, D)}
+const WeightGradTile kWeightGradTiles[kMaxStride][2][4][5] = {
+    {EPSA_BLOCKS(1, false), EPSA_BLOCKS(1, true)},
+    {EPSA_BLOCKS(2, false), EPSA_BLOCKS(2, true)}};
+#undef EPSA_BLOCKS
+#undef EPSA_TAPS
+
+// A unit's lanes and output channels.
+struct WeightGradUnit {
+  DotLanes lanes;
+  int64_t cluster, vector;  // of the input channels
+  int64_t first;  // output channel, of each of its groups
+  WeightGradUnit(const Conv& conv, const WeightGradPlan& plan, int64_t unit)
+      : lanes(conv, L) {
+    const int64_t blocks = conv.oc() / plan.block;
+    first = unit % blocks * plan.block;
+    vector = unit / blocks % lanes.vectors;
+    cluster = unit / blocks / lanes.vectors;
+  }
+};
+
+void weight_grad(
+    const Conv& conv, const WeightGradPlan& plan, const Scratch& x,
+    const Scratch& grad, int64_t unit, float* sums) {
+  const WeightGradUnit u(conv, plan, unit);
+  const int64_t out_h = conv.out_height(), out_w = conv.out_width();
+  // the output channels of the first lane's group
+  const int64_t channel = u.cluster * u.lanes.groups * conv.oc() + u.first;
+  const bool shared = u.lanes.groups > 1;
+  Lanes lanes[kBlocks[3]];
+  for (int b = 0; b < plan.block; ++b) {
+    for (int i = 0; i < L; ++i) {
+      lanes[b][i] = static_cast<int32_t>(
+          channel % L + i / u.lanes.run * conv.oc() + b);
+    }
+  }
+  // of a vector of several groups' channels the shuffle takes them from their
+  // places; else the first of them is at the address
+  const float* g = grad.data +
+      (channel / L * grad.height * grad.width + grad.border) * L +
+      (shared ? 0 : channel % L);
+  const float* image = x.data +
+      ((u.cluster * u.lanes.vectors + u.vector) * x.height * x.width +
+       x.border - conv.padding) * L;
+  const int64_t x_row = conv.stride * x.width * L, g_row = grad.width * L;
+  int block = 0;
+  while (kBlocks[block] != plan.block) {
+    ++block;
+  }
+  // Rows at a time: those of the image and of the gradient stay in the first
+  // cache while the kernel's rows pass over them.
+  constexpr int64_t kCacheFloats = 6144;
+  const int64_t strip = greater(
+      1, kCacheFloats / ((conv.stride * x.width + grad.width) * L));
+  for (int64_t begin = 0; begin < out_h; begin += strip) {
+    for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
+      // output rows whose tap lies in the image
+      const int64_t top = ky - conv.padding;
+      const int64_t first =
+          greater(begin, top < 0 ? pieces(-top, conv.stride) : 0);
+      const int64_t last = lesser(
+          lesser(begin + strip, out_h),
+          conv.height > top ? pieces(conv.height - top, conv.stride) : 0);
+      if (first >= last) {
+        continue;
+      }
+      const float* under = image + (first * conv.stride + top) * x.width * L;
+      float* row = sums + ky * conv.kernel_w * plan.block * L;
+      for (int64_t kx = 0; kx < conv.kernel_w;) {
+        int taps = 0;
+        while (kTaps[taps] > conv.kernel_w - kx) {
+          ++taps;
+        }
+        kWeightGradTiles[conv.stride - 1][shared][block][taps](
+            under + kx * L, x_row, g + first * g_row, g_row, last - first,
+            out_w, lanes, row + kx * plan.block * L);
+        kx += kTaps[taps];
+      }
+    }
+  }
+}
+
+template <class T>
+void unpack_weight_grad(
+    const Conv& conv, const WeightGradPlan& plan, int64_t unit,
+    const float* sums, const ConvWeights& to) {
+  const WeightGradUnit u(conv, plan, unit);
+  const int64_t taps = conv.taps(), pitch = plan.block * L;
+  T* data = static_cast<T*>(to.data);
+  for (int64_t b = 0; b < plan.block; ++b) {
+    T* rows[L];  // of the lanes' input channels
+    for (int i = 0; i < L; ++i) {
+      const int64_t group = u.cluster * u.lanes.groups + i / u.lanes.run;
+      rows[i] = group < conv.groups
+          ? data + group * to.group_stride + (u.first + b) * to.out_stride +
+              (u.vector * L + i % u.lanes.run) * to.in_stride
+          : nullptr;
+    }
+    for (int64_t j = 0; j < taps; j += L) {
+      const int64_t n = lesser(L, taps - j);
+      V v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        v[i] = i < n ? line(sums + (j + i) * pitch + b * L) : V{};
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (!rows[i]) {
+          continue;
+        }
+        if (to.tap_stride != 1) {
+          for (int64_t k = 0; k < n; ++k) {
+            V one{};
+            one[0] = v[i][k];
+            Memory<T>::store(rows[i] + (j + k) * to.tap_stride, one, 1);
+          }
+        } else if (n < L) {
+          Memory<T>::store(rows[i] + j, v[i], n);
+        } else {
+          Memory<T>::store(rows[i] + j, v[i]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+const ConvKernels& kernels_of() {
+  static const ConvKernels kernels{
+      L,        lane_floats, pack_image<T>, pack_weights<T>,
+      convolve, unpack<T>,   weight_grad,   unpack_weight_grad<T>};
+  return kernels;
+}
+
 const ConvKernels& conv_kernels(Dtype dtype) {
-  static const ConvKernels f32{
-      L, buffer_floats, pack_image<float>, pack_weights<float>,
-      convolve, unpack<float>};
-  static const ConvKernels bf16_{
-      L, buffer_floats, pack_image<bf16>, pack_weights<bf16>,
-      convolve, unpack<bf16>};
-  static const ConvKernels f16_{
-      L, buffer_floats, pack_image<f16>, pack_weights<f16>,
-      convolve, unpack<f16>};
-  return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16_ : f16_;
+  return dtype == Dtype::f32 ? kernels_of<float>()
+      : dtype == Dtype::bf16 ? kernels_of<bf16>()
+                             : kernels_of<f16>();
 }

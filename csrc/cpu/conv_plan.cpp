@@ -81,6 +81,71 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
   return plan;
 }
 
+Conv transposed(const Conv& conv) {
+  Conv t = conv;
+  t.in_channels = conv.out_channels;
+  t.out_channels = conv.in_channels;
+  t.padding = conv.dilation * (conv.kernel_h - 1) - conv.padding;
+  t.height = conv.out_height();
+  t.width = conv.out_width();
+  return t;
+}
+
+ConvPlan plan_grad_input(const Conv& conv, bool in_double, Isa isa) {
+  const Conv t = transposed(conv);
+  if (conv.stride != 1 || conv.kernel_h != conv.kernel_w || t.padding < 0) {
+    return ConvPlan();
+  }
+  const ConvPlan plan = plan_conv(t, in_double, isa);
+  const bool whole_vectors =
+      plan.method == ConvMethod::dot || t.oc() % lanes_of(isa) == 0;
+  return whole_vectors ? plan : ConvPlan();
+}
+
+WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
+  WeightGradPlan plan;
+  const int lanes = lanes_of(isa);
+  if (in_double || conv.stride > kMaxStride || conv.dilation != 1 ||
+      !DotLanes::fit(conv, lanes)) {
+    return plan;
+  }
+  const DotLanes dot(conv, lanes);
+  // the lanes' output channels must lie in one vector
+  if (dot.groups > 1 &&
+      (conv.oc() * dot.groups > lanes || lanes % (conv.oc() * dot.groups))) {
+    return plan;
+  }
+  const int taps = *std::find_if(
+      std::begin(kTaps), std::end(kTaps),
+      [&](int k) { return k <= conv.kernel_w; });
+  plan.library = false;
+  for (int block : kBlocks) {
+    if (block <= lanes && conv.oc() % block == 0 && fits(taps, block, lanes)) {
+      plan.block = block;
+    }
+  }
+  plan.units = dot.clusters(conv) * dot.vectors * (conv.oc() / plan.block);
+  plan.unit_sums = conv.taps() * plan.block * lanes;
+  return plan;
+}
+
+void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
+  if (conv.padding > border) {  // the columns so far move to the right
+    width += conv.padding - border;
+    border = conv.padding;
+  }
+  const int64_t left = border - conv.padding;
+  const int64_t reach = conv.dilation * (conv.kernel_w - 1) + 1;
+  width = std::max(
+      {width, border + conv.width,
+       left + (conv.out_width() - 1) * conv.stride + reach});
+  // An odd number of lines: at a multiple of a page the rows of a kernel would
+  // fall into the same sets of the cache.
+  width |= 1;
+  beyond =
+      std::max(beyond, (buffer_width - conv.out_width()) * conv.stride);
+}
+
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {
   if (plan.method == ConvMethod::dot) {
     const int64_t first = unit * plan.unit_channels;

@@ -55,11 +55,46 @@ struct ConvPlan {
 // in_double: float64, for which there are no kernels here.
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa);
 
+// The convolution of a branch's output gradient that gives the gradient of its
+// input: channels and padding change sides, the kernel is turned around. For
+// stride 1 only.
+Conv transposed(const Conv& conv);
+
+// The plan of transposed(conv). Its units' sums are added to those of other
+// branches, so they must begin at whole vectors: else it is `library`.
+ConvPlan plan_grad_input(const Conv& conv, bool in_double, Isa isa);
+
+// How the gradient of a branch's weight is computed. Lanes are input channels, as
+// dot's are, and a tile of `taps` of a kernel's row times `block` output channels
+// of each of the lanes' groups is summed in registers over all pixels.
+struct WeightGradPlan {
+  bool library = true;
+  int block = 0;
+  int64_t units = 0;  // vectors of input channels times blocks of output channels
+  int64_t unit_sums = 0;  // floats
+};
+WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa);
+
 // The output channels of one unit.
 struct Run {
   int64_t first, count;
 };
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
+
+// The memory of a packed image that several convolutions read: padded to the left
+// and right, in blocks of as many channels as a register has lanes.
+struct ScratchSize {
+  int64_t border = 0;  // columns left of the image
+  int64_t width = 0;  // columns with their padding
+  int64_t beyond = 0;  // columns that the last row's last tile reads too many
+
+  // Makes room for what conv reads, in tiles that make rows of buffer_width.
+  void include(const Conv& conv, int64_t buffer_width);
+  // of one image, in blocks of `lanes` channels
+  int64_t floats(int64_t channels, int64_t height, int64_t lanes) const {
+    return ((channels + lanes - 1) / lanes * height * width + beyond) * lanes;
+  }
+};
 
 // Of dot: how a vector's lanes are shared among groups, or a group's channels
 // among vectors.
@@ -92,6 +127,8 @@ constexpr int lanes_of(Isa isa) {  // floats of a register
 constexpr int kMaxStride = 2;
 constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
 constexpr int kBlocks[] = {1, 2, 4, 8};
+
+constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
 // Do a tile's sums and operands fit into the registers?
 constexpr bool fits(int pixels, int block, int lanes) {

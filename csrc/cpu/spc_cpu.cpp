@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 
 namespace epsa::cpu {
 namespace {
@@ -54,6 +55,30 @@ void for_each(int64_t count, int64_t threads, const F& f) {
   });
 }
 
+// f(begin, end): on one thread, or on each thread a part.
+template <class F>
+void for_parts(int64_t count, int64_t threads, const F& f) {
+  if (threads == 1) {
+    if (count > 0) {
+      f(0, count);
+    }
+  } else {
+    parallel_for(0, count, 1, f);
+  }
+}
+
+// Below this another thread costs more than it saves.
+constexpr double kSerialFlops = 1e6;
+
+int64_t threads_for(double flops) {
+  return flops < kSerialFlops ? 1 : usable_threads();
+}
+
+double flops_of(const SpcProblem& p, const Conv& conv) {
+  return 2.0 * static_cast<double>(p.N * p.C * conv.ic() * conv.taps()) *
+      static_cast<double>(p.out_h * p.out_w);
+}
+
 // ---- tensors as the kernels read them ----
 
 Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
@@ -71,94 +96,148 @@ bool is_image(const Tensor& t) {
       (t.size(1) > 1 && t.stride(1) == 1);
 }
 
-// A weight whose taps are evenly spaced and dense, or whose channels are dense.
-Tensor evenly_spaced(const Tensor& w) {
+int64_t tap_stride(const Tensor& w) {
+  return w.size(2) * w.size(3) == 1 ? 1  // never stepped
+      : w.size(3) == 1              ? w.stride(2)
+                                    : w.stride(3);
+}
+
+// Are a weight's taps evenly spaced, and taps or channels dense?
+bool evenly_spaced(const Tensor& w) {
   const bool even =
       w.size(2) == 1 || w.size(3) == 1 || w.stride(2) == w.size(3) * w.stride(3);
-  const int64_t tap = w.size(3) == 1 ? w.stride(2) : w.stride(3);
-  return even && (tap == 1 || w.stride(1) == 1) ? w : w.contiguous();
+  return even && (tap_stride(w) == 1 || w.stride(1) == 1);
 }
 
-ConvWeights weights_of(const Tensor& w) {
-  int64_t tap = w.size(3) == 1 ? w.stride(2) : w.stride(3);
-  if (w.size(2) * w.size(3) == 1) {
-    tap = 1;  // never stepped
+ConvWeights weights_of(const Tensor& w, const Conv& conv) {
+  return {
+      glue::data_of(w), conv.oc() * w.stride(0), w.stride(0),
+      w.size(1) == 1 ? 1 : w.stride(1), tap_stride(w), /*turned=*/false};
+}
+
+// As weights of transposed(conv): inputs and outputs of each group change roles.
+ConvWeights transposed_weights_of(const Tensor& w, const Conv& conv) {
+  ConvWeights t = weights_of(w, conv);
+  std::swap(t.out_stride, t.in_stride);
+  t.turned = true;
+  return t;
+}
+
+Conv conv_of(
+    const SpcProblem& p, const Tensor& w, const SpcSettings& settings,
+    int64_t s) {
+  return {
+      p.in_channels,         p.C, settings.groups[s],  w.size(2), w.size(3),
+      settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W};
+}
+
+const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
+  // there are none for double, of which nothing is asked
+  return conv_kernels(
+      p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of<Dtype>(p.dtype), isa);
+}
+
+// Packs the weights of all units of several plans.
+struct Packed {
+  Floats memory;
+  std::vector<int64_t> first;  // of each branch
+
+  float* unit(size_t s, const ConvPlan& plan, int64_t u) const {
+    return memory.get() + first[s] + u * plan.unit_weights;
   }
-  return {glue::data_of(w), w.stride(0), w.size(1) == 1 ? 1 : w.stride(1), tap};
+};
+
+Packed pack_weights(
+    const ConvKernels& k, const std::vector<Conv>& convs,
+    const std::vector<ConvPlan>& plans, const std::vector<ConvWeights>& weights,
+    int64_t threads) {
+  Packed packed;
+  std::vector<std::pair<size_t, int64_t>> units;
+  int64_t floats = 0;
+  for (size_t s = 0; s < plans.size(); ++s) {
+    packed.first.push_back(floats);
+    floats += plans[s].units * plans[s].unit_weights;
+    for (int64_t u = 0; u < plans[s].units; ++u) {
+      units.push_back({s, u});
+    }
+  }
+  packed.memory = Floats(floats);
+  for_each(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
+    const auto [s, u] = units[i];
+    k.pack_weights(
+        convs[s], plans[s], weights[s], u, packed.unit(s, plans[s], u));
+  });
+  return packed;
 }
 
-// ---- a bank of convolutions that share their input ----
+// ---- branches without kernels here: torch's convolution ----
 
-struct Branch {
-  Conv conv;
-  ConvPlan plan;
-  Tensor weight;
-  int64_t packed;  // where its packed weights begin
-  int64_t sums;  // where its partial sums begin, of one sample
-};
+// Half-precision tensors are computed in float and rounded once, as the kernels
+// do it: torch's own convolutions round more often, and on machines without
+// bfloat16 arithmetic are slow.
+Tensor in_acc(const Tensor& t, const SpcProblem& p) {
+  return t.scalar_type() == p.acc ? t : t.to(p.acc);
+}
 
-// A piece of work: one unit, one strip.
-struct Task {
-  int branch;
-  int64_t unit, strip;
-};
+Tensor library_forward(
+    const SpcProblem& p, const Tensor& x, const Tensor& weight,
+    const SpcSettings& k, int64_t s) {
+  return at::convolution(
+      in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
+      {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
+      /*transposed=*/false, /*output_padding=*/{0, 0}, k.groups[s]);
+}
 
-class Bank {
+// Gradients of x and of the weight in the accumulation type.
+std::pair<Tensor, Tensor> library_backward(
+    const SpcProblem& p, const Tensor& grad, const Tensor& x,
+    const Tensor& weight, const SpcSettings& k, int64_t s, bool input_wanted,
+    bool weight_wanted) {
+  auto [gx, gw, gb] = at::convolution_backward(
+      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt,
+      {k.stride, k.stride}, {k.padding[s], k.padding[s]},
+      {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
+      /*output_padding=*/{0, 0}, k.groups[s],
+      {input_wanted, weight_wanted, false});
+  return {gx, gw};
+}
+
+// ---- forward ----
+
+// The branches that have kernels here, on all samples.
+class Forward {
  public:
-  Bank(
+  Forward(
       const SpcProblem& p, at::TensorList weights, const SpcSettings& settings)
-      : p_(p), isa_(isa_in_use()) {
+      : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
     for (int64_t s = 0; s < p.S; ++s) {
       const Tensor& w = weights[s];
-      const Conv conv{
-          p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3),
-          settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W};
-      Branch b{
-          conv, plan_conv(conv, p.dtype == at::kDouble, isa_), w, packed_, sums_};
-      if (b.plan.method != ConvMethod::library) {
-        b.weight = evenly_spaced(w);
-        const int64_t strips = b.plan.strips(p.out_h);
-        packed_ += b.plan.units * b.plan.unit_weights;
-        sums_ += strips * p.C;
-        buffer_ = std::max(buffer_, kernels().buffer_floats(b.plan));
-        border_ = std::max(border_, conv.padding);
-        flops_ += 2.0 * p.C * conv.ic() * conv.taps() * p.out_h * p.out_w;
-        for (int64_t unit = 0; unit < b.plan.units; ++unit) {
-          for (int64_t strip = 0; strip < strips; ++strip) {
-            tasks_.push_back({static_cast<int>(s), unit, strip});
-          }
+      const Conv conv = conv_of(p, w, settings, s);
+      const ConvPlan plan = plan_conv(conv, p.dtype == at::kDouble, isa_);
+      convs_.push_back(conv);
+      plans_.push_back(plan);
+      weights_.push_back(evenly_spaced(w) ? w : w.contiguous());
+      first_sums_.push_back(sums_);
+      if (plan.method == ConvMethod::library) {
+        continue;
+      }
+      const int64_t strips = plan.strips(p.out_h);
+      sums_ += strips * p.C;
+      buffer_ = std::max(
+          buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plan));
+      flops_ += flops_of(p, conv);
+      size_.include(conv, plan.buffer_width);
+      for (int64_t unit = 0; unit < plan.units; ++unit) {
+        for (int64_t strip = 0; strip < strips; ++strip) {
+          tasks_.push_back({static_cast<int>(s), unit, strip});
         }
       }
-      branches_.push_back(std::move(b));
     }
-    if (tasks_.empty()) {
-      return;
-    }
-    // Rows are as wide as the widest branch reads, and an odd number of lines:
-    // at a multiple of a page the kernel's rows would fall into the same sets of
-    // the cache.
-    width_ = border_ + p.W;
-    int64_t beyond = 0;  // pixels that the last row's last tile reads too many
-    for (const Branch& b : branches_) {
-      if (b.plan.method != ConvMethod::library) {
-        const Conv& c = b.conv;
-        const int64_t left = border_ - c.padding;
-        const int64_t reach = c.dilation * (c.kernel_w - 1) + 1;
-        width_ = std::max(width_, left + (p.out_w - 1) * c.stride + reach);
-        beyond = std::max(beyond, (b.plan.buffer_width - p.out_w) * c.stride);
-      }
-    }
-    width_ |= 1;
-    blocks_ = (p.in_channels + lanes() - 1) / lanes();
-    scratch_ = (blocks_ * p.H * width_ + beyond) * lanes();
-    weights_ = Floats(packed_);
   }
 
-  const ConvKernels& kernels() const {
-    static_assert(static_cast<int>(Dtype::f32) == 0);
-    return conv_kernels(
-        p_.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of<Dtype>(p_.dtype),
-        isa_);
+  bool has(int64_t s) const {
+    return plans_[s].method != ConvMethod::library;
   }
 
   // Convolves all samples of x into `feats` and writes the means of the maps to
@@ -168,28 +247,30 @@ class Bank {
   void run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
       const Done& done) const {
-    if (tasks_.empty() || p_.N == 0) {
-      for (int64_t n = 0; n < p_.N; ++n) {
-        done(n);
-      }
-      return;
+    const int64_t threads = threads_for(flops_);
+    std::vector<ConvWeights> weights;
+    for (size_t s = 0; s < convs_.size(); ++s) {
+      weights.push_back(weights_of(weights_[s], convs_[s]));
     }
-    const int64_t threads =
-        flops_ * static_cast<double>(p_.N) < kSerialFlops ? 1 : usable_threads();
-    pack_weights(threads);
+    const Packed packed = pack_weights(k_, convs_, plans_, weights, threads);
+    const Run run{*this, x, feats, packed};
+    const int64_t image_floats = size_.floats(p_.in_channels, p_.H, k_.lanes);
+    const int64_t blocks = (p_.in_channels + k_.lanes - 1) / k_.lanes;
+    const int64_t tasks = static_cast<int64_t>(tasks_.size());
+    const int64_t pooled_floats = p_.S * p_.C;
     // Samples are dealt out whole; those that do not divide by the number of
     // threads are shared. Who computes what does not touch the results.
     const int64_t whole = p_.N - p_.N % threads;
-    parallel_or_serial(whole, threads, [&](int64_t begin, int64_t end) {
-      const Worker worker(*this);
-      const Floats image(scratch_, /*zero=*/true);
-      const Floats sums(sums_);
+    for_parts(whole, threads, [&](int64_t begin, int64_t end) {
+      const Floats image(image_floats, /*zero=*/true);
+      const Floats sums(sums_), buffer(buffer_), lanes(lane_floats_);
       for (int64_t n = begin; n < end; ++n) {
-        pack_image(x, n, image.get(), 0, blocks_);
+        run.pack(n, image.get(), 0, blocks);
         for (const Task& task : tasks_) {
-          worker.run(task, feats, n, image.get(), sums.get());
+          run.task(
+              task, n, image.get(), sums.get(), buffer.get(), lanes.get());
         }
-        finish(sums.get(), pooled + n * p_.S * p_.C);
+        finish(sums.get(), pooled + n * pooled_floats);
         done(n);
       }
     });
@@ -197,89 +278,88 @@ class Bank {
     if (rest == 0) {
       return;
     }
-    const int64_t tasks = static_cast<int64_t>(tasks_.size());
-    const Floats images(rest * scratch_, /*zero=*/true);
+    const Floats images(rest * image_floats, /*zero=*/true);
     const Floats sums(rest * sums_);
-    for_each(rest * blocks_, threads, [&](int64_t i) {
-      const int64_t n = i / blocks_, block = i % blocks_;
-      pack_image(x, whole + n, images.get() + n * scratch_, block, block + 1);
+    for_each(rest * blocks, threads, [&](int64_t i) {
+      const int64_t n = i / blocks, block = i % blocks;
+      run.pack(whole + n, images.get() + n * image_floats, block, block + 1);
     });
     std::atomic<int64_t> next{0};
-    parallel_or_serial(threads, threads, [&](int64_t, int64_t) {
-      const Worker worker(*this);
+    for_parts(threads, threads, [&](int64_t, int64_t) {
+      const Floats buffer(buffer_), lanes(lane_floats_);
       for (int64_t i; (i = next++) < rest * tasks;) {
         const int64_t n = i / tasks;
-        worker.run(
-            tasks_[i % tasks], feats, whole + n, images.get() + n * scratch_,
-            sums.get() + n * sums_);
+        run.task(
+            tasks_[i % tasks], whole + n, images.get() + n * image_floats,
+            sums.get() + n * sums_, buffer.get(), lanes.get());
       }
     });
     for (int64_t n = 0; n < rest; ++n) {
-      finish(sums.get() + n * sums_, pooled + (whole + n) * p_.S * p_.C);
+      finish(sums.get() + n * sums_, pooled + (whole + n) * pooled_floats);
       done(whole + n);
     }
   }
 
-  const std::vector<Branch>& branches() const { return branches_; }
-
  private:
-  // Below this another thread costs more than it saves.
-  static constexpr double kSerialFlops = 1e6;
+  // A piece of work: one unit, one strip.
+  struct Task {
+    int branch;
+    int64_t unit, strip;
+  };
 
-  int64_t lanes() const { return kernels().lanes; }
+  // One call's steps.
+  struct Run {
+    const Forward& self;
+    const Tensor& x;
+    const std::vector<Tensor>& feats;
+    const Packed& packed;
 
-  template <class F>
-  static void parallel_or_serial(
-      int64_t count, int64_t threads, const F& f) {
-    if (threads == 1) {
-      f(0, count);
-    } else {
-      parallel_for(0, count, 1, f);
+    Scratch scratch(float* image) const {
+      return {image, self.p_.H, self.size_.width, self.size_.border};
     }
-  }
 
-  void pack_weights(int64_t threads) const {
-    std::vector<std::pair<int, int64_t>> units;
-    for (size_t s = 0; s < branches_.size(); ++s) {
-      for (int64_t u = 0; u < branches_[s].plan.units; ++u) {
-        units.push_back({static_cast<int>(s), u});
-      }
+    void pack(int64_t n, float* image, int64_t begin, int64_t end) const {
+      self.k_.pack_image(
+          image_of(x, n), self.p_.in_channels, self.p_.W, scratch(image), begin,
+          end);
     }
-    for_each(units.size(), threads, [&](int64_t i) {
-      const auto [s, unit] = units[i];
-      const Branch& b = branches_[s];
-      kernels().pack_weights(
-          b.conv, b.plan, weights_of(b.weight), unit, packed(b, unit));
-    });
-  }
 
-  float* packed(const Branch& b, int64_t unit) const {
-    return weights_.get() + b.packed + unit * b.plan.unit_weights;
-  }
-
-  void pack_image(
-      const Tensor& x, int64_t n, float* image, int64_t begin,
-      int64_t end) const {
-    kernels().pack_image(
-        image_of(x, n), p_.in_channels, p_.W, scratch(image), begin, end);
-  }
-
-  Scratch scratch(float* image) const {
-    return {image, p_.H, width_, border_};
-  }
+    void task(
+        const Task& task, int64_t n, float* image, float* sums, float* buffer,
+        float* lanes) const {
+      const SpcProblem& p = self.p_;
+      const Conv& conv = self.convs_[task.branch];
+      const ConvPlan& plan = self.plans_[task.branch];
+      const int64_t begin = task.strip * plan.strip;
+      const int64_t end = std::min(begin + plan.strip, p.out_h);
+      const Sums strip{
+          buffer, plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
+          /*add=*/false};
+      self.k_.convolve(
+          conv, plan, scratch(image), packed.unit(task.branch, plan, task.unit),
+          task.unit, begin, end, strip, lanes);
+      const epsa::cpu::Run run = unit_run(conv, plan, task.unit);
+      const Tensor& feat = feats[task.branch];
+      Image to = image_of(feat, n, run.first);
+      to.data = static_cast<char*>(to.data) +
+          begin * to.row_stride * feat.element_size();
+      self.k_.unpack(
+          strip, run.count, end - begin, p.out_w, to,
+          sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
+    }
+  };
 
   // partial sums of one sample -> means [S, C], in the order of the strips
   void finish(const float* sums, float* pooled) const {
     const float pixels = static_cast<float>(p_.out_h * p_.out_w);
-    for (size_t s = 0; s < branches_.size(); ++s) {
-      const Branch& b = branches_[s];
-      if (b.plan.method == ConvMethod::library) {
+    for (int64_t s = 0; s < p_.S; ++s) {
+      if (!has(s)) {
         continue;
       }
       float* mean = pooled + s * p_.C;
       std::fill_n(mean, p_.C, 0.0f);
-      for (int64_t strip = 0; strip < b.plan.strips(p_.out_h); ++strip) {
-        const float* part = sums + b.sums + strip * p_.C;
+      for (int64_t strip = 0; strip < plans_[s].strips(p_.out_h); ++strip) {
+        const float* part = sums + first_sums_[s] + strip * p_.C;
         for (int64_t c = 0; c < p_.C; ++c) {
           mean[c] += part[c];
         }
@@ -290,48 +370,18 @@ class Bank {
     }
   }
 
-  // A thread's own memory.
-  class Worker {
-   public:
-    explicit Worker(const Bank& bank) : bank_(bank), buffer_(bank.buffer_) {}
-
-    void run(
-        const Task& task, const std::vector<Tensor>& feats, int64_t n,
-        float* image, float* sums) const {
-      const Branch& b = bank_.branches_[task.branch];
-      const SpcProblem& p = bank_.p_;
-      const ConvKernels& k = bank_.kernels();
-      const int64_t begin = task.strip * b.plan.strip;
-      const int64_t end = std::min(begin + b.plan.strip, p.out_h);
-      k.convolve(
-          b.conv, b.plan, bank_.scratch(image), bank_.packed(b, task.unit),
-          task.unit, begin, end, buffer_.get());
-      const Run run = unit_run(b.conv, b.plan, task.unit);
-      const Tensor& feat = feats[task.branch];
-      Image to = image_of(feat, n, run.first);
-      to.data = static_cast<char*>(to.data) +
-          begin * to.row_stride * feat.element_size();
-      k.unpack(
-          buffer_.get(), b.plan, run.count, end - begin, p.out_w, to,
-          sums + b.sums + task.strip * p.C + run.first);
-    }
-
-   private:
-    const Bank& bank_;
-    Floats buffer_;
-  };
-
   SpcProblem p_;
   Isa isa_;
-  std::vector<Branch> branches_;
+  const ConvKernels& k_;
+  std::vector<Conv> convs_;
+  std::vector<ConvPlan> plans_;
+  std::vector<Tensor> weights_;
+  std::vector<int64_t> first_sums_;  // of a branch, among a sample's
   std::vector<Task> tasks_;
-  Floats weights_;
-  int64_t packed_ = 0, sums_ = 0, buffer_ = 0;  // floats
-  int64_t border_ = 0, width_ = 0, blocks_ = 0, scratch_ = 0;
-  double flops_ = 0;  // of one sample
+  ScratchSize size_;
+  int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
+  double flops_ = 0;
 };
-
-// ---- forward ----
 
 SpcForward forward(
     const Tensor& x_, at::TensorList weights, at::IntArrayRef groups,
@@ -340,58 +390,299 @@ SpcForward forward(
   const SpcProblem p = check_spc_arguments("spc_conv", x_, weights, settings);
   const at::MemoryFormat format = spc_layout(x_);
   Tensor pooled = at::detail::empty_cpu(
-      {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
-  const Bank bank(p, weights, settings);
+      {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false,
+      at::MemoryFormat::Contiguous);
+  const Forward native(p, weights, settings);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
   std::vector<Tensor> feats;
+  bool any = false;
   for (int64_t s = 0; s < p.S; ++s) {
-    if (bank.branches()[s].plan.method != ConvMethod::library) {
+    if (native.has(s)) {
+      any = true;
       feats.push_back(at::detail::empty_cpu(
           {p.N, p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format));
       continue;
     }
-    Tensor f = at::convolution(
-        x, weights[s], std::nullopt, {stride, stride}, {padding[s], padding[s]},
-        {dilation[s], dilation[s]}, /*transposed=*/false,
-        /*output_padding=*/{0, 0}, groups[s]);
-    feats.push_back(f.contiguous(format));
-    pooled.select(1, s).copy_(at::mean(f, {2, 3}, false, p.acc));
+    const Tensor f = library_forward(p, x, weights[s], settings, s);
+    feats.push_back(f.to(p.dtype).contiguous(format));
+    pooled.select(1, s).copy_(f.mean({2, 3}));
   }
-  if (p.acc == at::kFloat) {
-    bank.run(x, feats, pooled.mutable_data_ptr<float>(), [](int64_t) {});
+  if (any && p.N > 0) {
+    native.run(x, feats, pooled.mutable_data_ptr<float>(), [](int64_t) {});
   }
   return {std::move(feats), std::move(pooled)};
 }
 
 // ---- backward ----
 
+// The gradients that have kernels here: of x if all branches have one, and of
+// those weights that have one.
+class Backward {
+ public:
+  Backward(
+      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      const c10::List<bool>& output_mask)
+      : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
+    const bool in_double = p.dtype == at::kDouble;
+    input_ = output_mask.get(0);
+    for (int64_t s = 0; s < p.S; ++s) {
+      const Tensor& w = weights[s];
+      const Conv conv = conv_of(p, w, settings, s);
+      const ConvPlan plan = plan_grad_input(conv, in_double, isa_);
+      input_ &= plan.method != ConvMethod::library;
+      convs_.push_back(conv);
+      turned_.push_back(transposed(conv));
+      plans_.push_back(plan);
+      weight_plans_.push_back(
+          output_mask.get(s + 1) ? plan_weight_grad(conv, in_double, isa_)
+                                 : WeightGradPlan());
+      weights_.push_back(evenly_spaced(w) ? w : w.contiguous());
+      flops_ += flops_of(p, conv);
+    }
+    for (int64_t s = 0; s < p.S; ++s) {
+      const WeightGradPlan& plan = weight_plans_[s];
+      first_sums_.push_back(sums_);
+      if (!plan.library) {
+        for (int64_t unit = 0; unit < plan.units; ++unit) {
+          weight_tasks_.push_back({s, unit});
+        }
+        sums_ += plan.units * plan.unit_sums;
+        x_size_.include(convs_[s], p.out_w);
+        // of the gradients just their pixels are read
+        grad_size_.width =
+            std::max(grad_size_.width, grad_size_.border + p.out_w);
+      }
+      if (input_) {
+        grad_size_.include(turned_[s], plans_[s].buffer_width);
+      }
+    }
+    if (input_) {
+      plan_input();
+    }
+  }
+
+  bool input() const { return input_; }
+  bool weight(int64_t s) const { return !weight_plans_[s].library; }
+  bool any() const { return input_ || !weight_tasks_.empty(); }
+
+  void run(
+      at::TensorList grad_feats, const Tensor& x, const Tensor& grad_x,
+      const std::vector<Tensor>& grad_weights) const {
+    const int64_t threads = threads_for(flops_);
+    const int64_t lanes = k_.lanes;
+    const int64_t grad_blocks = (p_.C + lanes - 1) / lanes;
+    const int64_t x_blocks =
+        weight_tasks_.empty() ? 0 : (p_.in_channels + lanes - 1) / lanes;
+    const int64_t x_floats =
+        x_blocks ? x_size_.floats(p_.in_channels, p_.H, lanes) : 0;
+    const int64_t grad_floats = grad_size_.floats(p_.C, p_.out_h, lanes);
+    const int64_t input_tasks = input_ ? strips_ * ranges_ : 0;
+    Packed packed;
+    if (input_) {
+      std::vector<ConvWeights> weights;
+      for (size_t s = 0; s < convs_.size(); ++s) {
+        weights.push_back(transposed_weights_of(weights_[s], convs_[s]));
+      }
+      packed = pack_weights(k_, turned_, plans_, weights, threads);
+    }
+    const Floats sums(sums_, /*zero=*/true);
+    // As many samples at a time as there are threads. The sums over the samples
+    // are made in their order, whoever makes them.
+    const int64_t wave = std::min(p_.N, threads);
+    const Floats images(wave * x_floats, /*zero=*/true);
+    const Floats grads(wave * p_.S * grad_floats, /*zero=*/true);
+    for (int64_t n0 = 0; n0 < p_.N; n0 += wave) {
+      const int64_t count = std::min(wave, p_.N - n0);
+      const int64_t blocks = x_blocks + p_.S * grad_blocks;
+      for_each(count * blocks, threads, [&](int64_t i) {
+        const int64_t n = i / blocks, block = i % blocks;
+        if (block < x_blocks) {
+          k_.pack_image(
+              image_of(x, n0 + n), p_.in_channels, p_.W,
+              x_scratch(images.get() + n * x_floats), block, block + 1);
+          return;
+        }
+        const int64_t s = (block - x_blocks) / grad_blocks;
+        const int64_t b = (block - x_blocks) % grad_blocks;
+        k_.pack_image(
+            image_of(grad_feats[s], n0 + n), p_.C, p_.out_w,
+            grad_scratch(grads.get() + (n * p_.S + s) * grad_floats), b, b + 1);
+      });
+      const int64_t weight_tasks = static_cast<int64_t>(weight_tasks_.size());
+      const int64_t tasks = weight_tasks + count * input_tasks;
+      std::atomic<int64_t> next{0};
+      for_parts(threads, threads, [&](int64_t, int64_t) {
+        const Floats buffer(buffer_), lane_sums(lane_floats_);
+        for (int64_t i; (i = next++) < tasks;) {
+          if (i < weight_tasks) {
+            const auto [s, unit] = weight_tasks_[i];
+            const WeightGradPlan& plan = weight_plans_[s];
+            for (int64_t n = 0; n < count; ++n) {
+              k_.weight_grad(
+                  convs_[s], plan, x_scratch(images.get() + n * x_floats),
+                  grad_scratch(grads.get() + (n * p_.S + s) * grad_floats), unit,
+                  sums.get() + first_sums_[s] + unit * plan.unit_sums);
+            }
+            continue;
+          }
+          const int64_t n = (i - weight_tasks) / input_tasks;
+          grad_input(
+              (i - weight_tasks) % input_tasks, n0 + n,
+              grads.get() + n * p_.S * grad_floats, grad_floats, packed, grad_x,
+              buffer.get(), lane_sums.get());
+        }
+      });
+    }
+    for_each(
+        static_cast<int64_t>(weight_tasks_.size()), threads, [&](int64_t i) {
+          const auto [s, unit] = weight_tasks_[i];
+          const WeightGradPlan& plan = weight_plans_[s];
+          k_.unpack_weight_grad(
+              convs_[s], plan, unit,
+              sums.get() + first_sums_[s] + unit * plan.unit_sums,
+              weights_of(grad_weights[s], convs_[s]));
+        });
+  }
+
+ private:
+  // A task is a strip of rows and a range of channels of one sample's gradient.
+  // All branches add to it, so it holds whole units of each.
+  void plan_input() {
+    const int64_t lanes = k_.lanes;
+    range_ = 1;
+    for (const ConvPlan& plan : plans_) {
+      range_ = std::lcm(range_, plan.unit_channels);
+    }
+    if (p_.in_channels % range_) {
+      range_ = p_.in_channels;
+    }
+    ranges_ = p_.in_channels / range_;
+    units_.assign(ranges_, {});
+    pitch_ = range_;
+    int64_t width = 0;
+    for (int64_t s = 0; s < p_.S; ++s) {
+      for (int64_t unit = 0; unit < plans_[s].units; ++unit) {
+        const int64_t first = unit_run(turned_[s], plans_[s], unit).first;
+        units_[first / range_].push_back({s, unit});
+        // a unit may be less than full, and writes all of its lanes
+        pitch_ =
+            std::max(pitch_, first % range_ + plans_[s].unit_channels);
+      }
+      width = std::max(width, plans_[s].buffer_width);
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plans_[s]));
+    }
+    pitch_ = (pitch_ + lanes - 1) / lanes * lanes;
+    row_ = width * pitch_;
+    constexpr int64_t kBufferFloats = 8192;
+    strip_ = std::clamp<int64_t>(kBufferFloats / row_, 1, p_.H);
+    strips_ = (p_.H + strip_ - 1) / strip_;
+    buffer_ = strip_ * row_;
+  }
+
+  void grad_input(
+      int64_t task, int64_t n, float* grads, int64_t grad_floats,
+      const Packed& packed, const Tensor& grad_x, float* buffer,
+      float* lane_sums) const {
+    const int64_t range = task % ranges_, begin = task / ranges_ * strip_;
+    const int64_t end = std::min(begin + strip_, p_.H);
+    std::memset(buffer, 0, (end - begin) * row_ * sizeof(float));
+    for (const auto& [s, unit] : units_[range]) {
+      const int64_t first = unit_run(turned_[s], plans_[s], unit).first;
+      k_.convolve(
+          turned_[s], plans_[s], grad_scratch(grads + s * grad_floats),
+          packed.unit(s, plans_[s], unit), unit, begin, end,
+          {buffer + first % range_, row_, pitch_, /*add=*/true}, lane_sums);
+    }
+    Image to = image_of(grad_x, n, range * range_);
+    to.data = static_cast<char*>(to.data) +
+        begin * to.row_stride * grad_x.element_size();
+    k_.unpack(
+        {buffer, row_, pitch_, false}, range_, end - begin, p_.W, to, nullptr);
+  }
+
+  Scratch x_scratch(float* data) const {
+    return {data, p_.H, x_size_.width, x_size_.border};
+  }
+  Scratch grad_scratch(float* data) const {
+    return {data, p_.out_h, grad_size_.width, grad_size_.border};
+  }
+
+  using Unit = std::pair<int64_t, int64_t>;  // branch, unit
+  SpcProblem p_;
+  Isa isa_;
+  const ConvKernels& k_;
+  bool input_;
+  std::vector<Conv> convs_, turned_;
+  std::vector<ConvPlan> plans_;  // of the gradient of x
+  std::vector<WeightGradPlan> weight_plans_;
+  std::vector<Tensor> weights_;
+  std::vector<Unit> weight_tasks_;
+  std::vector<int64_t> first_sums_;  // of a branch's weight gradient
+  std::vector<std::vector<Unit>> units_;  // of each range of channels
+  ScratchSize x_size_, grad_size_;
+  int64_t range_ = 0, ranges_ = 0, strip_ = 0, strips_ = 0;
+  int64_t pitch_ = 0, row_ = 0;  // of the strip's buffer
+  int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
+  double flops_ = 0;
+};
+
 SpcBackward backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
+    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights,
     at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, c10::List<bool> output_mask) {
   const SpcSettings settings{groups, stride, padding, dilation};
   const SpcProblem p =
-      check_spc_arguments("spc_conv_backward", x, weights, settings);
+      check_spc_arguments("spc_conv_backward", x_, weights, settings);
   check_spc_backward_arguments(
-      "spc_conv_backward", grad_feats, x, p, output_mask);
-  const at::MemoryFormat format = spc_layout(x);
+      "spc_conv_backward", grad_feats_, x_, p, output_mask);
+  const at::MemoryFormat format = spc_layout(x_);
+  const Backward native(p, weights, settings, output_mask);
+  const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
+  std::vector<Tensor> grad_feats, grad_weights;
   Tensor grad_x;
-  std::vector<Tensor> grad_weights;
   for (int64_t s = 0; s < p.S; ++s) {
-    const bool weight_wanted = output_mask.get(s + 1);
-    auto [gx, gw, gb] = at::convolution_backward(
-        grad_feats[s], x, weights[s], std::nullopt, {stride, stride},
-        {padding[s], padding[s]}, {dilation[s], dilation[s]},
-        /*transposed=*/false, /*output_padding=*/{0, 0}, groups[s],
-        {output_mask.get(0), weight_wanted, false});
-    if (gx.defined()) {
-      grad_x = grad_x.defined() ? grad_x.add_(gx) : gx.contiguous(format);
-    }
+    const Tensor& g = grad_feats_[s];
+    grad_feats.push_back(is_image(g) ? g : g.contiguous(format));
     grad_weights.push_back(
-        weight_wanted ? gw.contiguous() : at::empty({0}, weights[s].options()));
+        output_mask.get(s + 1) ? at::empty_like(weights[s])
+                               : at::empty({0}, weights[s].options()));
+    const bool input = output_mask.get(0) && !native.input();
+    const bool weight = output_mask.get(s + 1) && !native.weight(s);
+    if (!input && !weight) {
+      continue;
+    }
+    auto [gx, gw] = library_backward(
+        p, grad_feats.back(), x, weights[s], settings, s, input, weight);
+    if (input) {
+      grad_x = grad_x.defined() ? grad_x.add_(gx) : gx;
+    }
+    if (weight) {
+      grad_weights.back().copy_(gw);
+    }
   }
-  if (!grad_x.defined()) {
-    grad_x = at::empty({0}, x.options());
+  if (grad_x.defined()) {
+    grad_x = grad_x.to(p.dtype).contiguous(format);
+  } else {
+    grad_x = output_mask.get(0)
+        ? at::detail::empty_cpu(x.sizes(), p.dtype, /*pin_memory=*/false, format)
+        : at::empty({0}, x.options());
+  }
+  if (p.N == 0) {
+    for (Tensor& g : grad_weights) {
+      g.zero_();
+    }
+  } else if (native.any()) {
+    std::vector<Tensor> even;  // as the kernel can write them
+    for (const Tensor& g : grad_weights) {
+      const bool writable = g.dim() != 4 || evenly_spaced(g);
+      even.push_back(writable ? g : at::empty(g.sizes(), g.options()));
+    }
+    native.run(grad_feats, x, grad_x, even);
+    for (int64_t s = 0; s < p.S; ++s) {
+      if (native.weight(s) && !even[s].is_same(grad_weights[s])) {
+        grad_weights[s].copy_(even[s]);
+      }
+    }
   }
   return {std::move(grad_x), std::move(grad_weights)};
 }
