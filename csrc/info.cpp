@@ -194,13 +194,13 @@ py::dict conv_plan(
         std::to_string(in_channels) + " and out_channels = " +
         std::to_string(out_channels) + ", got " + std::to_string(groups));
   }
-  const cpu::Conv conv{
-      in_channels, out_channels, groups, kernel.first, kernel.second,
-      stride, padding, dilation, height, width};
   if (height + 2 * padding < dilation * (kernel.first - 1) + 1 ||
       width + 2 * padding < dilation * (kernel.second - 1) + 1) {
     throw py::value_error("the output would be empty, expected at least 1 x 1");
   }
+  const cpu::Conv conv = cpu::make_conv(
+      in_channels, out_channels, groups, kernel.first, kernel.second, stride,
+      padding, dilation, height, width);
   cpu::Isa wanted = cpu::isa_in_use();
   if (isa) {
     wanted = named(

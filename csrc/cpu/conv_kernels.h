@@ -22,8 +22,8 @@ struct Scratch {
   int64_t border;  // columns left of the image
 };
 
-// An image, or a part of it, in memory; strides in elements. Either the channels
-// of a pixel or the pixels of a row are dense.
+// An image, or a part of it, in memory; strides in elements. Of one that is read,
+// either the channels of a pixel or the pixels of a row are dense.
 struct Image {
   void* data;
   int64_t channel_stride, pixel_stride, row_stride;

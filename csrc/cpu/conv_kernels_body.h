@@ -421,14 +421,14 @@ struct Row {
 };
 
 EPSA_FN Row row_of(const Conv& conv, const Scratch& s, int64_t block, int64_t h) {
-  const int64_t top = h * conv.stride - conv.padding;  // of the image
+  const int64_t top = h * conv.stride - conv.padding_h;  // of the image
   const int64_t above = greater(0, -top);
   const int64_t below = greater(0, conv.height - top);
   return {
       lesser(conv.kernel_h, pieces(above, conv.dilation)),
       lesser(conv.kernel_h, pieces(below, conv.dilation)),
       s.data +
-          ((block * s.height + top) * s.width + s.border - conv.padding) * L};
+          ((block * s.height + top) * s.width + s.border - conv.padding_w) * L};
 }
 
 EPSA_FN void do_row(
@@ -634,6 +634,21 @@ void unpack(
       continue;
     }
     T* planes = to + c * destination.channel_stride;
+    if (destination.pixel_stride != 1) {  // every so many pixels of planes
+      for (int64_t h = 0; h < rows; ++h) {
+        for (int64_t w = 0; w < width; ++w) {
+          V v = line(from + h * sums.row_stride + w * pitch);
+          T* pixel = planes + h * destination.row_stride +
+              w * destination.pixel_stride;
+          for (int64_t i = 0; i < n; ++i) {
+            V one{};
+            one[0] = v[i];
+            Memory<T>::store(pixel + i * destination.channel_stride, one, 1);
+          }
+        }
+      }
+      continue;
+    }
     if (sums.row_stride == width * pitch && destination.row_stride == width) {
       unpack_run(  // the rows are one run of pixels
           from, pitch, n, rows * width, planes, destination.channel_stride);
@@ -744,7 +759,7 @@ void weight_grad(
     const Conv& conv, const WeightGradPlan& plan, const Scratch& x,
     const Scratch& grad, int64_t unit, float* sums) {
   const WeightGradUnit u(conv, plan, unit);
-  const int64_t out_h = conv.out_height(), out_w = conv.out_width();
+  const int64_t out_h = conv.out_height, out_w = conv.out_width;
   // the output channels of the first lane's group
   const int64_t channel = u.cluster * u.lanes.groups * conv.oc() + u.first;
   const bool shared = u.lanes.groups > 1;
@@ -762,7 +777,7 @@ void weight_grad(
       (shared ? 0 : channel % L);
   const float* image = x.data +
       ((u.cluster * u.lanes.vectors + u.vector) * x.height * x.width +
-       x.border - conv.padding) * L;
+       x.border - conv.padding_w) * L;
   const int64_t x_row = conv.stride * x.width * L, g_row = grad.width * L;
   int block = 0;
   while (kBlocks[block] != plan.block) {
@@ -776,7 +791,7 @@ void weight_grad(
   for (int64_t begin = 0; begin < out_h; begin += strip) {
     for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
       // output rows whose tap lies in the image
-      const int64_t top = ky - conv.padding;
+      const int64_t top = ky - conv.padding_h;
       const int64_t first =
           greater(begin, top < 0 ? pieces(-top, conv.stride) : 0);
       const int64_t last = lesser(

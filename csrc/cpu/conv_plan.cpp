@@ -25,6 +25,19 @@ double tile_cycles(int pixels, int block) {
 
 }  // namespace
 
+Conv make_conv(
+    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h,
+    int64_t kernel_w, int64_t stride, int64_t padding, int64_t dilation,
+    int64_t height, int64_t width) {
+  const auto out_size = [&](int64_t size, int64_t kernel) {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  return {
+      in_channels, out_channels, groups, kernel_h, kernel_w,
+      stride, dilation, padding, padding, height,
+      width, out_size(height, kernel_h), out_size(width, kernel_w)};
+}
+
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
   ConvPlan plan;
   if (in_double || conv.stride > kMaxStride) {
@@ -50,7 +63,7 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
         continue;
       }
       const double cost = tile_cycles(pixels, block) *
-          static_cast<double>(pieces(conv.out_width(), pixels)) / block;
+          static_cast<double>(pieces(conv.out_width, pixels)) / block;
       if (plan.block == 0 || cost < best) {
         best = cost;
         plan.block = block;
@@ -72,33 +85,46 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
     plan.unit_weights = conv.ic() * conv.taps() * plan.unit_channels;
   }
   plan.unit_pitch = pieces(plan.unit_channels, lanes) * lanes;
-  plan.buffer_width = pieces(conv.out_width(), plan.pixels) * plan.pixels;
+  plan.buffer_width = pieces(conv.out_width, plan.pixels) * plan.pixels;
   // a tile buffer as large as half of a small first-level cache
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(
       kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1,
-      conv.out_height());
+      conv.out_height);
   return plan;
 }
 
-Conv transposed(const Conv& conv) {
-  Conv t = conv;
-  t.in_channels = conv.out_channels;
-  t.out_channels = conv.in_channels;
-  t.padding = conv.dilation * (conv.kernel_h - 1) - conv.padding;
-  t.height = conv.out_height();
-  t.width = conv.out_width();
-  return t;
+Phase grad_input_phase(
+    const Conv& conv, int64_t first_row, int64_t first_column) {
+  // Row y of the input meets tap k of output row o where y = s * o + k - padding:
+  // the taps t, t + s, ... of the output rows q, q - 1, ..., with s * q + t the
+  // row's place in the padded image.
+  const int64_t s = conv.stride;
+  const int64_t row = first_row + conv.padding_h;
+  const int64_t column = first_column + conv.padding_w;
+  Phase phase{first_row, first_column, row % s, column % s, conv};
+  Conv& c = phase.conv;
+  std::swap(c.in_channels, c.out_channels);
+  c.stride = 1;
+  c.kernel_h = pieces(conv.kernel_h - phase.tap_row, s);
+  c.kernel_w = pieces(conv.kernel_w - phase.tap_column, s);
+  // the first output row that the turned kernel's first tap meets is q - (taps - 1)
+  c.padding_h = conv.dilation * (c.kernel_h - 1) - row / s;
+  c.padding_w = conv.dilation * (c.kernel_w - 1) - column / s;
+  c.height = conv.out_height;
+  c.width = conv.out_width;
+  c.out_height = pieces(conv.height - first_row, s);
+  c.out_width = pieces(conv.width - first_column, s);
+  return phase;
 }
 
-ConvPlan plan_grad_input(const Conv& conv, bool in_double, Isa isa) {
-  const Conv t = transposed(conv);
-  if (conv.stride != 1 || conv.kernel_h != conv.kernel_w || t.padding < 0) {
+ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa) {
+  if (phase.padding_h < 0 || phase.padding_w < 0) {
     return ConvPlan();
   }
-  const ConvPlan plan = plan_conv(t, in_double, isa);
+  const ConvPlan plan = plan_conv(phase, in_double, isa);
   const bool whole_vectors =
-      plan.method == ConvMethod::dot || t.oc() % lanes_of(isa) == 0;
+      plan.method == ConvMethod::dot || phase.oc() % lanes_of(isa) == 0;
   return whole_vectors ? plan : ConvPlan();
 }
 
@@ -130,20 +156,20 @@ WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
 }
 
 void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
-  if (conv.padding > border) {  // the columns so far move to the right
-    width += conv.padding - border;
-    border = conv.padding;
+  if (conv.padding_w > border) {  // the columns so far move to the right
+    width += conv.padding_w - border;
+    border = conv.padding_w;
   }
-  const int64_t left = border - conv.padding;
+  const int64_t left = border - conv.padding_w;
   const int64_t reach = conv.dilation * (conv.kernel_w - 1) + 1;
   width = std::max(
       {width, border + conv.width,
-       left + (conv.out_width() - 1) * conv.stride + reach});
+       left + (conv.out_width - 1) * conv.stride + reach});
   // An odd number of lines: at a multiple of a page the rows of a kernel would
   // fall into the same sets of the cache.
   width |= 1;
   beyond =
-      std::max(beyond, (buffer_width - conv.out_width()) * conv.stride);
+      std::max(beyond, (buffer_width - conv.out_width) * conv.stride);
 }
 
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {

@@ -8,22 +8,26 @@
 
 namespace epsa::cpu {
 
-// One branch's convolution, as at::conv2d defines it.
+// One branch's convolution. Output rows and columns stand for themselves: the
+// convolutions that make up a gradient end where it ends.
 struct Conv {
   int64_t in_channels, out_channels, groups;
   int64_t kernel_h, kernel_w;
-  int64_t stride, padding, dilation;  // vertical and horizontal
+  int64_t stride, dilation;  // vertical and horizontal
+  int64_t padding_h, padding_w;  // above and left
   int64_t height, width;  // of the input
+  int64_t out_height, out_width;
 
   int64_t ic() const { return in_channels / groups; }  // of one group
   int64_t oc() const { return out_channels / groups; }
   int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t out_size(int64_t size, int64_t kernel) const {
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-  }
-  int64_t out_height() const { return out_size(height, kernel_h); }
-  int64_t out_width() const { return out_size(width, kernel_w); }
 };
+
+// As at::conv2d defines it.
+Conv make_conv(
+    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h,
+    int64_t kernel_w, int64_t stride, int64_t padding, int64_t dilation,
+    int64_t height, int64_t width);
 
 enum class ConvMethod {
   // Lanes are output channels of one group; an input channel is broadcast.
@@ -55,14 +59,21 @@ struct ConvPlan {
 // in_double: float64, for which there are no kernels here.
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa);
 
-// The convolution of a branch's output gradient that gives the gradient of its
-// input: channels and padding change sides, the kernel is turned around. For
-// stride 1 only.
-Conv transposed(const Conv& conv);
+// The gradient of a convolution's input is stride * stride convolutions of the
+// gradient of its output, each of which makes every stride-th row and column of
+// it, from (first_row, first_column) on. Their kernels are every stride-th row and
+// column of the weights, from (tap_row, tap_column) on, turned around; channels
+// change sides.
+struct Phase {
+  int64_t first_row, first_column, tap_row, tap_column;
+  Conv conv;  // where a kernel has no such taps, one of its sizes is 0
+};
+Phase grad_input_phase(
+    const Conv& conv, int64_t first_row, int64_t first_column);
 
-// The plan of transposed(conv). Its units' sums are added to those of other
-// branches, so they must begin at whole vectors: else it is `library`.
-ConvPlan plan_grad_input(const Conv& conv, bool in_double, Isa isa);
+// The plan of a phase. Its units' sums are added to those of other branches, so
+// they must begin at whole vectors: else it is `library`.
+ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa);
 
 // How the gradient of a branch's weight is computed. Lanes are input channels, as
 // dot's are, and a tile of `taps` of a kernel's row times `block` output channels

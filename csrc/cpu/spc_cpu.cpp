@@ -115,20 +115,25 @@ ConvWeights weights_of(const Tensor& w, const Conv& conv) {
       w.size(1) == 1 ? 1 : w.stride(1), tap_stride(w), /*turned=*/false};
 }
 
-// As weights of transposed(conv): inputs and outputs of each group change roles.
-ConvWeights transposed_weights_of(const Tensor& w, const Conv& conv) {
-  ConvWeights t = weights_of(w, conv);
-  std::swap(t.out_stride, t.in_stride);
-  t.turned = true;
-  return t;
+// As the weights of a phase of the input's gradient: inputs and outputs of each
+// group change roles.
+ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
+  return {
+      glue::data_of(w), phase.ic() * w.stride(0),
+      w.size(1) == 1 ? 1 : w.stride(1), w.stride(0), tap_stride(w),
+      /*turned=*/true};
 }
 
 Conv conv_of(
     const SpcProblem& p, const Tensor& w, const SpcSettings& settings,
     int64_t s) {
-  return {
-      p.in_channels,         p.C, settings.groups[s],  w.size(2), w.size(3),
-      settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W};
+  return make_conv(
+      p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3),
+      settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W);
+}
+
+Tensor evenly(const Tensor& w) {
+  return evenly_spaced(w) ? w : w.contiguous();
 }
 
 const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
@@ -216,7 +221,7 @@ class Forward {
       const ConvPlan plan = plan_conv(conv, p.dtype == at::kDouble, isa_);
       convs_.push_back(conv);
       plans_.push_back(plan);
-      weights_.push_back(evenly_spaced(w) ? w : w.contiguous());
+      weights_.push_back(evenly(w));
       first_sums_.push_back(sums_);
       if (plan.method == ConvMethod::library) {
         continue;
@@ -415,6 +420,168 @@ SpcForward forward(
 
 // ---- backward ----
 
+// The gradient of x, where every branch has a kernel for it: in phases, each of
+// them a convolution of the branches' gradients whose results are added.
+class InputGrad {
+ public:
+  InputGrad(
+      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      Isa isa, bool wanted)
+      : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
+    if (!wanted) {
+      return;
+    }
+    for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
+      for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {
+        Part part{row, column};
+        for (int64_t s = 0; s < p.S; ++s) {
+          const Conv conv = conv_of(p, weights[s], settings, s);
+          const Phase phase = grad_input_phase(conv, row, column);
+          part.rows = phase.conv.out_height;
+          part.columns = phase.conv.out_width;
+          if (phase.conv.taps() == 0) {
+            continue;
+          }
+          const ConvPlan plan =
+              plan_grad_input(phase.conv, p.dtype == at::kDouble, isa);
+          if (plan.method == ConvMethod::library ||
+              (stride_ > 1 && conv.dilation > 1)) {
+            parts_.clear();
+            return;
+          }
+          Tensor w = weights[s];
+          if (stride_ > 1) {
+            w = w.slice(2, phase.tap_row, std::nullopt, stride_)
+                    .slice(3, phase.tap_column, std::nullopt, stride_);
+          }
+          part.branches.push_back(s);
+          part.convs.push_back(phase.conv);
+          part.plans.push_back(plan);
+          part.weights.push_back(evenly(w));
+        }
+        divide(part);
+        parts_.push_back(std::move(part));
+      }
+    }
+  }
+
+  bool possible() const { return !parts_.empty(); }
+
+  void include_in(ScratchSize& grads) const {
+    for (const Part& part : parts_) {
+      for (size_t i = 0; i < part.convs.size(); ++i) {
+        grads.include(part.convs[i], part.plans[i].buffer_width);
+      }
+    }
+  }
+
+  void pack(int64_t threads) {
+    for (Part& part : parts_) {
+      std::vector<ConvWeights> weights;
+      for (size_t i = 0; i < part.convs.size(); ++i) {
+        weights.push_back(turned_weights_of(part.weights[i], part.convs[i]));
+      }
+      part.packed =
+          pack_weights(k_, part.convs, part.plans, weights, threads);
+    }
+  }
+
+  int64_t buffer_floats() const { return buffer_; }
+  int64_t lane_floats() const { return lane_floats_; }
+  int64_t tasks() const { return tasks_; }  // of one sample
+
+  // grads(s): the scratch of branch s's gradient of this sample
+  template <class Grads>
+  void run(
+      int64_t task, int64_t n, const Grads& grads, const Tensor& grad_x,
+      float* buffer, float* lane_sums) const {
+    size_t i = 0;
+    while (task >= parts_[i].strips * parts_[i].ranges) {
+      task -= parts_[i].strips * parts_[i].ranges;
+      ++i;
+    }
+    const Part& part = parts_[i];
+    const int64_t range = task % part.ranges;
+    const int64_t begin = task / part.ranges * part.strip;
+    const int64_t end = std::min(begin + part.strip, part.rows);
+    std::memset(buffer, 0, (end - begin) * part.row * sizeof(float));
+    for (const auto& [b, unit] : part.units[range]) {
+      const ConvPlan& plan = part.plans[b];
+      const int64_t first = unit_run(part.convs[b], plan, unit).first;
+      k_.convolve(
+          part.convs[b], plan, grads(part.branches[b]),
+          part.packed.unit(b, plan, unit), unit, begin, end,
+          {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
+          lane_sums);
+    }
+    Image to = image_of(grad_x, n, range * part.range);
+    to.data = static_cast<char*>(to.data) +
+        ((part.first_row + begin * stride_) * to.row_stride +
+         part.first_column * to.pixel_stride) * grad_x.element_size();
+    to.row_stride *= stride_;
+    to.pixel_stride *= stride_;
+    k_.unpack(
+        {buffer, part.row, part.pitch, false}, part.range, end - begin,
+        part.columns, to, nullptr);
+  }
+
+ private:
+  // One phase. A task is a strip of its rows and a range of channels; all branches
+  // add to it, so it holds whole units of each.
+  struct Part {
+    int64_t first_row, first_column;
+    int64_t rows = 0, columns = 0;
+    std::vector<int64_t> branches{};
+    std::vector<Conv> convs{};
+    std::vector<ConvPlan> plans{};
+    std::vector<Tensor> weights{};
+    Packed packed{};
+    // of each range: places in the lists above, and units
+    std::vector<std::vector<std::pair<size_t, int64_t>>> units{};
+    int64_t range = 1, ranges = 0, strip = 0, strips = 0;
+    int64_t pitch = 0, row = 0;  // of the strip's buffer
+  };
+
+  void divide(Part& part) {
+    const int64_t lanes = k_.lanes;
+    for (const ConvPlan& plan : part.plans) {
+      part.range = std::lcm(part.range, plan.unit_channels);
+    }
+    if (part.plans.empty() || p_.in_channels % part.range) {
+      part.range = p_.in_channels;
+    }
+    part.ranges = p_.in_channels / part.range;
+    part.units.assign(part.ranges, {});
+    part.pitch = part.range;
+    int64_t width = part.columns;
+    for (size_t b = 0; b < part.plans.size(); ++b) {
+      const ConvPlan& plan = part.plans[b];
+      for (int64_t unit = 0; unit < plan.units; ++unit) {
+        const int64_t first = unit_run(part.convs[b], plan, unit).first;
+        part.units[first / part.range].push_back({b, unit});
+        // a unit may be less than full, and writes all of its lanes
+        part.pitch =
+            std::max(part.pitch, first % part.range + plan.unit_channels);
+      }
+      width = std::max(width, plan.buffer_width);
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plan));
+    }
+    part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
+    part.row = width * part.pitch;
+    constexpr int64_t kBufferFloats = 8192;
+    part.strip = std::clamp<int64_t>(kBufferFloats / part.row, 1, part.rows);
+    part.strips = (part.rows + part.strip - 1) / part.strip;
+    buffer_ = std::max(buffer_, part.strip * part.row);
+    tasks_ += part.strips * part.ranges;
+  }
+
+  SpcProblem p_;
+  const ConvKernels& k_;
+  int64_t stride_;
+  std::vector<Part> parts_;
+  int64_t buffer_ = 0, lane_floats_ = 0, tasks_ = 0;
+};
+
 // The gradients that have kernels here: of x if all branches have one, and of
 // those weights that have one.
 class Backward {
@@ -422,24 +589,19 @@ class Backward {
   Backward(
       const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
       const c10::List<bool>& output_mask)
-      : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
-    const bool in_double = p.dtype == at::kDouble;
-    input_ = output_mask.get(0);
+      : p_(p),
+        isa_(isa_in_use()),
+        k_(kernels_for(p, isa_)),
+        input_grad_(p, weights, settings, isa_, output_mask.get(0)),
+        input_(input_grad_.possible()) {
     for (int64_t s = 0; s < p.S; ++s) {
-      const Tensor& w = weights[s];
-      const Conv conv = conv_of(p, w, settings, s);
-      const ConvPlan plan = plan_grad_input(conv, in_double, isa_);
-      input_ &= plan.method != ConvMethod::library;
+      const Conv conv = conv_of(p, weights[s], settings, s);
       convs_.push_back(conv);
-      turned_.push_back(transposed(conv));
-      plans_.push_back(plan);
       weight_plans_.push_back(
-          output_mask.get(s + 1) ? plan_weight_grad(conv, in_double, isa_)
-                                 : WeightGradPlan());
-      weights_.push_back(evenly_spaced(w) ? w : w.contiguous());
+          output_mask.get(s + 1)
+              ? plan_weight_grad(conv, p.dtype == at::kDouble, isa_)
+              : WeightGradPlan());
       flops_ += flops_of(p, conv);
-    }
-    for (int64_t s = 0; s < p.S; ++s) {
       const WeightGradPlan& plan = weight_plans_[s];
       first_sums_.push_back(sums_);
       if (!plan.library) {
@@ -447,17 +609,12 @@ class Backward {
           weight_tasks_.push_back({s, unit});
         }
         sums_ += plan.units * plan.unit_sums;
-        x_size_.include(convs_[s], p.out_w);
-        // of the gradients just their pixels are read
-        grad_size_.width =
-            std::max(grad_size_.width, grad_size_.border + p.out_w);
-      }
-      if (input_) {
-        grad_size_.include(turned_[s], plans_[s].buffer_width);
+        x_size_.include(conv, p.out_w);
       }
     }
+    grad_size_.width = p.out_w;  // for the weights' gradients no more is read
     if (input_) {
-      plan_input();
+      input_grad_.include_in(grad_size_);
     }
   }
 
@@ -467,7 +624,7 @@ class Backward {
 
   void run(
       at::TensorList grad_feats, const Tensor& x, const Tensor& grad_x,
-      const std::vector<Tensor>& grad_weights) const {
+      const std::vector<Tensor>& grad_weights) {
     const int64_t threads = threads_for(flops_);
     const int64_t lanes = k_.lanes;
     const int64_t grad_blocks = (p_.C + lanes - 1) / lanes;
@@ -476,14 +633,10 @@ class Backward {
     const int64_t x_floats =
         x_blocks ? x_size_.floats(p_.in_channels, p_.H, lanes) : 0;
     const int64_t grad_floats = grad_size_.floats(p_.C, p_.out_h, lanes);
-    const int64_t input_tasks = input_ ? strips_ * ranges_ : 0;
-    Packed packed;
+    const int64_t weight_tasks = static_cast<int64_t>(weight_tasks_.size());
+    const int64_t input_tasks = input_ ? input_grad_.tasks() : 0;
     if (input_) {
-      std::vector<ConvWeights> weights;
-      for (size_t s = 0; s < convs_.size(); ++s) {
-        weights.push_back(transposed_weights_of(weights_[s], convs_[s]));
-      }
-      packed = pack_weights(k_, turned_, plans_, weights, threads);
+      input_grad_.pack(threads);
     }
     const Floats sums(sums_, /*zero=*/true);
     // As many samples at a time as there are threads. The sums over the samples
@@ -491,6 +644,15 @@ class Backward {
     const int64_t wave = std::min(p_.N, threads);
     const Floats images(wave * x_floats, /*zero=*/true);
     const Floats grads(wave * p_.S * grad_floats, /*zero=*/true);
+    const auto image = [&](int64_t n) {
+      return Scratch{
+          images.get() + n * x_floats, p_.H, x_size_.width, x_size_.border};
+    };
+    const auto grad = [&](int64_t n, int64_t s) {
+      return Scratch{
+          grads.get() + (n * p_.S + s) * grad_floats, p_.out_h,
+          grad_size_.width, grad_size_.border};
+    };
     for (int64_t n0 = 0; n0 < p_.N; n0 += wave) {
       const int64_t count = std::min(wave, p_.N - n0);
       const int64_t blocks = x_blocks + p_.S * grad_blocks;
@@ -498,131 +660,62 @@ class Backward {
         const int64_t n = i / blocks, block = i % blocks;
         if (block < x_blocks) {
           k_.pack_image(
-              image_of(x, n0 + n), p_.in_channels, p_.W,
-              x_scratch(images.get() + n * x_floats), block, block + 1);
+              image_of(x, n0 + n), p_.in_channels, p_.W, image(n), block,
+              block + 1);
           return;
         }
         const int64_t s = (block - x_blocks) / grad_blocks;
         const int64_t b = (block - x_blocks) % grad_blocks;
         k_.pack_image(
-            image_of(grad_feats[s], n0 + n), p_.C, p_.out_w,
-            grad_scratch(grads.get() + (n * p_.S + s) * grad_floats), b, b + 1);
+            image_of(grad_feats[s], n0 + n), p_.C, p_.out_w, grad(n, s), b,
+            b + 1);
       });
-      const int64_t weight_tasks = static_cast<int64_t>(weight_tasks_.size());
       const int64_t tasks = weight_tasks + count * input_tasks;
       std::atomic<int64_t> next{0};
       for_parts(threads, threads, [&](int64_t, int64_t) {
-        const Floats buffer(buffer_), lane_sums(lane_floats_);
+        const Floats buffer(input_grad_.buffer_floats());
+        const Floats lane_sums(input_grad_.lane_floats());
         for (int64_t i; (i = next++) < tasks;) {
           if (i < weight_tasks) {
             const auto [s, unit] = weight_tasks_[i];
             const WeightGradPlan& plan = weight_plans_[s];
             for (int64_t n = 0; n < count; ++n) {
               k_.weight_grad(
-                  convs_[s], plan, x_scratch(images.get() + n * x_floats),
-                  grad_scratch(grads.get() + (n * p_.S + s) * grad_floats), unit,
+                  convs_[s], plan, image(n), grad(n, s), unit,
                   sums.get() + first_sums_[s] + unit * plan.unit_sums);
             }
             continue;
           }
           const int64_t n = (i - weight_tasks) / input_tasks;
-          grad_input(
+          input_grad_.run(
               (i - weight_tasks) % input_tasks, n0 + n,
-              grads.get() + n * p_.S * grad_floats, grad_floats, packed, grad_x,
-              buffer.get(), lane_sums.get());
+              [&](int64_t s) { return grad(n, s); }, grad_x, buffer.get(),
+              lane_sums.get());
         }
       });
     }
-    for_each(
-        static_cast<int64_t>(weight_tasks_.size()), threads, [&](int64_t i) {
-          const auto [s, unit] = weight_tasks_[i];
-          const WeightGradPlan& plan = weight_plans_[s];
-          k_.unpack_weight_grad(
-              convs_[s], plan, unit,
-              sums.get() + first_sums_[s] + unit * plan.unit_sums,
-              weights_of(grad_weights[s], convs_[s]));
-        });
+    for_each(weight_tasks, threads, [&](int64_t i) {
+      const auto [s, unit] = weight_tasks_[i];
+      const WeightGradPlan& plan = weight_plans_[s];
+      k_.unpack_weight_grad(
+          convs_[s], plan, unit,
+          sums.get() + first_sums_[s] + unit * plan.unit_sums,
+          weights_of(grad_weights[s], convs_[s]));
+    });
   }
 
  private:
-  // A task is a strip of rows and a range of channels of one sample's gradient.
-  // All branches add to it, so it holds whole units of each.
-  void plan_input() {
-    const int64_t lanes = k_.lanes;
-    range_ = 1;
-    for (const ConvPlan& plan : plans_) {
-      range_ = std::lcm(range_, plan.unit_channels);
-    }
-    if (p_.in_channels % range_) {
-      range_ = p_.in_channels;
-    }
-    ranges_ = p_.in_channels / range_;
-    units_.assign(ranges_, {});
-    pitch_ = range_;
-    int64_t width = 0;
-    for (int64_t s = 0; s < p_.S; ++s) {
-      for (int64_t unit = 0; unit < plans_[s].units; ++unit) {
-        const int64_t first = unit_run(turned_[s], plans_[s], unit).first;
-        units_[first / range_].push_back({s, unit});
-        // a unit may be less than full, and writes all of its lanes
-        pitch_ =
-            std::max(pitch_, first % range_ + plans_[s].unit_channels);
-      }
-      width = std::max(width, plans_[s].buffer_width);
-      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plans_[s]));
-    }
-    pitch_ = (pitch_ + lanes - 1) / lanes * lanes;
-    row_ = width * pitch_;
-    constexpr int64_t kBufferFloats = 8192;
-    strip_ = std::clamp<int64_t>(kBufferFloats / row_, 1, p_.H);
-    strips_ = (p_.H + strip_ - 1) / strip_;
-    buffer_ = strip_ * row_;
-  }
-
-  void grad_input(
-      int64_t task, int64_t n, float* grads, int64_t grad_floats,
-      const Packed& packed, const Tensor& grad_x, float* buffer,
-      float* lane_sums) const {
-    const int64_t range = task % ranges_, begin = task / ranges_ * strip_;
-    const int64_t end = std::min(begin + strip_, p_.H);
-    std::memset(buffer, 0, (end - begin) * row_ * sizeof(float));
-    for (const auto& [s, unit] : units_[range]) {
-      const int64_t first = unit_run(turned_[s], plans_[s], unit).first;
-      k_.convolve(
-          turned_[s], plans_[s], grad_scratch(grads + s * grad_floats),
-          packed.unit(s, plans_[s], unit), unit, begin, end,
-          {buffer + first % range_, row_, pitch_, /*add=*/true}, lane_sums);
-    }
-    Image to = image_of(grad_x, n, range * range_);
-    to.data = static_cast<char*>(to.data) +
-        begin * to.row_stride * grad_x.element_size();
-    k_.unpack(
-        {buffer, row_, pitch_, false}, range_, end - begin, p_.W, to, nullptr);
-  }
-
-  Scratch x_scratch(float* data) const {
-    return {data, p_.H, x_size_.width, x_size_.border};
-  }
-  Scratch grad_scratch(float* data) const {
-    return {data, p_.out_h, grad_size_.width, grad_size_.border};
-  }
-
-  using Unit = std::pair<int64_t, int64_t>;  // branch, unit
   SpcProblem p_;
   Isa isa_;
   const ConvKernels& k_;
+  InputGrad input_grad_;
   bool input_;
-  std::vector<Conv> convs_, turned_;
-  std::vector<ConvPlan> plans_;  // of the gradient of x
+  std::vector<Conv> convs_;
   std::vector<WeightGradPlan> weight_plans_;
-  std::vector<Tensor> weights_;
-  std::vector<Unit> weight_tasks_;
+  std::vector<std::pair<int64_t, int64_t>> weight_tasks_;  // branch, unit
   std::vector<int64_t> first_sums_;  // of a branch's weight gradient
-  std::vector<std::vector<Unit>> units_;  // of each range of channels
   ScratchSize x_size_, grad_size_;
-  int64_t range_ = 0, ranges_ = 0, strip_ = 0, strips_ = 0;
-  int64_t pitch_ = 0, row_ = 0;  // of the strip's buffer
-  int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
+  int64_t sums_ = 0;  // floats
   double flops_ = 0;
 };
 
@@ -636,7 +729,7 @@ SpcBackward backward(
   check_spc_backward_arguments(
       "spc_conv_backward", grad_feats_, x_, p, output_mask);
   const at::MemoryFormat format = spc_layout(x_);
-  const Backward native(p, weights, settings, output_mask);
+  Backward native(p, weights, settings, output_mask);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
   std::vector<Tensor> grad_feats, grad_weights;
   Tensor grad_x;
