@@ -355,6 +355,14 @@ Forward forward_autograd(
 
 }  // namespace
 
+Tensor call_psa_attention(
+    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& pooled) {
+  return std::get<0>(call_forward(
+      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled));
+}
+
 TORCH_LIBRARY(epsa_fused, m) {
   m.set_python_module("epsa_fused.ops");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};

@@ -69,4 +69,11 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Backward = std::tuple<
     std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// psa_attention through the dispatcher: its output alone.
+at::Tensor call_psa_attention(
+    at::TensorList feats, const at::Tensor& fc1_weight,
+    const std::optional<at::Tensor>& fc1_bias, const at::Tensor& fc2_weight,
+    const std::optional<at::Tensor>& fc2_bias, bool reversed,
+    const std::optional<at::Tensor>& pooled);
+
 }  // namespace epsa

@@ -1,4 +1,5 @@
 // The convolutions' schemas, autograd and autocast (library _ops).
+#include "psa.h"
 #include "spc.h"
 
 #include <ATen/ATen.h>
@@ -188,6 +189,68 @@ SpcForward forward_autocast(
       {groups, stride, padding, dilation});
 }
 
+// ---- the whole module ----
+
+using OptTensor = std::optional<Tensor>;
+
+Tensor call_psa_forward(
+    const Tensor& x, at::TensorList weights, const SpcSettings& k,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("epsa_fused::psa_forward", "")
+          .typed<Tensor(
+              const Tensor&, at::TensorList, at::IntArrayRef, int64_t,
+              at::IntArrayRef, at::IntArrayRef, const Tensor&, const OptTensor&,
+              const Tensor&, const OptTensor&, bool)>();
+  return op.call(
+      x, weights, k.groups, k.stride, k.padding, k.dilation, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, reversed);
+}
+
+// Where a gradient may be asked for, the two steps that keep what it needs.
+Tensor psa_forward_autograd(
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  const SpcSettings k{groups, stride, padding, dilation};
+  const std::vector<Tensor> se{
+      fc1_weight, fc1_bias.value_or(Tensor()), fc2_weight,
+      fc2_bias.value_or(Tensor())};
+  refuse_forward_mode("psa_forward", x, weights);
+  refuse_forward_mode("psa_forward", x, se);
+  const bool se_grad = std::any_of(se.begin(), se.end(), [](const Tensor& t) {
+    return t.defined() && t.requires_grad();
+  });
+  if (at::GradMode::is_enabled() && (se_grad || needs_grad(x, weights))) {
+    const auto [feats, pooled] = call_forward(x, weights, k);
+    return call_psa_attention(
+        feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_psa_forward(
+      x, weights, k, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed);
+}
+
+// The convolutions as conv2d; the attention step takes its weights as they are.
+Tensor psa_forward_autocast(
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  const auto device = at::kCPU;
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const std::vector<Tensor> cast =
+      at::autocast::cached_cast(dtype, weights, device);
+  return call_psa_forward(
+      at::autocast::cached_cast(dtype, x, device), cast,
+      {groups, stride, padding, dilation}, fc1_weight, fc1_bias, fc2_weight,
+      fc2_bias, reversed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
@@ -202,15 +265,22 @@ TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
       "int[] groups, int stride, int[] padding, int[] dilation, "
       "bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights)",
       tags);
+  m.def(
+      "psa_forward(Tensor x, Tensor[] weights, int[] groups, int stride, "
+      "int[] padding, int[] dilation, Tensor fc1_weight, Tensor? fc1_bias, "
+      "Tensor fc2_weight, Tensor? fc2_bias, bool reversed) -> Tensor",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
   m.impl("spc_conv", forward_autograd);
   m.impl("spc_conv_backward", backward_autograd);
+  m.impl("psa_forward", psa_forward_autograd);
 }
 
 TORCH_LIBRARY_IMPL(epsa_fused, AutocastCPU, m) {
   m.impl("spc_conv", forward_autocast);
+  m.impl("psa_forward", psa_forward_autocast);
 }
 
 }  // namespace epsa

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import convolution
 from .modules import FusedPSAModule
 from .ops import psa_attention
 from .reference import PSAModule, psa_attention_reference
@@ -11,6 +12,7 @@ __version__ = _version("epsa_fused")
 __all__ = [
     "FusedPSAModule",
     "PSAModule",
+    "convolution",
     "psa_attention",
     "psa_attention_reference",
 ]

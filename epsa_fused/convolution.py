@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .ops import _is_native
+from .ops import _is_native, _se_flops
 
 
 def spc_conv(
@@ -137,6 +137,15 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
     return grad_x, grad_weights
 
 
+@torch.library.register_fake("epsa_fused::psa_forward")
+def _(x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed):
+    _check_fake("psa_forward", x, weights, groups, padding, dilation)
+    n, c, h, w = _maps_shape(x, weights[0], stride, padding[0], dilation[0])
+    return torch.empty(
+        (n, len(weights) * c, h, w), dtype=x.dtype, device=x.device, memory_format=_layout(x)
+    )
+
+
 # ---- floating-point operations, for torch.utils.flop_counter.FlopCounterMode ----
 
 
@@ -156,3 +165,13 @@ def _(
         conv_flop_count(x_shape, w, out) * (int(output_mask[0]) + int(wanted))
         for w, out, wanted in zip(weight_shapes, grad_shapes, output_mask[1:], strict=True)
     )
+
+
+@register_flop_formula(torch.ops.epsa_fused.psa_forward)
+def _(x_shape, weight_shapes, groups, stride, padding, dilation, fc1_shape, *args, **kwargs) -> int:
+    n, branches, channels = x_shape[0], len(weight_shapes), weight_shapes[0][0]
+    out_shape = kwargs["out_shape"]
+    convolutions = sum(
+        conv_flop_count(x_shape, w, [n, channels, *out_shape[2:]]) for w in weight_shapes
+    )
+    return convolutions + _se_flops([[n, channels]] * branches, fc1_shape)

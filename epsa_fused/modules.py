@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .convolution import spc_conv
 from .ops import psa_attention
 from .reference import PSAModule, SEWeight, is_reversed
 
@@ -55,9 +54,11 @@ class FusedPSAModule(PSAModule):
 
     Constructor, `state_dict` keys and output are those of :class:`PSAModule` (see there) and of
     the published code; the attention step is :func:`epsa_fused.psa_attention`. On the CPU the
-    convolutions are one call of :func:`epsa_fused.convolution.spc_conv`, as long as they are
-    plain: if one has hooks, was replaced or is sharded, each of them is called as the layer it is,
-    as on other devices.
+    whole module is one operator, psa_forward: where no gradient can be asked for, the
+    convolutions write into the output's slots and each sample is reweighted in place; else it is
+    :func:`epsa_fused.convolution.spc_conv` and the attention step. That needs plain convolutions,
+    all of one stride: if one has hooks, a bias, was replaced or is sharded, each of them is called
+    as the layer it is, as on other devices.
 
     The fused attention reads the parameters of `se.fc1` and `se.fc2` and does not call the
     submodules of `se`. Where a call would mean something else (hooks, a replaced layer such as a
@@ -69,27 +70,31 @@ class FusedPSAModule(PSAModule):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, inplans, H, W] -> [N, planes, H', W']."""
         convs = [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
-        if x.device.type != "cpu" or not all(map(_is_plain, convs)):
+        plain = all(map(_is_plain, convs)) and len({conv.stride for conv in convs}) == 1
+        if x.device.type != "cpu" or not plain:
             return self.attention([conv(x) for conv in convs])
-        feats, pooled = spc_conv(
+        self._check_se()
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return torch.ops.epsa_fused.psa_forward.default(
             x,
             [conv.weight for conv in convs],
             [conv.groups for conv in convs],
-            stride=convs[0].stride[0],
-            padding=[conv.padding[0] for conv in convs],
-            dilation=[conv.dilation[0] for conv in convs],
+            convs[0].stride[0],
+            [conv.padding[0] for conv in convs],
+            [conv.dilation[0] for conv in convs],
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            is_reversed(self.branch_order),
         )
-        return self.attention(feats, pooled)
 
-    def attention(self, feats: list[Tensor], pooled: Tensor | None = None) -> Tensor:
-        """The attention step; `pooled` [N, S, C] is given where the maps' means are known."""
+    def attention(self, feats: list[Tensor]) -> Tensor:
         self._check_se()
         fc1, fc2 = self.se.fc1, self.se.fc2
-        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        if pooled is None:
-            return psa_attention(feats, *weights, branch_order=self.branch_order)
-        reverse = is_reversed(self.branch_order)
-        return torch.ops.epsa_fused.psa_attention.default(feats, *weights, reverse, pooled)[0]
+        return psa_attention(
+            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
+        )
 
     def _check_se(self) -> None:
         why = _why_not_fused("se", self.se, SEWeight)

@@ -111,10 +111,10 @@ struct Tile {
   bool add;  // to the sums that are there?
 };
 
-// acc += one tap of one channel (broadcast) or of L channels (dot): each pixel's
-// value times B vectors of weights. Of the two, those that are fewer are held in
-// registers.
-template <int P, int B, int S, bool kDot>
+// acc += one tap of one channel (broadcast) or of L channels (dot): the value of
+// each pixel in [kFrom, kTo) times B vectors of weights. Of the two, those that are
+// fewer are held in registers.
+template <int kFrom, int kTo, int P, int B, int S, bool kDot>
 EPSA_FN void add_tap(V (&acc)[P][B], const float* x, const float* w) {
   if constexpr (P >= B) {
     V weight[B];
@@ -123,7 +123,7 @@ EPSA_FN void add_tap(V (&acc)[P][B], const float* x, const float* w) {
       weight[b] = line(w + b * L);
     }
 #pragma GCC unroll 28
-    for (int p = 0; p < P; ++p) {
+    for (int p = kFrom; p < kTo; ++p) {
       V value = kDot ? line(x + p * S * L) : splat(x[p * S * L]);
       if constexpr (B > 1) {
         pin(value);
@@ -136,7 +136,7 @@ EPSA_FN void add_tap(V (&acc)[P][B], const float* x, const float* w) {
   } else {
     V value[P];
 #pragma GCC unroll 28
-    for (int p = 0; p < P; ++p) {
+    for (int p = kFrom; p < kTo; ++p) {
       value[p] = kDot ? line(x + p * S * L) : splat(x[p * S * L]);
     }
 #pragma GCC unroll 8
@@ -144,16 +144,15 @@ EPSA_FN void add_tap(V (&acc)[P][B], const float* x, const float* w) {
       V weight = line(w + b * L);
       pin(weight);
 #pragma GCC unroll 28
-      for (int p = 0; p < P; ++p) {
+      for (int p = kFrom; p < kTo; ++p) {
         acc[p][b] += value[p] * weight;
       }
     }
   }
 }
 
-template <int P, int B, int S, bool kDot>
-void tile(const Tile& t) {
-  V acc[P][B];
+template <int P, int B>
+EPSA_FN void load_sums(V (&acc)[P][B], const Tile& t) {
 #pragma GCC unroll 28
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 8
@@ -161,22 +160,10 @@ void tile(const Tile& t) {
       acc[p][b] = t.add ? line(t.sums + p * t.pitch + b * L) : V{};
     }
   }
-  const int64_t taps = t.kernel_w, channels = kDot ? 1 : t.channels;
-  const float* w = t.w + t.first_row * taps * channels * B * L;
-  const float* row = t.x + t.first_row * t.row;
-  for (int64_t ky = t.first_row; ky < t.last_row; ++ky, row += t.row) {
-    const float* x = row;
-    for (int64_t kx = 0; kx < taps; ++kx, x += t.step) {
-      if constexpr (kDot) {
-        add_tap<P, B, S, kDot>(acc, x, w);
-        w += B * L;
-      } else {
-        for (int64_t c = 0; c < channels; ++c, w += B * L) {
-          add_tap<P, B, S, kDot>(acc, x + c, w);
-        }
-      }
-    }
-  }
+}
+
+template <int P, int B>
+EPSA_FN void store_sums(const V (&acc)[P][B], const Tile& t) {
 #pragma GCC unroll 28
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 8
@@ -184,6 +171,62 @@ void tile(const Tile& t) {
       set_line(t.sums + p * t.pitch + b * L, acc[p][b]);
     }
   }
+}
+
+template <int P, int B, int S, bool kDot>
+void tile(const Tile& t) {
+  V acc[P][B];
+  load_sums(acc, t);
+  const int64_t taps = t.kernel_w, channels = kDot ? 1 : t.channels;
+  const float* w = t.w + t.first_row * taps * channels * B * L;
+  const float* row = t.x + t.first_row * t.row;
+  for (int64_t ky = t.first_row; ky < t.last_row; ++ky, row += t.row) {
+    const float* x = row;
+    for (int64_t kx = 0; kx < taps; ++kx, x += t.step) {
+      if constexpr (kDot) {
+        add_tap<0, P, P, B, S, kDot>(acc, x, w);
+        w += B * L;
+      } else {
+        for (int64_t c = 0; c < channels; ++c, w += B * L) {
+          add_tap<0, P, P, B, S, kDot>(acc, x + c, w);
+        }
+      }
+    }
+  }
+  store_sums(acc, t);
+}
+
+// A tile that is a whole row of an image as wide as its output, of which no pixel
+// outside is multiplied: a third of the work of a 9 x 9 kernel on 7 pixels.
+constexpr int clamp(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+template <int K, int kTap, int P, int B, bool kDot>
+EPSA_FN void add_row_taps(
+    V (&acc)[P][B], const float* x, const float* w, int64_t channels) {
+  if constexpr (kTap < K) {
+    constexpr int kFrom = clamp(K / 2 - kTap, 0, P);
+    constexpr int kTo = clamp(P + K / 2 - kTap, 0, P);
+    for (int64_t c = 0; c < channels; ++c, w += B * L) {
+      add_tap<kFrom, kTo, P, B, 1, kDot>(acc, x + kTap * L + c, w);
+    }
+    add_row_taps<K, kTap + 1, P, B, kDot>(acc, x, w, channels);
+  }
+}
+
+template <int K, int P, int B, bool kDot>
+void row_tile(const Tile& t) {
+  V acc[P][B];
+  load_sums(acc, t);
+  const int64_t channels = kDot ? 1 : t.channels;
+  const float* w = t.w + t.first_row * K * channels * B * L;
+  const float* x = t.x + t.first_row * t.row;
+  for (int64_t ky = t.first_row; ky < t.last_row; ++ky, x += t.row) {
+    add_row_taps<K, 0, P, B, kDot>(acc, x, w, channels);
+    w += K * channels * B * L;
+  }
+  store_sums(acc, t);
 }
 
 using TileFunction = void (*)(const Tile&);
@@ -211,16 +254,52 @@ const TileFunction kTiles[kMaxStride][2][4][8] = {
 #undef EPSA_BLOCKS
 #undef EPSA_TILES
 
+// Those of EPSANet's maps of 7 and 14 pixels.
+constexpr int kRowKernels[] = {3, 5, 7, 9}, kRowPixels[] = {7, 14};
+
+template <int K, int P, int B, bool kDot>
+constexpr TileFunction row_tile_if_fits() {
+  if constexpr (fits(P, B, L)) {
+    return row_tile<K, P, B, kDot>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define EPSA_KERNELS(P, B, D)                                              \
+  {row_tile_if_fits<3, P, B, D>(), row_tile_if_fits<5, P, B, D>(),         \
+   row_tile_if_fits<7, P, B, D>(), row_tile_if_fits<9, P, B, D>()}
+// Dot's of 14 pixels would be too long for the cache of decoded instructions:
+// slower by a sixth.
+const TileFunction kRowTiles[2][2][2][4] = {
+    {{EPSA_KERNELS(7, 1, false), EPSA_KERNELS(7, 2, false)},
+     {EPSA_KERNELS(14, 1, false), EPSA_KERNELS(14, 2, false)}},
+    {{EPSA_KERNELS(7, 1, true), EPSA_KERNELS(7, 2, true)}, {{}, {}}}};
+#undef EPSA_KERNELS
+
+// The place of x in a list, or its length.
+template <int n>
+EPSA_FN int place(const int (&list)[n], int64_t x) {
+  int i = 0;
+  while (i < n && list[i] != x) {
+    ++i;
+  }
+  return i;
+}
+
 TileFunction tile_function(const Conv& conv, const ConvPlan& plan) {
-  int pixels = 0, block = 0;
-  while (kPixels[pixels] != plan.pixels) {
-    ++pixels;
-  }
-  while (kBlocks[block] != plan.block) {
-    ++block;
-  }
   const bool dot = plan.method == ConvMethod::dot;
-  return kTiles[conv.stride - 1][dot][block][pixels];
+  const int block = place(kBlocks, plan.block);
+  const int kernel = place(kRowKernels, conv.kernel_w);
+  const int pixels = place(kRowPixels, plan.pixels);
+  if (kernel < 4 && pixels < 2 && block < 2 && conv.stride == 1 &&
+      conv.dilation == 1 && conv.width == plan.pixels &&
+      conv.out_width == plan.pixels && conv.padding_w == conv.kernel_w / 2) {
+    if (const TileFunction row = kRowTiles[dot][pixels][block][kernel]) {
+      return row;
+    }
+  }
+  return kTiles[conv.stride - 1][dot][block][place(kPixels, plan.pixels)];
 }
 
 // ---- packing ----
@@ -779,10 +858,7 @@ void weight_grad(
       ((u.cluster * u.lanes.vectors + u.vector) * x.height * x.width +
        x.border - conv.padding_w) * L;
   const int64_t x_row = conv.stride * x.width * L, g_row = grad.width * L;
-  int block = 0;
-  while (kBlocks[block] != plan.block) {
-    ++block;
-  }
+  const int block = place(kBlocks, plan.block);
   // Rows at a time: those of the image and of the gradient stay in the first
   // cache while the kernel's rows pass over them.
   constexpr int64_t kCacheFloats = 6144;

@@ -1,4 +1,6 @@
 // The operators on the CPU: allocation, layouts and threads around the kernels.
+#include "psa_cpu.h"
+
 #include "../psa_glue.h"
 #include "psa_kernels.h"
 #include "threads.h"
@@ -371,6 +373,62 @@ Backward backward(
 }
 
 }  // namespace
+
+// ---- one sample at a time, in place ----
+
+struct AttentionStep::State {
+  Problem p;
+  const Kernels& k;
+  Geometry g;
+  Workspace workspace;
+  PackedWeights weights;
+  Maps maps;
+
+  State(
+      const Problem& problem, const Tensor& out, at::MemoryFormat format,
+      const Tensor& w1, const OptTensor& b1, const Tensor& w2,
+      const OptTensor& b2, bool reversed)
+      : p(problem),
+        k(kernels(dtype_of<Dtype>(p.dtype), isa_in_use())),
+        g(geometry_of(p, format)),
+        workspace(p.acc, PackedWeights::elements(p), 1),
+        weights(p, w1, b1, w2, b2, workspace),
+        maps(slots_of<Maps>(out, p, format, reversed)) {}
+};
+
+AttentionStep::AttentionStep(
+    const char* op, const Tensor& out, int64_t branches,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  const std::vector<Tensor> feats = out.chunk(branches, 1);
+  const Problem p =
+      check_arguments(op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  TORCH_INTERNAL_ASSERT(p.acc == at::kFloat);
+  state_ = std::make_unique<State>(
+      p, out, common_layout({out}), fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+      reversed);
+}
+
+AttentionStep::~AttentionStep() = default;
+
+void AttentionStep::run(
+    int64_t n, const float* pooled, int64_t threads) const {
+  const State& s = *state_;
+  std::vector<float> vectors(s.p.S * (s.p.C + s.p.hidden));
+  float* attention = vectors.data();
+  // the means are not written where no partial sums are given
+  s.k.gate(
+      s.g, s.weights.view, nullptr, const_cast<float*>(pooled),
+      attention + s.p.S * s.p.C, attention);
+  const auto scale = [&](int64_t begin, int64_t end) {
+    s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);
+  };
+  if (threads == 1) {
+    scale(0, s.g.units());
+  } else {
+    parallel_for(0, s.g.units(), 1, scale);
+  }
+}
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
   m.impl("psa_attention", forward);

@@ -2,6 +2,7 @@
 #include "../psa_glue.h"
 #include "../spc.h"
 #include "conv_kernels.h"
+#include "psa_cpu.h"
 #include "threads.h"
 
 #include <ATen/ATen.h>
@@ -244,10 +245,15 @@ class Forward {
   bool has(int64_t s) const {
     return plans_[s].method != ConvMethod::library;
   }
+  bool has_all() const {
+    return std::none_of(
+        plans_.begin(), plans_.end(),
+        [](const ConvPlan& p) { return p.method == ConvMethod::library; });
+  }
 
   // Convolves all samples of x into `feats` and writes the means of the maps to
-  // `pooled` [N, S, C], both for the branches that have kernels here. done(n)
-  // follows when sample n is complete.
+  // `pooled` [N, S, C], both for the branches that have kernels here. When sample
+  // n is complete, done(n, threads) follows, which may use so many threads.
   template <class Done>
   void run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
@@ -276,7 +282,7 @@ class Forward {
               task, n, image.get(), sums.get(), buffer.get(), lanes.get());
         }
         finish(sums.get(), pooled + n * pooled_floats);
-        done(n);
+        done(n, 1);
       }
     });
     const int64_t rest = p_.N - whole;
@@ -301,7 +307,7 @@ class Forward {
     });
     for (int64_t n = 0; n < rest; ++n) {
       finish(sums.get() + n * sums_, pooled + (whole + n) * pooled_floats);
-      done(whole + n);
+      done(whole + n, threads);
     }
   }
 
@@ -413,9 +419,54 @@ SpcForward forward(
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }
   if (any && p.N > 0) {
-    native.run(x, feats, pooled.mutable_data_ptr<float>(), [](int64_t) {});
+    native.run(
+        x, feats, pooled.mutable_data_ptr<float>(), [](int64_t, int64_t) {});
   }
   return {std::move(feats), std::move(pooled)};
+}
+
+// ---- the whole module, without autograd ----
+
+// The convolutions write into the output's slots, their epilogue has the means,
+// and each sample is reweighted in place while it is in the cache.
+Tensor psa_forward(
+    const Tensor& x_, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
+    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
+    bool reversed) {
+  const SpcSettings settings{groups, stride, padding, dilation};
+  const SpcProblem p = check_spc_arguments("psa_forward", x_, weights, settings);
+  const Forward native(p, weights, settings);
+  if (!native.has_all()) {
+    // a branch without a kernel here makes a map of its own
+    const auto [feats, pooled] =
+        forward(x_, weights, groups, stride, padding, dilation);
+    return call_psa_attention(
+        feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
+  }
+  const at::MemoryFormat format = spc_layout(x_);
+  Tensor out = at::detail::empty_cpu(
+      {p.N, p.S * p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format);
+  const AttentionStep attention(
+      "psa_forward", out, p.S, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+      reversed);
+  if (p.N == 0) {
+    return out;
+  }
+  std::vector<Tensor> slots;
+  for (int64_t s = 0; s < p.S; ++s) {
+    const int64_t slot =
+        glue::slot_of_branch(static_cast<int>(s), static_cast<int>(p.S), reversed);
+    slots.push_back(out.narrow(1, slot * p.C, p.C));
+  }
+  const Floats pooled(p.N * p.S * p.C);
+  native.run(
+      is_image(x_) ? x_ : x_.contiguous(format), slots, pooled.get(),
+      [&](int64_t n, int64_t threads) {
+        attention.run(n, pooled.get() + n * p.S * p.C, threads);
+      });
+  return out;
 }
 
 // ---- backward ----
@@ -785,6 +836,7 @@ SpcBackward backward(
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
   m.impl("spc_conv", forward);
   m.impl("spc_conv_backward", backward);
+  m.impl("psa_forward", psa_forward);
 }
 
 }  // namespace epsa::cpu
