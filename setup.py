@@ -8,6 +8,7 @@ toolkit is there, 1 insists on them, 0 leaves them out.
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,6 +25,9 @@ except ImportError as error:
 import pybind11
 
 CSRC = Path("csrc")
+
+# What to compile for where there is no GPU to ask, the oldest first.
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
 
 def cuda_wanted() -> bool:
@@ -48,6 +52,32 @@ def cuda_wanted() -> bool:
     return missing is None
 
 
+def architectures(listed: str) -> str:
+    """TORCH_CUDA_ARCH_LIST of ARCHITECTURES as far as `nvcc --list-gpu-arch`, which printed
+    `listed`, names them; PTX of the last is for newer GPUs. Empty where it names none of them."""
+    names = listed.split()
+    known = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in names]
+    return ";".join(known) + "+PTX" if known else ""
+
+
+def default_architectures() -> str:
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    try:
+        result = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"{error}\n{getattr(error, 'stderr', '')}".strip()) from None
+    chosen = architectures(result.stdout)
+    if not chosen:
+        raise SystemExit(
+            f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST to "
+            "what `nvcc --list-gpu-arch` names, CUDA_HOME to a newer toolkit, or EPSA_CUDA=0 to "
+            f"leave the CUDA kernels out. It named: {' '.join(result.stdout.split()) or 'nothing'}"
+        )
+    return chosen
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
 
@@ -69,8 +99,9 @@ def extensions() -> list[Extension]:
     ops_sources = sources("*.cpp", "cpu/*.cpp")
     ops_sources.remove(str(CSRC / "info.cpp"))
     if with_cuda:
-        if not torch.cuda.is_available():  # else torch takes the architecture of the GPU here
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+        # where there is a GPU, torch takes its architecture
+        if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
         ops = cpp_extension.CUDAExtension(
             "epsa_fused._ops",
             ops_sources + sources("cuda/*.cpp", "cuda/*.cu"),
@@ -110,4 +141,5 @@ class BuildExtension(cpp_extension.BuildExtension):
         return super().get_ext_filename(ext_name)
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":  # not where a test looks at the functions above
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
