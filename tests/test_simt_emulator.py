@@ -24,6 +24,7 @@ HEALTHY = [
     "tickets",
     "tickets_two_resident",
     "tickets_one_resident",
+    "unlike_launches",
     "schedule",
     "after_failure",
     "halves",

@@ -406,11 +406,14 @@ std::string Machine::run() {
 }
 
 void Machine::start_blocks() {
-  // Launches take turns, in order or at random.
-  for (size_t idle = 0, turn = 0; idle < launches_.size(); ++turn) {
-    const size_t count = launches_.size();
-    Launch& launch =
-        launches_[random_ == 0 || idle > 0 ? turn % count : random(count)];
+  // Launches take turns, in order or at random; where one cannot start a
+  // cluster, all the others are asked before this ends.
+  const size_t count = launches_.size();
+  for (size_t idle = 0, turn = 0; idle < count; ++turn) {
+    if (random_ != 0 && idle == 0) {
+      turn = random(count);
+    }
+    Launch& launch = launches_[turn % count];
     if (launch.waiting.empty() ||
         (resident_ > 0 && resident_ + launch.size() > limit_)) {
       ++idle;

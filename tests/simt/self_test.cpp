@@ -333,6 +333,29 @@ std::string chains(int max_resident) {
 
 // ---- the schedule ----
 
+// Whatever the order in which launches with unlike numbers of blocks take turns,
+// all their blocks run.
+std::string unlike_launches() {
+  for (uint64_t seed = 0; seed < 32; ++seed) {
+    const LaunchOptions one{.seed = seed, .max_resident = 2};
+    const LaunchOptions five{.blocks = 5};
+    const LaunchOptions pairs{.blocks = 4, .cluster = 2};
+    unsigned blocks[3] = {};
+    const auto count = [&](int i) {
+      return [counter = &blocks[i]] { arrive(counter); };
+    };
+    const std::string report = launch_together(
+        {{one, count(0)}, {five, count(1)}, {pairs, count(2)}});
+    if (!report.empty()) {
+      return report;
+    }
+    if (blocks[0] != 1 || blocks[1] != 5 || blocks[2] != 4) {
+      return expect(false);
+    }
+  }
+  return "";
+}
+
 // The order in which blocks start, and how many run at once.
 std::string schedule() {
   std::map<uint64_t, std::vector<int64_t>> orders;
@@ -464,6 +487,7 @@ const std::map<std::string, std::string (*)()> kCases = {
     {"tickets", [] { return chains<Bug::none>(0); }},
     {"tickets_two_resident", [] { return chains<Bug::none>(2); }},
     {"tickets_one_resident", [] { return chains<Bug::none>(1); }},
+    {"unlike_launches", unlike_launches},
     {"schedule", schedule},
     {"after_failure", after_failure},
     {"halves", halves},
