@@ -3,16 +3,32 @@
 from importlib.metadata import version as _version
 
 from . import convolution
+from .models import (
+    EPSABlock,
+    EPSANet,
+    epsanet50,
+    epsanet50_large,
+    epsanet101,
+    epsanet101_large,
+)
 from .modules import FusedPSAModule
 from .ops import psa_attention
 from .reference import PSAModule, psa_attention_reference
+from .timm_models import register_timm
 
 __version__ = _version("epsa_fused")
 
 __all__ = [
+    "EPSABlock",
+    "EPSANet",
     "FusedPSAModule",
     "PSAModule",
     "convolution",
+    "epsanet50",
+    "epsanet50_large",
+    "epsanet101",
+    "epsanet101_large",
     "psa_attention",
     "psa_attention_reference",
+    "register_timm",
 ]

@@ -5,6 +5,7 @@ Everything else is compared with the reference, so nothing here takes anything f
 
 import math
 
+import published
 import pytest
 import torch
 from cases import (
@@ -20,7 +21,6 @@ from cases import (
 )
 from maths import gradients
 from tolerance import assert_close, make_cotangents, run
-from torch import nn
 
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention, psa_attention_reference
 
@@ -86,54 +86,6 @@ def test_autograd_of_the_reference_is_the_formulas(case, kind, order):
 # ---- against the published code ----
 
 
-class SeedSEWeight(nn.Module):
-    """SEWeightModule of the published code."""
-
-    def __init__(self, channels, reduction=16):
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, channels // reduction, kernel_size=1, padding=0)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, kernel_size=1, padding=0)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x):
-        x = self.relu(self.fc1(self.avg_pool(x)))
-        return self.sigmoid(self.fc2(x))
-
-
-class SeedPSAModule(nn.Module):
-    """PSAModule of the published code: four branches, each put before the earlier ones."""
-
-    def __init__(
-        self, inplans, planes, conv_kernels=(3, 5, 7, 9), stride=1, conv_groups=(1, 4, 8, 16)
-    ):
-        super().__init__()
-        for i, (k, g) in enumerate(zip(conv_kernels, conv_groups, strict=True), 1):
-            conv = nn.Conv2d(
-                inplans, planes // 4, k, stride=stride, padding=k // 2, groups=g, bias=False
-            )
-            setattr(self, f"conv_{i}", conv)
-        self.se = SeedSEWeight(planes // 4)
-        self.split_channel = planes // 4
-        self.softmax = nn.Softmax(dim=1)
-
-    def forward(self, x):
-        batch_size = x.shape[0]
-        x1, x2, x3, x4 = self.conv_1(x), self.conv_2(x), self.conv_3(x), self.conv_4(x)
-        feats = torch.cat((x1, x2, x3, x4), dim=1)
-        feats = feats.view(batch_size, 4, self.split_channel, feats.shape[2], feats.shape[3])
-
-        x_se = torch.cat((self.se(x1), self.se(x2), self.se(x3), self.se(x4)), dim=1)
-        attention_vectors = x_se.view(batch_size, 4, self.split_channel, 1, 1)
-        attention_vectors = self.softmax(attention_vectors)
-        feats_weight = feats * attention_vectors
-        out = feats_weight[:, 0]
-        for i in (1, 2, 3):
-            out = torch.cat((feats_weight[:, i], out), 1)
-        return out
-
-
 KEYS = [
     *(f"conv_{i}.weight" for i in (1, 2, 3, 4)),
     *(f"se.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("weight", "bias")),
@@ -167,7 +119,7 @@ def gradient_sizes(module, x, grad):
 def test_the_published_module_and_ours_are_one(configuration, cls):
     """state_dict goes both ways, and the outputs and every gradient are equal."""
     inplans, planes, size, options = CONFIGURATIONS[configuration]
-    seed = SeedPSAModule(inplans, planes, **options).double()
+    seed = published.PSAModule(inplans, planes, **options).double()
     ours = cls(inplans, planes, **options).double()
     assert list(seed.state_dict()) == KEYS
     assert list(ours.state_dict()) == KEYS
@@ -197,43 +149,10 @@ def test_the_articles_example():
 # ---- against PSA as External-Attention-pytorch has it ----
 
 
-class OtherPSA(nn.Module):
-    """One SE per branch, without biases; the branches stay in their order."""
-
-    def __init__(self, channel=512, reduction=4, S=4):  # noqa: N803
-        super().__init__()
-        c = channel // S
-        self.S = S
-        self.convs = nn.ModuleList(
-            nn.Conv2d(c, c, kernel_size=2 * i + 3, padding=i + 1) for i in range(S)
-        )
-        self.se_blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(1),
-                nn.Conv2d(c, c // reduction, kernel_size=1, bias=False),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(c // reduction, c, kernel_size=1, bias=False),
-                nn.Sigmoid(),
-            )
-            for _ in range(S)
-        )
-        self.softmax = nn.Softmax(dim=1)
-
-    def branch_maps(self, x):
-        parts = x.chunk(self.S, dim=1)
-        return [conv(part) for conv, part in zip(self.convs, parts, strict=True)]
-
-    def forward(self, x):
-        maps = torch.stack(self.branch_maps(x), dim=1)  # [N, S, C, H, W]
-        weights = torch.stack([se(maps[:, i]) for i, se in enumerate(self.se_blocks)], dim=1)
-        product = maps * self.softmax(weights.expand_as(maps))
-        return product.view(x.shape)
-
-
 @pytest.mark.parametrize("function", (psa_attention_reference, psa_attention))
 @pytest.mark.parametrize("branches", (2, 4, 8))
 def test_per_branch_weights_are_those_of_the_other_psa(branches, function):
-    module = OtherPSA(16 * branches, reduction=4, S=branches).double()
+    module = published.ExternalPSA(16 * branches, reduction=4, S=branches).double()
     x = torch.randn(2, 16 * branches, 6, 5, dtype=torch.float64)
     fc1 = torch.stack([se[1].weight for se in module.se_blocks])
     fc2 = torch.stack([se[3].weight for se in module.se_blocks])

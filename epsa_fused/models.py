@@ -1,0 +1,364 @@
+"""EPSANet, the ResNet whose 3x3 convolutions are PSA modules (arXiv 2105.14447, section 3.3).
+
+Attribute names, and with them the `state_dict` keys, are those of the published code
+(murufeng/EPSANet), so that its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from .modules import FusedPSAModule
+from .reference import PSAModule
+
+# How many keys of each kind an error shows.
+_SHOWN_KEYS = 4
+
+
+class EPSABlock(nn.Module):
+    """The bottleneck block: 1x1 convolution, PSA module, 1x1 convolution, and a shortcut.
+
+    x [N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride], rounded up.
+
+    Args:
+        inplanes: input channels.
+        planes: channels of the PSA module, a multiple of the number of its branches.
+        stride: stride of the PSA module.
+        downsample: what maps the input to the output's shape in the shortcut; None where they
+            have the same shape.
+        expansion: output channels per channel of the PSA module.
+        conv_kernels, conv_groups: of the PSA module, see :class:`epsa_fused.PSAModule`.
+        fused: :class:`epsa_fused.FusedPSAModule`, or else :class:`epsa_fused.PSAModule`.
+        norm_layer: makes a normalisation of so many channels.
+
+    Raises:
+        ValueError, TypeError: for a PSA module that cannot be built.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        expansion: int = 4,
+        conv_kernels: Sequence[int] = (3, 5, 7, 9),
+        conv_groups: Sequence[int] = (1, 4, 8, 16),
+        fused: bool = True,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        psa = FusedPSAModule if fused else PSAModule
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.conv2 = psa(planes, planes, conv_kernels, stride, conv_groups)
+        self.bn2 = norm_layer(planes)
+        self.conv3 = nn.Conv2d(planes, planes * expansion, 1, bias=False)
+        self.bn3 = norm_layer(planes * expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += identity
+        return self.relu(out)
+
+
+class EPSANet(nn.Module):
+    """EPSANet: images [N, in_chans, H, W] -> logits [N, num_classes].
+
+    Any floating-point dtype that its convolutions take; H and W of any size (224 in the paper).
+
+    Args:
+        layers: the number of blocks in each of the four stages.
+        num_classes: outputs of the classifier; 0 for none: the network then returns the pooled
+            features [N, num_features].
+        planes: channels of each stage's PSA modules.
+        expansion, conv_kernels, conv_groups, fused, norm_layer: of every :class:`EPSABlock`.
+        in_chans: channels of the images.
+        drop_rate: dropout in front of the classifier; 0 in the published code.
+
+    Every convolution is initialised with normal(0, sqrt(2 / (k_h * k_w * out_channels))), as in
+    the published code. `num_features` are the channels of the last stage, `pyramid_channels` and
+    `pyramid_strides` those of :meth:`forward_pyramid`, and `feature_info` says the same in timm's
+    form, with the stem in front.
+
+    Raises:
+        ValueError, TypeError: for a configuration that cannot be built; the message names it.
+    """
+
+    pyramid_strides = (4, 8, 16, 32)
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        *,
+        planes: Sequence[int] = (64, 128, 256, 512),
+        expansion: int = 4,
+        conv_kernels: Sequence[int] = (3, 5, 7, 9),
+        conv_groups: Sequence[int] = (1, 4, 8, 16),
+        fused: bool = True,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        for name, stages in (("layers", layers), ("planes", planes)):
+            if len(stages) != 4:
+                raise ValueError(f"{name}: expected one number for each of 4 stages, got {stages}")
+        for name, value, least in (
+            *((f"layers[{i}]", blocks, 1) for i, blocks in enumerate(layers)),
+            ("in_chans", in_chans, 1),
+            ("expansion", expansion, 1),
+        ):
+            _check_int(name, value, least)
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.pyramid_channels = tuple(expansion * p for p in planes)
+        self.num_features = self.pyramid_channels[-1]
+        self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "relu"}] + [
+            {"num_chs": channels, "reduction": stride, "module": f"layer{i}"}
+            for i, (channels, stride) in enumerate(
+                zip(self.pyramid_channels, self.pyramid_strides, strict=True), 1
+            )
+        ]
+
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inplanes = 64
+        for i, (blocks, width) in enumerate(zip(layers, planes, strict=True)):
+            stage = _make_stage(
+                inplanes,
+                width,
+                blocks,
+                1 if i == 0 else 2,
+                expansion=expansion,
+                conv_kernels=conv_kernels,
+                conv_groups=conv_groups,
+                fused=fused,
+                norm_layer=norm_layer,
+            )
+            self.add_module(f"layer{i + 1}", stage)
+            inplanes = width * expansion
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.reset_classifier(num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                height, width = module.kernel_size
+                std = (2 / (height * width * module.out_channels)) ** 0.5
+                nn.init.normal_(module.weight, 0, std)
+
+    # ---- computation ----
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_chans, H, W] -> logits [N, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """x [N, in_chans, H, W] -> the last stage's maps [N, num_features, H / 32, W / 32]."""
+        return self.forward_pyramid(x)["3"]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last stage's maps -> logits, or with `pre_logits` what the classifier gets."""
+        x = torch.flatten(self.avgpool(x), 1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward_pyramid(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """x [N, in_chans, H, W] -> the four stages' maps C2 to C5, named "0" to "3".
+
+        Map i is [N, pyramid_channels[i], H / pyramid_strides[i], W / pyramid_strides[i]], rounded
+        up. It is what torchvision's FeaturePyramidNetwork(pyramid_channels, ...) takes.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = OrderedDict()
+        for i in range(4):
+            x = maps[str(i)] = getattr(self, f"layer{i + 1}")(x)
+        return maps
+
+    # ---- the classifier, by the names that timm gives these ----
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: an nn.Linear, or an nn.Identity where num_classes is 0."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier of `num_classes` outputs in the old one's place, 0 for none.
+
+        It has the device and dtype of the first convolution. `global_pool` is there for timm:
+        "avg" (or None) is what this network has; anything else raises ValueError.
+        """
+        _check_int("num_classes", num_classes, 0)
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool: expected 'avg', the one there is, got {global_pool!r}")
+        like = self.conv1.weight
+        self.num_classes = num_classes
+        self.fc = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+
+    # ---- checkpoints ----
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As nn.Module's, and it takes what was saved from a model in (Distributed)DataParallel.
+
+        Where every key begins with "module.", that is dropped. A state_dict of another
+        architecture raises RuntimeError that says which keys and shapes differ, and unlike
+        nn.Module's loads nothing. As there, keys may differ without `strict`, shapes never.
+        """
+        if not isinstance(state_dict, Mapping):
+            return super().load_state_dict(state_dict, strict, assign)  # says what it expects
+        state_dict = _without_module_prefix(state_dict)
+        self._check_state_dict(state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        """RuntimeError where nn.Module.load_state_dict would fail halfway."""
+
+        def shape(value: Any) -> str:
+            return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+        own = self.state_dict()
+        # BatchNorm supplies num_batches_tracked to checkpoints that are older than it
+        missing = [k for k in own if k not in state_dict and not k.endswith("num_batches_tracked")]
+        unexpected = [k for k in state_dict if k not in own]
+        other = [k for k in own if k in state_dict and shape(own[k]) != shape(state_dict[k])]
+        problems = [
+            _shortened(
+                "of another shape",
+                [f"{k} {shape(state_dict[k])}, expected {shape(own[k])}" for k in other],
+            ),
+        ]
+        if strict:
+            problems += [
+                _shortened("missing", [f"{k} {shape(own[k])}" for k in missing]),
+                _shortened("unexpected", [f"{k} {shape(state_dict[k])}" for k in unexpected]),
+            ]
+        if not any(problems):
+            return
+        hint = ""
+        if isinstance(state_dict.get("state_dict"), Mapping):
+            hint = '. This is a training checkpoint: load its entry "state_dict"'
+        raise RuntimeError(
+            "EPSANet: the state_dict does not fit this architecture, nothing was loaded. "
+            + "; ".join(filter(None, problems))
+            + hint
+        )
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _make_stage(
+    inplanes: int,
+    planes: int,
+    blocks: int,
+    stride: int,
+    *,
+    expansion: int,
+    norm_layer: Callable[[int], nn.Module],
+    **options: Any,
+) -> nn.Sequential:
+    """`blocks` blocks, the first of them with `stride` and where needed a downsample."""
+    outplanes = planes * expansion
+    downsample = None
+    if stride != 1 or inplanes != outplanes:
+        downsample = nn.Sequential(
+            nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False), norm_layer(outplanes)
+        )
+    options |= {"expansion": expansion, "norm_layer": norm_layer}
+    first = EPSABlock(inplanes, planes, stride, downsample, **options)
+    return nn.Sequential(
+        first, *(EPSABlock(outplanes, planes, **options) for _ in range(blocks - 1))
+    )
+
+
+def _without_module_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not state_dict or not all(key.startswith("module.") for key in state_dict):
+        return state_dict
+    stripped = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):  # the layers' versions
+        stripped._metadata = OrderedDict(state_dict._metadata)
+    consume_prefix_in_state_dict_if_present(stripped, "module.")
+    return stripped
+
+
+def _shortened(kind: str, keys: Iterable[str]) -> str:
+    keys = list(keys)
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{more}"
+
+
+# ---- the published models ----
+
+_LARGE = {
+    "planes": (128, 256, 512, 1024),
+    "expansion": 2,
+    "conv_kernels": (3, 5, 5, 7),
+    "conv_groups": (32, 32, 32, 32),
+}
+
+
+def epsanet50(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+    """EPSANet-50 (small): 22.56 M parameters, 3.60 G multiply-adds at 224x224.
+
+    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    """
+    return EPSANet((3, 4, 6, 3), num_classes, fused=fused, **options)
+
+
+def epsanet101(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+    """EPSANet-101 (small): 38.90 M parameters, 6.79 G multiply-adds at 224x224.
+
+    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    """
+    return EPSANet((3, 4, 23, 3), num_classes, fused=fused, **options)
+
+
+def epsanet50_large(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+    """EPSANet-50 (large): 27.90 M parameters, 4.69 G multiply-adds at 224x224.
+
+    The published code never held the large models. This configuration (planes 128 to 1024,
+    expansion 2, kernels 3, 5, 5, 7 in 32 groups each) is the one found to give exactly the
+    published numbers of parameters, of both depths.
+
+    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    """
+    return EPSANet((3, 4, 6, 3), num_classes, fused=fused, **(_LARGE | options))
+
+
+def epsanet101_large(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+    """EPSANet-101 (large): 49.59 M parameters, 8.92 G multiply-adds at 224x224.
+
+    Its configuration was inferred, see :func:`epsanet50_large`.
+
+    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    """
+    return EPSANet((3, 4, 23, 3), num_classes, fused=fused, **(_LARGE | options))
