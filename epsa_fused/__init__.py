@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import convolution
+from .fuse import FuseReport, fuse
 from .models import (
     EPSABlock,
     EPSANet,
@@ -14,6 +15,7 @@ from .models import (
 from .modules import FusedPSAModule
 from .ops import psa_attention
 from .reference import PSAModule, psa_attention_reference
+from .split_psa import FusedSplitPSA
 from .timm_models import register_timm
 
 __version__ = _version("epsa_fused")
@@ -21,13 +23,16 @@ __version__ = _version("epsa_fused")
 __all__ = [
     "EPSABlock",
     "EPSANet",
+    "FuseReport",
     "FusedPSAModule",
+    "FusedSplitPSA",
     "PSAModule",
     "convolution",
     "epsanet50",
     "epsanet50_large",
     "epsanet101",
     "epsanet101_large",
+    "fuse",
     "psa_attention",
     "psa_attention_reference",
     "register_timm",

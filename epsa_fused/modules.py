@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,35 @@ def _is_plain(conv: nn.Module) -> bool:
         and all(len(set(both)) == 1 for both in (conv.stride, conv.padding, conv.dilation))
         and type(conv.weight).__name__ != "DTensor"
     )
+
+
+def why_se_not_fused(
+    name: str, se: nn.Module | None, expected: type[nn.Module], layers: Iterable[str] = _SE_LAYERS
+) -> str | None:
+    """Why calling the SE network `se`, named `name`, may do something else than the fused operator
+    does with its weights; `layers` are what it calls its layers, in the order of _SE_LAYERS."""
+    why = _why_not_fused(name, se, expected)
+    names = [f"{name}.{layer}" for layer in layers]
+    if why is None:
+        modules = [se._modules.get(layer) for layer in layers]
+        for layer, module, kind in zip(names, modules, _SE_LAYERS.values(), strict=True):
+            why = why or _why_not_fused(layer, module, kind)
+    if why is not None:
+        return why
+    pool, fc1, _, fc2, _ = modules
+    if pool.output_size not in (1, (1, 1)):
+        return f"{names[0]} has output_size {pool.output_size}, expected 1"
+    for layer, module in ((names[1], fc1), (names[3], fc2)):
+        if module.padding != (0, 0) or module.groups != 1:
+            return (
+                f"{layer} has padding {module.padding} and groups {module.groups}, "
+                "expected a plain 1x1 convolution"
+            )
+        for parameter in ("weight", "bias"):
+            # by its name: importing the class DTensor takes a second
+            if type(getattr(module, parameter)).__name__ == "DTensor":
+                return f"{layer}.{parameter} is a DTensor (a shard), expected a whole tensor"
+    return None
 
 
 class FusedPSAModule(PSAModule):
@@ -97,29 +128,9 @@ class FusedPSAModule(PSAModule):
         )
 
     def _check_se(self) -> None:
-        why = _why_not_fused("se", self.se, SEWeight)
-        for name, expected in _SE_LAYERS.items():
-            why = why or _why_not_fused(f"se.{name}", self.se._modules.get(name), expected)
-        why = why or self._why_settings_do_not_fit()
+        why = why_se_not_fused("se", self.se, SEWeight)
         if why is not None:
             raise RuntimeError(
                 f"FusedPSAModule: {why}. Use epsa_fused.PSAModule for this model, or hook, wrap "
                 "or shard the whole FusedPSAModule."
             )
-
-    def _why_settings_do_not_fit(self) -> str | None:
-        size = self.se.avg_pool.output_size
-        if size not in (1, (1, 1)):
-            return f"se.avg_pool has output_size {size}, expected 1"
-        for name in ("fc1", "fc2"):
-            layer = getattr(self.se, name)
-            if layer.padding != (0, 0) or layer.groups != 1:
-                return (
-                    f"se.{name} has padding {layer.padding} and groups {layer.groups}, "
-                    "expected a plain 1x1 convolution"
-                )
-            for parameter in ("weight", "bias"):
-                # by its name: importing the class DTensor takes a second
-                if type(getattr(layer, parameter)).__name__ == "DTensor":
-                    return f"se.{name}.{parameter} is a DTensor (a shard), expected a whole tensor"
-        return None
