@@ -2,7 +2,10 @@
 
 from importlib.metadata import version as _version
 
-from . import convolution
+from . import (
+    convolution,
+    decomposition,  # noqa: F401  registers
+)
 from .fuse import FuseReport, fuse
 from .models import (
     EPSABlock,

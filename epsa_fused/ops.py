@@ -152,7 +152,7 @@ def _empty(like: Tensor, shape, memory_format: torch.memory_format) -> Tensor:
 
 
 @torch.library.register_fake("epsa_fused::psa_attention")
-def _(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled=None):
+def fake_psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled=None):
     _check_fake(
         "psa_attention",
         feats,

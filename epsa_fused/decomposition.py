@@ -1,0 +1,55 @@
+"""The fused operator in standard ones, for consumers of graphs that do not know it.
+
+torch.onnx.export(dynamo=True) decomposes what it has no translation of by PyTorch's table of
+decompositions, where this one is put. Inductor and torch.export have tables of their own and keep
+the operator whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from .ops import fake_psa_attention
+
+_OP = torch.ops.epsa_fused.psa_attention.default
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tensor:
+    """x [N, S, inner] by [out, inner] or [S, out, inner] and trailing ones -> [N, S, out]."""
+    per_branch = weight.dim() in (3, 5)
+    weight = weight.to(x.dtype)
+    weight = weight.reshape(weight.shape[0], -1, inner) if per_branch else weight.reshape(-1, inner)
+    out = torch.matmul(x.unsqueeze(2), weight.transpose(-1, -2)).squeeze(2)
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+@register_decomposition(_OP)
+def psa_attention(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    reversed: bool,
+    pooled: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As epsa_fused::psa_attention: out [N, S*C, H, W], and pooled and attention [N, S, C]."""
+    dtype, channels = feats[0].dtype, feats[0].shape[1]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    maps = [f.to(acc) for f in feats]
+    if pooled is None:
+        pooled = torch.stack([f.mean((2, 3)) for f in maps], 1)
+    hidden = torch.relu(_linear(pooled, fc1_weight, fc1_bias, channels))
+    z = torch.sigmoid(_linear(hidden, fc2_weight, fc2_bias, hidden.shape[2]))
+    attention = torch.softmax(z, 1)
+    products = [f * attention[:, s, :, None, None] for s, f in enumerate(maps)]
+    return torch.cat(products[::-1] if reversed else products, 1).to(dtype), pooled, attention
+
+
+# Fake tensors of symbolic sizes would take the decomposition above for the operator's shapes,
+# whose strides may be others; what is in this table, they leave to the fake kernel.
+register_decomposition(_OP, type="meta")(fake_psa_attention)
