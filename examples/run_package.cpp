@@ -4,7 +4,8 @@
 //
 // OPERATORS is epsa_fused's _ops.so; INPUT and OUTPUT are files of float32 values, the images
 // [N, C, H, W] and the model's first result.
-#include <torch/torch.h>
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -48,8 +49,9 @@ int main(int argc, char** argv) try {
     shape.push_back(std::atoll(argv[i]));
   }
   const c10::InferenceMode inference;
+  const at::Tensor images = read(argv[3], shape);
   torch::inductor::AOTIModelPackageLoader model(argv[2]);
-  const at::Tensor out = model.run({read(argv[3], shape)}).at(0);
+  const at::Tensor out = model.run({images}).at(0);
   write(argv[4], out);
   std::cout << out.sizes() << std::endl;
   return 0;
