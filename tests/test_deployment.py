@@ -166,9 +166,8 @@ def program(tmp_path_factory):
     source = Path(__file__).parents[1] / "examples" / "run_package.cpp"
     command = ["g++", "-std=c++20", "-O1", "-Wall", str(source), "-o", str(binary)]
     command += [f"-I{torch_root / 'include'}"]
-    command += [f"-I{torch_root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     command += [f"-L{torch_root / 'lib'}", f"-Wl,-rpath,{torch_root / 'lib'}"]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True, timeout=300)
     return binary
 
