@@ -607,6 +607,28 @@ def test_distributed_data_parallel_needs_inplace(one_process):
     assert type(model.module[0]) is published.PSAModule
 
 
+@distributed
+def test_a_sharded_module_is_left_alone(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(published.PSAModule(64, 64), published_psa())
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh)
+    with pytest.warns(UserWarning, match=r"0 \(its parameters are shards \(DTensor\)"):
+        fuse(model, inplace=True)
+    assert list(model.fuse_report.replaced) == ["1"]
+
+
+def test_a_compiled_model_is_compiled_again():
+    compiled = torch.compile(nn.Sequential(published_psa()).double(), backend="aot_eager")
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    expected = compiled(x).detach()
+    assert fuse(compiled, inplace=True) is compiled
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert_near(compiled(x).detach(), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
 # ---- FusedSplitPSA by itself ----
 
 

@@ -48,6 +48,9 @@ def commands(code: str) -> list[str]:
 
 # ---- Python ----
 
+SLOW = {"torch.compile(model", "torch.onnx.export"}
+PACKAGE = "aoti_compile_and_package"  # run by test_the_cpp_block
+
 # What each block is known by, and the packages that it needs besides.
 PYTHON = {
     "psa = FusedPSAModule(64, 64)": (),
@@ -57,10 +60,9 @@ PYTHON = {
     "timm.create_model": ("timm",),
     "epsa_fused.fuse(model)": (),
     "torch.compile(model": (),
-    "aoti_compile_and_package": (),
+    PACKAGE: (),
     "torch.onnx.export": ("onnx", "onnxscript"),
 }
-SLOW = {"torch.compile(model", "aoti_compile_and_package", "torch.onnx.export"}
 
 
 def run_block(marker: str, folder: Path) -> dict:
@@ -98,7 +100,8 @@ def test_every_python_block_is_known():
 
 
 @pytest.mark.parametrize(
-    "marker", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in PYTHON]
+    "marker",
+    [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in PYTHON if m != PACKAGE],
 )
 def test_python_block(marker, tmp_path):
     for package in PYTHON[marker]:
@@ -142,7 +145,7 @@ def test_the_self_check():
 @pytest.mark.slow
 def test_the_cpp_block(tmp_path):
     """In a folder as a clone is, after the block that makes what it reads."""
-    run_block("aoti_compile_and_package", tmp_path)
+    run_block(PACKAGE, tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block("sh", CPP)],
