@@ -29,7 +29,6 @@ _CALL_HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
 # ... those around its state_dict are bound to the module that they were registered on.
 _STATE_HOOKS = (
@@ -298,18 +297,16 @@ def _hooks(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
 def _refuse_hooks(name: str, module: nn.Module, kind: _Kind) -> None:
     """RuntimeError for hooks that the fused module cannot keep."""
     names = {layer: child for child, layer in module.named_modules()}
-    softmax = module._modules.get("softmax")
-    for layer in filter(None, [*kind.left_out(module), softmax]):
+    softmax = [layer for child, layer in module._modules.items() if child == "softmax" and layer]
+    for layer in [*kind.left_out(module), *softmax]:
         if _hooks(layer, _CALL_HOOKS):
+            path = f"{name}.{names[layer]}".removeprefix(".")
             raise RuntimeError(
-                f"fuse: {name}.{names[layer]} has hooks, and the fused module does not call it: "
+                f"fuse: {path} has hooks, and the fused module does not call it: "
                 "remove them first. Nothing was changed."
             )
-    lost = [
-        kind
-        for layer in filter(None, [module, *kind.rebuilt(module), softmax])
-        for kind in _hooks(layer, _STATE_HOOKS)
-    ]
+    gone = [module, *kind.rebuilt(module), *softmax]
+    lost = [hooks for layer in gone for hooks in _hooks(layer, _STATE_HOOKS)]
     if module._backward_hooks and not module._is_full_backward_hook:
         lost.append("_backward_hooks")  # of the old kind, which hang on the output's autograd node
     if lost:
@@ -375,7 +372,7 @@ def _run(module: nn.Module, kind: _Kind) -> tuple[str, bool]:
         for parameter, t in m._parameters.items():
             if t is not None:
                 m._parameters[parameter] = nn.Parameter(random(t.shape), requires_grad=False)
-    for hooks in _hooks(twin, _CALL_HOOKS[:-1]):
+    for hooks in _hooks(twin, _CALL_HOOKS):
         getattr(twin, hooks).clear()
     parts = len(convs) if kind is _SPLIT else 1
     x = random((4, parts * in_channels, 3, 2))
@@ -405,5 +402,5 @@ def _build(module: nn.Module, kind: _Kind, order: str) -> nn.Module:
 
 def _hand_on(old: nn.Module, new: nn.Module) -> None:
     """Hooks: the very containers, so that the handles of hooks keep working."""
-    for hooks in _CALL_HOOKS:
+    for hooks in (*_CALL_HOOKS, "_is_full_backward_hook"):
         new.__dict__[hooks] = old.__dict__[hooks]

@@ -384,6 +384,22 @@ def test_hooks_that_cannot_be_kept_are_an_error(hook):
     assert [(name, type(m), id(m)) for name, m in model.named_modules()] == before
 
 
+def test_hooks_that_were_removed_are_no_error():
+    model = nn.Sequential(published_psa(), external_psa())
+    for layer in (model[0].se, model[0].se.fc1, model[0].softmax, model[1].se_blocks[0][1]):
+        layer.register_forward_hook(print).remove()
+        layer.register_full_backward_hook(print).remove()
+    fused = without_warning(fuse, model)
+    assert len(fused.fuse_report.replaced) == 2
+
+
+def test_the_hook_error_of_a_model_that_is_the_module():
+    module = published_psa()
+    module.se.fc1.register_forward_hook(print)
+    with pytest.raises(RuntimeError, match=r"fuse: se\.fc1 has hooks"):
+        fuse(module)
+
+
 def test_hooks_on_a_split_modules_se_are_an_error():
     model = nn.Sequential(external_psa())
     model[0].se_blocks[1][3].register_forward_hook(print)
