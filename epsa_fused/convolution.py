@@ -108,7 +108,7 @@ def _check_fake(op: str, x: Tensor, weights: Sequence[Tensor], groups, padding, 
 
 
 @torch.library.register_fake("epsa_fused::spc_conv")
-def _(x, weights, groups, stride, padding, dilation):
+def fake_spc_conv(x, weights, groups, stride, padding, dilation):
     _check_fake("spc_conv", x, weights, groups, padding, dilation)
     layout = _layout(x)
     feats = [
@@ -138,7 +138,9 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
 
 
 @torch.library.register_fake("epsa_fused::psa_forward")
-def _(x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed):
+def fake_psa_forward(
+    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed
+):
     _check_fake("psa_forward", x, weights, groups, padding, dilation)
     n, c, h, w = _maps_shape(x, weights[0], stride, padding[0], dilation[0])
     return torch.empty(

@@ -1,8 +1,8 @@
-"""The fused operator in standard ones, for consumers of graphs that do not know it.
+"""The fused operators in standard ones, for consumers of graphs that do not know them.
 
 torch.onnx.export(dynamo=True) decomposes what it has no translation of by PyTorch's table of
-decompositions, where this one is put. Inductor and torch.export have tables of their own and keep
-the operator whole.
+decompositions, where these are put. Inductor and torch.export have tables of their own and keep
+the operators whole.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
+from .convolution import fake_psa_forward, fake_spc_conv
 from .ops import fake_psa_attention
 
 _OP = torch.ops.epsa_fused.psa_attention.default
+_CONV = torch.ops.epsa_fused.spc_conv.default
+_MODULE = torch.ops.epsa_fused.psa_forward.default
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tensor:
@@ -50,6 +53,49 @@ def psa_attention(
     return torch.cat(products[::-1] if reversed else products, 1).to(dtype), pooled, attention
 
 
-# Fake tensors of symbolic sizes would take the decomposition above for the operator's shapes,
+def _convolve(x, weights, groups, stride, padding, dilation) -> list[Tensor]:
+    return [
+        torch.conv2d(x, w, None, stride, p, d, g)
+        for w, g, p, d in zip(weights, groups, padding, dilation, strict=True)
+    ]
+
+
+@register_decomposition(_CONV)
+def spc_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """As epsa_fused::spc_conv: S x [N, C, H', W'], and their means [N, S, C]."""
+    feats = _convolve(x, weights, groups, stride, padding, dilation)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return feats, torch.stack([f.to(acc).mean((2, 3)) for f in feats], 1)
+
+
+@register_decomposition(_MODULE)
+def psa_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    reversed: bool,
+) -> Tensor:
+    """As epsa_fused::psa_forward: [N, S*C, H', W']."""
+    feats = _convolve(x, weights, groups, stride, padding, dilation)
+    return psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed)[0]
+
+
+# Fake tensors of symbolic sizes would take a decomposition above for the operator's shapes,
 # whose strides may be others; what is in this table, they leave to the fake kernel.
 register_decomposition(_OP, type="meta")(fake_psa_attention)
+register_decomposition(_CONV, type="meta")(fake_spc_conv)
+register_decomposition(_MODULE, type="meta")(fake_psa_forward)
