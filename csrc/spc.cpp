@@ -70,6 +70,13 @@ SpcBackward formula(
       std::move(grad_weights)};
 }
 
+bool has_symbols(const Tensor& x, at::TensorList tensors) {
+  const auto symbolic = [](const Tensor& t) {
+    return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  return symbolic(x) || std::any_of(tensors.begin(), tensors.end(), symbolic);
+}
+
 bool needs_grad(const Tensor& x, at::TensorList weights) {
   return x.requires_grad() ||
       std::any_of(weights.begin(), weights.end(), [](const Tensor& w) {
@@ -164,10 +171,15 @@ SpcBackward backward_autograd(
   refuse_forward_mode("spc_conv_backward", x, grad_feats);
   if (at::GradMode::is_enabled() &&
       (needs_grad(x, weights) || needs_grad(x, grad_feats))) {
-    const SpcProblem p =
-        check_spc_arguments("spc_conv_backward", x, weights, k);
-    check_spc_backward_arguments(
-        "spc_conv_backward", grad_feats, x, p, output_mask);
+    const char* op = "spc_conv_backward";
+    if (has_symbols(x, weights) || has_symbols(x, grad_feats)) {
+      const int64_t S = static_cast<int64_t>(weights.size());
+      check_spc_counts(op, S, k);
+      check_spc_backward_counts(op, S, grad_feats, output_mask);
+    } else {
+      const SpcProblem p = check_spc_arguments(op, x, weights, k);
+      check_spc_backward_arguments(op, grad_feats, x, p, output_mask);
+    }
     return formula(grad_feats, x, weights, k, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -41,6 +41,13 @@ void check_spc_backward_arguments(
     const at::Tensor& x, const SpcProblem& p,
     const c10::List<bool>& output_mask);  // x, then the S weights
 
+// Of both checks what holds of the lists alone: before indexing them where sizes
+// are symbols, of which the rest cannot be asked.
+void check_spc_counts(const char* op, int64_t S, const SpcSettings& settings);
+void check_spc_backward_counts(
+    const char* op, int64_t S, at::TensorList grad_feats,
+    const c10::List<bool>& output_mask);
+
 // The layout of the feature maps: that of x, contiguous where it has both, or
 // where it has neither that which at::conv2d would choose.
 at::MemoryFormat spc_layout(const at::Tensor& x);

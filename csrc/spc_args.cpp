@@ -29,13 +29,30 @@ int64_t out_size(
 
 }  // namespace
 
+void check_spc_counts(const char* op, int64_t S, const SpcSettings& settings) {
+  TORCH_CHECK_VALUE(
+      S >= 1 && S <= kMaxBranches, op, ": weights has ", S,
+      " branches, expected 1 to ", kMaxBranches);
+  check_count(op, "groups", settings.groups.size(), S);
+  check_count(op, "padding", settings.padding.size(), S);
+  check_count(op, "dilation", settings.dilation.size(), S);
+}
+
+void check_spc_backward_counts(
+    const char* op, int64_t S, at::TensorList grad_feats,
+    const c10::List<bool>& output_mask) {
+  check_count(op, "grad_feats", grad_feats.size(), S);
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(output_mask.size()) == S + 1, op,
+      ": output_mask has ", output_mask.size(), " entries, expected ", S + 1,
+      " (x and the weights)");
+}
+
 SpcProblem check_spc_arguments(
     const char* op, const at::Tensor& x, at::TensorList weights,
     const SpcSettings& settings) {
   const int64_t S = static_cast<int64_t>(weights.size());
-  TORCH_CHECK_VALUE(
-      S >= 1 && S <= kMaxBranches, op, ": weights has ", S,
-      " branches, expected 1 to ", kMaxBranches);
+  check_spc_counts(op, S, settings);
   TORCH_CHECK_VALUE(
       x.dim() == 4, op, ": x has shape ", x.sizes(),
       ", expected 4 dimensions [N, C, H, W]");
@@ -49,9 +66,6 @@ SpcProblem check_spc_arguments(
       x.sizes(),
       ", expected at least one channel and a spatial size of at least 1 x 1 "
       "(only the batch may be empty)");
-  check_count(op, "groups", settings.groups.size(), S);
-  check_count(op, "padding", settings.padding.size(), S);
-  check_count(op, "dilation", settings.dilation.size(), S);
   TORCH_CHECK_VALUE(
       settings.stride >= 1, op, ": stride is ", settings.stride,
       ", expected at least 1");
@@ -123,7 +137,7 @@ SpcProblem check_spc_arguments(
 void check_spc_backward_arguments(
     const char* op, at::TensorList grad_feats, const at::Tensor& x,
     const SpcProblem& p, const c10::List<bool>& output_mask) {
-  check_count(op, "grad_feats", grad_feats.size(), p.S);
+  check_spc_backward_counts(op, p.S, grad_feats, output_mask);
   const std::vector<int64_t> expected{p.N, p.C, p.out_h, p.out_w};
   for (int64_t s = 0; s < p.S; ++s) {
     const at::Tensor& g = grad_feats[s];
@@ -137,10 +151,6 @@ void check_spc_backward_arguments(
         g.device() == x.device(), op, ": grad_feats[", s, "] is on ",
         g.device(), ", expected ", x.device(), ", the device of x");
   }
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(output_mask.size()) == p.S + 1, op,
-      ": output_mask has ", output_mask.size(), " entries, expected ", p.S + 1,
-      " (x and the weights)");
 }
 
 at::MemoryFormat spc_layout(const at::Tensor& x) {
