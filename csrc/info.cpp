@@ -174,6 +174,17 @@ std::vector<py::dict> cuda_plans(
   return result;
 }
 
+// of a convolution's sizes: beyond this their products could overflow
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+void at_most(int64_t most, const char* what, int64_t given) {
+  if (given > most) {
+    throw py::value_error(
+        std::string(what) + ": expected at most " + std::to_string(most) +
+        ", got " + std::to_string(given));
+  }
+}
+
 py::dict conv_plan(
     int64_t in_channels, int64_t out_channels, int64_t groups,
     std::pair<int64_t, int64_t> kernel, int64_t height, int64_t width,
@@ -186,8 +197,10 @@ py::dict conv_plan(
            {"kernel[1]", kernel.second}, {"height", height}, {"width", width},
            {"stride", stride}, {"dilation", dilation}}) {
     at_least(1, what, given);
+    at_most(kMost, what, given);
   }
   at_least(0, "padding", padding);
+  at_most(kMost, "padding", padding);
   if (in_channels % groups || out_channels % groups) {
     throw py::value_error(
         "groups: expected a divisor of in_channels = " +

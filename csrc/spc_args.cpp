@@ -4,6 +4,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <limits>
+
 namespace epsa {
 namespace {
 
@@ -13,11 +15,17 @@ void check_count(const char* op, const char* name, size_t given, int64_t S) {
       " entries, expected ", S, ", one for each of the weights");
 }
 
-void check_least(
+// Beyond this the sizes of an image's padding could not be computed.
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+void check_range(
     const char* op, const char* name, int64_t s, int64_t given, int64_t least) {
   TORCH_CHECK_VALUE(
       given >= least, op, ": ", name, "[", s, "] is ", given,
       ", expected at least ", least);
+  TORCH_CHECK_VALUE(
+      given <= kMost, op, ": ", name, "[", s, "] is ", given,
+      ", expected at most ", kMost);
 }
 
 int64_t out_size(
@@ -81,9 +89,9 @@ SpcProblem check_spc_arguments(
   for (int64_t s = 0; s < S; ++s) {
     const at::Tensor& w = weights[s];
     const int64_t groups = settings.groups[s];
-    check_least(op, "groups", s, groups, 1);
-    check_least(op, "padding", s, settings.padding[s], 0);
-    check_least(op, "dilation", s, settings.dilation[s], 1);
+    check_range(op, "groups", s, groups, 1);
+    check_range(op, "padding", s, settings.padding[s], 0);
+    check_range(op, "dilation", s, settings.dilation[s], 1);
     TORCH_CHECK_VALUE(
         w.dim() == 4, op, ": weights[", s, "] has shape ", w.sizes(),
         ", expected 4 dimensions [C, in_channels / groups, kernel_h, kernel_w]");
