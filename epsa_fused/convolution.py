@@ -125,6 +125,12 @@ def fake_spc_conv(x, weights, groups, stride, padding, dilation):
 @torch.library.register_fake("epsa_fused::spc_conv_backward")
 def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
     _check_fake("spc_conv_backward", x, weights, groups, padding, dilation)
+    for s, g in enumerate(grad_feats):
+        if g.device != x.device:
+            raise RuntimeError(
+                f"spc_conv_backward: grad_feats[{s}] is on {g.device}, expected {x.device}, "
+                "the device of x"
+            )
     grad_x = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
         if output_mask[0]
