@@ -19,6 +19,7 @@ from cases import _strided
 from tolerance import accumulation_type
 from torch import Tensor
 
+from epsa_fused import _C
 from epsa_fused.convolution import spc_conv
 
 OP = torch.ops.epsa_fused.spc_conv.default
@@ -359,6 +360,29 @@ def make_inputs(
 
 
 # ---- results ----
+
+
+def method(call: Call, branch: Branch, dtype: torch.dtype) -> str:
+    """How the CPU computes a branch: by one of our kernels or by the library."""
+    return _C.conv_plan(
+        in_channels=call.in_channels,
+        out_channels=call.channels,
+        groups=branch.groups,
+        kernel=branch.kernel,
+        height=call.height,
+        width=call.width,
+        stride=call.stride,
+        padding=branch.padding,
+        dilation=branch.dilation,
+        dtype=str(dtype).removeprefix("torch."),
+    )["method"]
+
+
+def run_own(call: Call, inputs: Inputs) -> list[Tensor]:
+    """The maps and means that our kernels compute, whatever the library does beside them."""
+    feats, pooled = OP(inputs.x, inputs.weights, *call.settings)
+    own = [s for s, b in enumerate(call.branches) if method(call, b, inputs.x.dtype) != "library"]
+    return [t for s in own for t in (feats[s], pooled[:, s])]
 
 
 def run(call: Call, inputs: Inputs, mask: list[bool] | None = None) -> dict[str, Tensor]:

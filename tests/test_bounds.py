@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import convolutions
 import pytest
 import torch
 from cases import BY_NAME, CHANNELS_LAST, CONTIGUOUS, DTYPES, LAYOUTS, Case, make_inputs
@@ -57,7 +58,31 @@ def call_with_guards() -> None:
         tensors = [guarded(t, before) for t in (grad_out, pooled, attention)]
         BACKWARD(tensors[0], None, *inputs.args, *tensors[1:], True, mask)
         KEPT.clear()
+    convolve_with_guards()
     print("every call stayed within its inputs")
+
+
+def convolve_with_guards() -> None:
+    """Channels and pixels of every remainder of a vector; of both kernels."""
+    layouts = convolutions.PLAIN_LAYOUTS
+    # of a memory of its own for each element
+    weight_layouts = [w for w in convolutions.WEIGHT_LAYOUTS if "expanded" not in w.name]
+    turns = itertools.cycle(itertools.product(DTYPES, layouts, weight_layouts))
+    for n in (*range(1, 18), 31, 33):
+        for groups, ic, oc, width in ((1, n, 16, 5), (1, 16, n, 5), (n, 4, 4, 3), (2, 8, 8, n)):
+            for kernel in (1, 3):
+                branch = convolutions.same(kernel, groups)
+                sizes = (groups * ic, groups * oc, 2, width)
+                call = convolutions.Call("bounds", 2, *sizes, (branch,))
+                for _ in range(4):
+                    # a step that shares no factor with the number of combinations
+                    for _ in range(17):
+                        dtype, layout, weight_layout = next(turns)
+                    inputs = convolutions.make_inputs(call, dtype, layout, weight_layout)
+                    for before in (False, True):
+                        near = inputs.map(lambda t, b=before: guarded(t, b))
+                        convolutions.run(call, near, [True] * 2)
+                        KEPT.clear()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")

@@ -22,6 +22,8 @@ TESTS = (
     "test_forward.py",
     "test_backward.py",
     "test_bounds.py::test_nothing_outside_of_the_inputs_is_read",
+    "test_convolution.py",
+    "test_threads.py::test_convolutions_are_bitwise_the_same_for_any_number_of_threads",
     "test_isa.py::test_every_16_bit_number_is_read_exactly",
     "test_isa.py::test_results_are_rounded_as_torch_rounds",
     "test_isa.py::test_ties_round_to_even",
@@ -63,9 +65,12 @@ def test_every_test_of_the_kernels_passes(isa):
         "pytest",
         "-p",
         "no:cacheprovider",
+        "-m",
+        "not slow",
         "-k",
         "not allocated and not memory and not no_worse",
         *(str(HERE / test) for test in TESTS),
+        timeout=900,
         EPSA_CPU_ISA=isa,
     )
     assert f"CPU kernels {isa} of" in output, output

@@ -3,9 +3,20 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import convolutions
 import pytest
 import torch
-from cases import BY_NAME, DTYPES, PLAIN_LAYOUTS, WEIGHT_KINDS, Case, make_inputs, name_of
+from cases import (
+    BY_NAME,
+    DTYPES,
+    HALF_DTYPES,
+    PLAIN_LAYOUTS,
+    WEIGHT_KINDS,
+    Case,
+    make_inputs,
+    name_of,
+)
+from convolutions import Call, same, stage
 from processes import run_code
 from tolerance import make_cotangents, run
 
@@ -55,6 +66,51 @@ def test_per_branch_weight_gradients_are_bitwise_the_same(device):
         results = run(psa_attention, inputs, *cotangents)
         expected = expected or results
         assert all(torch.equal(results[name], expected[name]) for name in results)
+
+
+# One sample, samples dealt out whole and samples shared, a call too small for threads, and one
+# whose first branch is torch's.
+CONVOLUTIONS = (
+    stage(64, 28, batch=1),
+    stage(64, 14, batch=7),
+    stage(128, 14, stride=2, batch=3),
+    stage(512, 7, batch=1),
+    Call("little_work", 2, 16, 16, 7, 6, (same(3, 1), same(5, 4), same(3, 16))),
+    Call("much_work", 5, 48, 40, 17, 19, (same(5, 2), same(3, 4), same(7, 8))),
+    Call("many_samples", 37, 20, 36, 9, 8, (same(3, 1), same(5, 4))),
+    Call("mixed", 5, 9, 36, 9, 8, (same(3, 9), same(5, 1), same(3, 1))),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF_DTYPES), ids=name_of)
+@pytest.mark.parametrize("layout", convolutions.PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("call", CONVOLUTIONS, ids=name_of)
+def test_convolutions_are_bitwise_the_same_for_any_number_of_threads(call, layout, dtype):
+    """Forward, of our kernels; torch's own convolutions, which compute float64, promise nothing.
+    And from run to run."""
+    inputs = convolutions.make_inputs(call, dtype, layout)
+    expected = None
+    for threads in THREADS * 2:
+        torch.set_num_threads(threads)
+        results = convolutions.run_own(call, inputs)
+        expected = expected or results
+        assert len(results) >= 4
+        assert all(map(torch.equal, results, expected)), threads
+
+
+def test_several_python_threads_convolve_at_once():
+    call = CONVOLUTIONS[2]
+    jobs = [convolutions.make_inputs(call, seed=seed) for seed in range(4)]
+    jobs = [(inputs, convolutions.run_own(call, inputs)) for inputs in jobs]
+
+    def work(job):
+        inputs, expected = job
+        return all(
+            all(map(torch.equal, convolutions.run_own(call, inputs), expected)) for _ in range(10)
+        )
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert all(pool.map(work, jobs))
 
 
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
@@ -152,6 +208,37 @@ def threads_started(threads: int, batch: int, calls: str) -> int:
 def test_as_many_threads_run_as_were_asked_for(calls, batch):
     """Also within one sample."""
     assert threads_started(3, batch, calls) == 2
+
+
+# a call of the op; no gradients, since torch's own operators have threads of their own
+CONVOLVE = """
+    x = tensor({batch}, 64, 28, 28)
+    kernels = [tensor(16, 64 // g, k, k) for k, g in ((3, 1), (5, 4), (7, 8), (9, 16))]
+    args = [1, 4, 8, 16], 1, [1, 2, 3, 4], [1] * 4
+    torch.ops.epsa_fused.spc_conv(x, kernels, *args)
+"""
+
+
+@linux
+@pytest.mark.parametrize("batch", (1, 4), ids=("one_sample", "four_samples"))
+def test_convolutions_run_on_as_many_threads_as_were_asked_for(batch):
+    """Also within one sample."""
+    assert threads_started(3, batch, CONVOLVE) == 2
+    assert threads_started(1, batch, CONVOLVE) == 0
+
+
+@linux
+def test_a_forked_child_can_convolve():
+    code = FORK.replace("psa_attention(feats, *weights)", "convolve()")
+    setup = (
+        SETUP
+        + CONVOLVE
+        + """
+    def convolve():
+        return torch.ops.epsa_fused.spc_conv(x, kernels, *args)[0][2]
+    """
+    )
+    run_code((setup + code).format(threads=2, batch=2, child="pass"))
 
 
 @linux
