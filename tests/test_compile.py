@@ -283,7 +283,7 @@ def test_export(tmp_path):
     size = torch.export.Dim.DYNAMIC
     program = torch.export.export(module, (x,), dynamic_shapes=({0: size, 2: size, 3: size},))
     targets = [node.target for node in program.graph.nodes if "epsa" in str(node.target)]
-    assert targets == [torch.ops.epsa_fused.spc_conv.default, OP]
+    assert targets == [torch.ops.epsa_fused.psa_forward.default]
     torch.export.save(program, tmp_path / "module.pt2")
     loaded = torch.export.load(tmp_path / "module.pt2").module()
     for n, h, w in SIZES:

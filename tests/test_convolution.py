@@ -37,14 +37,19 @@ def everything(call: Call) -> list[bool]:
     return [True] * (1 + len(call.branches))
 
 
-def check_kinds(call, layout, dtype, results) -> None:
-    """Dtypes and strides."""
+def check_kinds(call, layout, dtype, results, weights=None) -> None:
+    """Dtypes and strides: of the weights' gradients those that torch gives a new tensor like the
+    weight, as an optimizer wants them."""
     memory_format = maps_format(call, layout)
     for name, result in results.items():
         if name == "pooled":
             assert (result.dtype, result.is_contiguous()) == (accumulation_type(dtype), True)
             continue
         assert result.dtype == dtype, name
+        if "weights" in name and weights is not None:
+            like = weights[int(name[name.index("[") + 1])]
+            assert result.stride() == torch.empty_like(like).stride(), name
+            continue
         expected = torch.contiguous_format if "weights" in name else memory_format
         assert result.stride() == dense_strides(result.shape, expected), name
 
@@ -129,7 +134,8 @@ def test_every_layout_of_x(call, layout, dtype):
 @pytest.mark.parametrize("call", LAYOUT_CALLS, ids=name_of)
 def test_every_layout_of_weights(call, weight_layout, dtype):
     inputs = make_inputs(call, dtype, CONTIGUOUS, weight_layout)
-    check_kinds(call, CONTIGUOUS, dtype, check(call, inputs, everything(call)))
+    results = check(call, inputs, everything(call))
+    check_kinds(call, CONTIGUOUS, dtype, results, inputs.weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

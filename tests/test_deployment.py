@@ -18,7 +18,7 @@ from torch import nn
 import epsa_fused
 from epsa_fused import EPSANet, FusedPSAModule, FusedSplitPSA, epsanet50, fuse
 
-OP = torch.ops.epsa_fused.psa_attention.default
+OP = torch.ops.epsa_fused.psa_forward.default
 # Relative error of two networks in float64 whose operators round differently. The worst seen is
 # 8e-16 in evaluation, 2e-13 of a training step's output and 2e-12 of its gradients.
 LIMIT = 1e-10

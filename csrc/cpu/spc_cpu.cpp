@@ -185,6 +185,17 @@ Tensor in_acc(const Tensor& t, const SpcProblem& p) {
   return t.scalar_type() == p.acc ? t : t.to(p.acc);
 }
 
+// t in a type and layout, with the strides of a new tensor also where a size of 1
+// leaves them open.
+Tensor settled(
+    const Tensor& t, at::ScalarType dtype, at::MemoryFormat format) {
+  Tensor result =
+      at::detail::empty_cpu(t.sizes(), dtype, /*pin_memory=*/false, format);
+  const bool settled =
+      t.scalar_type() == dtype && t.strides() == result.strides();
+  return settled ? t : result.copy_(t);
+}
+
 Tensor library_forward(
     const SpcProblem& p, const Tensor& x, const Tensor& weight,
     const SpcSettings& k, int64_t s) {
@@ -415,7 +426,7 @@ SpcForward forward(
       continue;
     }
     const Tensor f = library_forward(p, x, weights[s], settings, s);
-    feats.push_back(f.to(p.dtype).contiguous(format));
+    feats.push_back(settled(f, p.dtype, format));
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }
   if (any && p.N > 0) {
@@ -805,7 +816,7 @@ SpcBackward backward(
     }
   }
   if (grad_x.defined()) {
-    grad_x = grad_x.to(p.dtype).contiguous(format);
+    grad_x = settled(grad_x, p.dtype, format);
   } else {
     grad_x = output_mask.get(0)
         ? at::detail::empty_cpu(x.sizes(), p.dtype, /*pin_memory=*/false, format)

@@ -1,0 +1,168 @@
+"""epsa_fused::psa_forward: a whole module as one operator, where no gradient is asked for."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from epsa_fused import _C, FusedPSAModule, PSAModule
+
+OP = torch.ops.epsa_fused.psa_forward.default
+CONV = torch.ops.epsa_fused.spc_conv.default
+ATTENTION = torch.ops.epsa_fused.psa_attention.default
+
+# in channels, out channels, kernels, groups, stride, N, H, W
+CASES = {
+    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 11, 56),
+    "stage2": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 1, 2, 28, 28),
+    "stage2_first": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 28, 28),
+    "stage3": (256, 256, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 14, 14),
+    "stage4": (512, 512, (3, 5, 7, 9), (1, 4, 8, 16), 1, 1, 7, 7),
+    "large": (128, 128, (3, 5, 5, 7), (32, 32, 32, 32), 1, 2, 9, 10),
+    "two_branches": (32, 32, (1, 3), (1, 2), 1, 5, 6, 5),
+    "eight_branches": (64, 128, (1, 3, 3, 5, 5, 7, 9, 11), (1, 1, 2, 4, 8, 4, 2, 1), 1, 2, 5, 19),
+    "one_pixel": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 4, 1, 1),
+    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 8, 9),
+    "stride_3": (32, 64, (3, 5, 7, 9), (1, 4, 8, 16), 3, 2, 10, 11),
+    "empty": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 0, 7, 7),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def name_of(value) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def make(name, dtype=torch.float32, memory_format=torch.contiguous_format, order="reversed"):
+    """The arguments of one call."""
+    torch.manual_seed(0)
+    inplans, planes, kernels, groups, stride, n, h, w = CASES[name]
+    module = PSAModule(
+        inplans, planes, kernels, stride, groups, reduction=4, branch_order=order
+    ).to(dtype)
+    x = torch.randn(n, inplans, h, w).to(dtype).to(memory_format=memory_format)
+    convs = [getattr(module, f"conv_{i + 1}") for i in range(len(kernels))]
+    fc1, fc2 = module.se.fc1, module.se.fc2
+    settings = (
+        list(groups),
+        stride,
+        [k // 2 for k in kernels],
+        [1] * len(kernels),
+    )
+    se = [t.detach() for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
+    return module, (x, [c.weight.detach() for c in convs], *settings, *se, order == "reversed")
+
+
+@pytest.mark.parametrize("order", ("reversed", "forward"))
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_convolutions_and_the_attention(name, dtype, memory_format, order):
+    """Bit for bit where the two steps round their maps as it does: to float32 and float64. It
+    rounds half-precision maps before it weighs them, as they do."""
+    _, args = make(name, dtype, memory_format, order)
+    out = OP(*args)
+    feats, pooled = CONV(*args[:6])
+    expected = ATTENTION(feats, *args[6:], pooled)[0]
+    assert out.dtype == dtype and out.stride() == expected.stride()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "empty"])
+def test_it_is_the_reference(name):
+    module, args = make(name)
+    expected = module.double()(args[0].double())
+    error = (OP(*args) - expected).abs().max() / expected.abs().max()
+    assert error < 5e-6
+
+
+def test_epsanets_modules_are_computed_in_place():
+    """That the cases of its stages do not go the library's way."""
+    for name in ("stage1", "stage2", "stage2_first", "stage3", "stage4", "large"):
+        inplans, planes, kernels, groups, stride, _, h, w = CASES[name]
+        for k, g in zip(kernels, groups, strict=True):
+            plan = _C.conv_plan(
+                in_channels=inplans,
+                out_channels=planes // len(kernels),
+                groups=g,
+                kernel=(k, k),
+                height=h,
+                width=w,
+                stride=stride,
+                padding=k // 2,
+            )
+            assert plan["method"] != "library", (name, k, plan)
+
+
+def test_the_same_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    outs = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            outs.append([OP(*make(name)[1]) for name in CASES])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in itertools.pairwise(outs):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("name", ("stage3", "a_branch_for_the_library", "empty"))
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_opcheck(name, memory_format):
+    _, args = make(name, memory_format=memory_format)
+    torch.library.opcheck(OP, args)
+    args[0].requires_grad_(name != "empty")
+    torch.library.opcheck(OP, args)
+
+
+def test_gradients_flow_through_the_two_steps():
+    module, args = make("two_branches", torch.float64)
+    leaves = [args[0].requires_grad_(), *(w.requires_grad_() for w in args[1])]
+    out = OP(*args)
+    grads = torch.autograd.grad(out.sin().sum(), leaves)
+    module_leaves = [args[0], module.conv_1.weight, module.conv_2.weight]
+    expected = torch.autograd.grad(module(args[0]).sin().sum(), module_leaves)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_under_autocast():
+    """The convolutions in the lower type, as conv2d's; the SE's weights as they are."""
+    _, args = make("stage3")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = OP(*args)
+    low = [w.bfloat16() for w in args[1]]
+    expected = OP(args[0].bfloat16(), low, *args[2:])
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+def test_errors_name_the_operator():
+    _, args = make("two_branches")
+    x, weights, groups, _, padding, dilation, *rest = args
+    with pytest.raises(ValueError, match=r"psa_forward: stride is 0, expected at least 1"):
+        OP(x, weights, groups, 0, padding, dilation, *rest)
+    with pytest.raises(ValueError, match=r"psa_forward: fc1_weight .*expected"):
+        OP(*args[:6], torch.randn(4, 15), *rest[1:])
+    with pytest.raises(TypeError, match=r"psa_forward: fc1_weight has dtype"):
+        OP(*args[:6], rest[0].double(), *rest[1:])
+
+
+def test_the_module_in_evaluation_equals_training():
+    """The means come out of one epilogue in both."""
+    module = FusedPSAModule(64, 64)
+    x = torch.randn(2, 64, 9, 8)
+    with torch.no_grad():
+        alone = module(x)
+    assert torch.equal(alone, module(x).detach())
+
+
+def test_a_module_with_a_biased_convolution_calls_its_layers():
+    fused, plain = FusedPSAModule(64, 64), PSAModule(64, 64)
+    for module in (fused, plain):
+        module.conv_2 = nn.Conv2d(64, 16, 5, padding=2, groups=4)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 64, 9, 8)
+    torch.testing.assert_close(fused(x), plain(x))
