@@ -39,20 +39,16 @@ Conv make_conv(
 }
 
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
-  ConvPlan plan;
   if (in_double || conv.stride > kMaxStride) {
-    return plan;
+    return {};
   }
   const int lanes = lanes_of(isa);
   const int64_t vectors = pieces(conv.oc(), lanes);  // of a group's outputs
-  if (DotLanes::fit(conv, lanes) && conv.oc() < lanes) {
-    plan.method = ConvMethod::dot;
-  } else if (vectors * lanes <= 2 * conv.oc()) {
-    plan.method = ConvMethod::broadcast;
-  } else {
-    return plan;
+  const bool dot = DotLanes::fit(conv, lanes) && conv.oc() < lanes;
+  if (!dot && vectors * lanes > 2 * conv.oc()) {
+    return {};
   }
-  const bool dot = plan.method == ConvMethod::dot;
+  int best_pixels = 0, best_block = 0;
   double best = 0;
   for (int block : kBlocks) {
     if ((dot ? conv.oc() : vectors) % block) {
@@ -64,14 +60,26 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
       }
       const double cost = tile_cycles(pixels, block) *
           static_cast<double>(pieces(conv.out_width, pixels)) / block;
-      if (plan.block == 0 || cost < best) {
+      if (best_block == 0 || cost < best) {
         best = cost;
-        plan.block = block;
-        plan.pixels = pixels;
+        best_block = block;
+        best_pixels = pixels;
       }
     }
   }
-  if (dot) {
+  return tile_plan(
+      conv, dot ? ConvMethod::dot : ConvMethod::broadcast, best_pixels,
+      best_block, isa);
+}
+
+ConvPlan tile_plan(
+    const Conv& conv, ConvMethod method, int pixels, int block, Isa isa) {
+  const int lanes = lanes_of(isa);
+  ConvPlan plan;
+  plan.method = method;
+  plan.pixels = pixels;
+  plan.block = block;
+  if (method == ConvMethod::dot) {
     const DotLanes dot_lanes(conv, lanes);
     const int64_t outputs = dot_lanes.groups * conv.oc();  // of a cluster
     const int64_t clusters = std::max<int64_t>(1, lanes / outputs);
@@ -80,12 +88,12 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
     plan.unit_weights =
         clusters * conv.oc() * dot_lanes.vectors * conv.taps() * lanes;
   } else {
-    plan.unit_channels = plan.block * lanes;
-    plan.units = conv.groups * (vectors / plan.block);
+    plan.unit_channels = block * lanes;
+    plan.units = conv.groups * (pieces(conv.oc(), lanes) / block);
     plan.unit_weights = conv.ic() * conv.taps() * plan.unit_channels;
   }
   plan.unit_pitch = pieces(plan.unit_channels, lanes) * lanes;
-  plan.buffer_width = pieces(conv.out_width, plan.pixels) * plan.pixels;
+  plan.buffer_width = pieces(conv.out_width, pixels) * pixels;
   // a tile buffer as large as half of a small first-level cache
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(

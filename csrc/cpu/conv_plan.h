@@ -59,6 +59,11 @@ struct ConvPlan {
 // in_double: float64, for which there are no kernels here.
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa);
 
+// The plan of given tiles, of those that fit. Blocks divide a group's vectors of
+// output channels (broadcast) or its output channels (dot).
+ConvPlan tile_plan(
+    const Conv& conv, ConvMethod method, int pixels, int block, Isa isa);
+
 // The gradient of a convolution's input is stride * stride convolutions of the
 // gradient of its output, each of which makes every stride-th row and column of
 // it, from (first_row, first_column) on. Their kernels are every stride-th row and
