@@ -109,6 +109,23 @@ def test_the_same_for_any_number_of_threads():
         assert all(map(torch.equal, a, b))
 
 
+@pytest.mark.parametrize("stride", (1, 2))
+def test_the_same_gradients_for_any_number_of_threads(stride):
+    torch.manual_seed(0)
+    module = FusedPSAModule(128, 128, stride=stride)
+    x = torch.randn(5, 128, 14, 13, requires_grad=True)
+    threads = torch.get_num_threads()
+    grads = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            grads.append(torch.autograd.grad(module(x).sin().sum(), [x, *module.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in itertools.pairwise(grads):
+        assert all(map(torch.equal, a, b))
+
+
 @pytest.mark.parametrize("name", ("stage3", "a_branch_for_the_library", "empty"))
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 def test_opcheck(name, memory_format):
