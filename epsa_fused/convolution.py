@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .ops import _is_native, _se_flops
+from .ops import _is_native, _keep_whole, _se_flops
 
 
 def spc_conv(
@@ -109,6 +109,7 @@ def _check_fake(op: str, x: Tensor, weights: Sequence[Tensor], groups, padding, 
 
 @torch.library.register_fake("epsa_fused::spc_conv")
 def fake_spc_conv(x, weights, groups, stride, padding, dilation):
+    _keep_whole(torch.ops.epsa_fused.spc_conv.default)
     _check_fake("spc_conv", x, weights, groups, padding, dilation)
     layout = _layout(x)
     feats = [
@@ -147,6 +148,7 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
 def fake_psa_forward(
     x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed
 ):
+    _keep_whole(torch.ops.epsa_fused.psa_forward.default)
     _check_fake("psa_forward", x, weights, groups, padding, dilation)
     n, c, h, w = _maps_shape(x, weights[0], stride, padding[0], dilation[0])
     return torch.empty(

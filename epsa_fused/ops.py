@@ -5,6 +5,7 @@ The kernels and their autograd are C++ (csrc/); the schemas stand in csrc/psa.cp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,8 +152,22 @@ def _empty(like: Tensor, shape, memory_format: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
+def _keep_whole(op: torch._ops.OpOverload) -> None:
+    """Tell Inductor, if it is running, to call `op` rather than to ask for its decomposition.
+
+    The table that decomposition.py fills for ONNX is also where Inductor looks for operators that
+    nobody lowered; finding one there is an error wherever the variable CI is set. Inductor takes
+    seconds to import, hence not before it is used, and no graph reaches it without a fake kernel.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and op not in lowering.lowerings:
+        constraint = lowering.constrain_to_fake_tensors  # the default of custom operators
+        lowering.make_fallback(op, layout_constraint=constraint, warn=False)
+
+
 @torch.library.register_fake("epsa_fused::psa_attention")
 def fake_psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled=None):
+    _keep_whole(torch.ops.epsa_fused.psa_attention.default)
     _check_fake(
         "psa_attention",
         feats,

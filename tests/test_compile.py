@@ -1,6 +1,7 @@
 """Everything that runs without data or ahead of time: opcheck, fake tensors, torch.compile,
 torch.export, AOTInductor, autocast and FLOP counts."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -379,3 +380,20 @@ def test_flop_count_is_that_of_the_reference():
         out.sum().backward()
     totals.append(counter.get_total_flops() // 2)
     assert totals[0] == totals[1] == totals[2] > 0
+
+
+def test_inductor_where_continuous_integration_runs():
+    """Where CI is set, Inductor refuses operators whose decomposition is left unused."""
+    code = textwrap.dedent("""
+        import torch, epsa_fused
+        for training in (True, False):
+            module = epsa_fused.FusedPSAModule(64, 64, conv_groups=(1, 4, 8, 16)).train(training)
+            x = torch.randn(2, 64, 8, 8)
+            with torch.set_grad_enabled(training):
+                torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+    """)
+    environment = {**os.environ, "CI": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
