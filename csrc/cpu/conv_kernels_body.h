@@ -360,10 +360,15 @@ void pack_image(
 // channels in the segments that the scratch's blocks make of them.
 struct Segments {
   int64_t c0, ic, taps;  // the group's first channel, its channels
+  EPSA_FN int64_t first(int64_t c) const {  // channel of c's segment
+    return greater(0, (c0 + c) / L * L - c0);
+  }
+  EPSA_FN int64_t behind(int64_t c) const {  // channels from c on
+    return lesser((c0 + c) / L * L + L - c0, ic) - c;
+  }
+  EPSA_FN int64_t count(int64_t c) const { return behind(first(c)); }
   EPSA_FN int64_t at(int64_t c, int64_t tap) const {
-    const int64_t first = greater(0, (c0 + c) / L * L - c0);
-    const int64_t count = lesser((c0 + c) / L * L + L - c0, ic) - first;
-    return first * taps + tap * count + (c - first);
+    return first(c) * taps + tap * count(c) + (c - first(c));
   }
 };
 
@@ -414,20 +419,31 @@ void pack_broadcast(
             ? from + (b + i) * weights.out_stride + k * outer_stride
             : nullptr;
       }
-      int64_t slow = k, fast = 0;
+      // within a channel's taps, or a segment's channels, steps are even
+      int64_t slow = k, fast = 0, even = 0, step = 0;
+      float* to = packed;
       for (int64_t j = 0; j < columns; j += L) {
         const int64_t n = lesser(L, columns - j);
         load_transposed(rows, j, n, v);
         for (int i = 0; i < n; ++i) {
-          const int64_t c = taps_inner ? slow : fast;
-          const int64_t tap = taps_inner ? fast : slow;
-          const int64_t at =
-              segments.at(c, weights.turned ? taps - 1 - tap : tap);
-          set_line(packed + at * width + b, v[i]);
-          if (++fast == inner) {
-            fast = 0;
-            ++slow;
+          if (even == 0) {
+            const int64_t c = taps_inner ? slow : fast;
+            const int64_t tap = taps_inner ? fast : slow;
+            to = packed + b +
+                segments.at(c, weights.turned ? taps - 1 - tap : tap) * width;
+            step = !taps_inner ? width
+                : weights.turned ? -segments.count(c) * width
+                                 : segments.count(c) * width;
+            even = taps_inner ? taps : segments.behind(c);
+            fast += even;
+            if (fast == inner) {
+              fast = 0;
+              ++slow;
+            }
           }
+          set_line(to, v[i]);
+          to += step;
+          --even;
         }
       }
     }
@@ -843,10 +859,12 @@ void weight_grad(
   const int64_t channel = u.cluster * u.lanes.groups * conv.oc() + u.first;
   const bool shared = u.lanes.groups > 1;
   Lanes lanes[kBlocks[3]];
-  for (int b = 0; b < plan.block; ++b) {
-    for (int i = 0; i < L; ++i) {
-      lanes[b][i] = static_cast<int32_t>(
-          channel % L + i / u.lanes.run * conv.oc() + b);
+  if (shared) {
+    for (int b = 0; b < plan.block; ++b) {
+      for (int i = 0; i < L; ++i) {
+        lanes[b][i] = static_cast<int32_t>(
+            channel % L + i / u.lanes.run * conv.oc() + b);
+      }
     }
   }
   // of a vector of several groups' channels the shuffle takes them from their

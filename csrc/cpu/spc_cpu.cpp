@@ -243,9 +243,12 @@ class Forward {
       buffer_ = std::max(
           buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
       lane_floats_ = std::max(lane_floats_, k_.lane_floats(plan));
+      unit_weights_ = std::max(unit_weights_, plan.unit_weights);
+      weight_floats_ += plan.units * plan.unit_weights;
       flops_ += flops_of(p, conv);
       size_.include(conv, plan.buffer_width);
       for (int64_t unit = 0; unit < plan.units; ++unit) {
+        units_.push_back({static_cast<int>(s), unit, 0});
         for (int64_t strip = 0; strip < strips; ++strip) {
           tasks_.push_back({static_cast<int>(s), unit, strip});
         }
@@ -264,7 +267,8 @@ class Forward {
 
   // Convolves all samples of x into `feats` and writes the means of the maps to
   // `pooled` [N, S, C], both for the branches that have kernels here. When sample
-  // n is complete, done(n, threads) follows, which may use so many threads.
+  // n is complete, done(n, threads) follows, which may use so many threads. Who
+  // computes what does not touch the results.
   template <class Done>
   void run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
@@ -274,59 +278,37 @@ class Forward {
     for (size_t s = 0; s < convs_.size(); ++s) {
       weights.push_back(weights_of(weights_[s], convs_[s]));
     }
-    const Packed packed = pack_weights(k_, convs_, plans_, weights, threads);
-    const Run run{*this, x, feats, packed};
-    const int64_t image_floats = size_.floats(p_.in_channels, p_.H, k_.lanes);
-    const int64_t blocks = (p_.in_channels + k_.lanes - 1) / k_.lanes;
-    const int64_t tasks = static_cast<int64_t>(tasks_.size());
-    const int64_t pooled_floats = p_.S * p_.C;
-    // Samples are dealt out whole; those that do not divide by the number of
-    // threads are shared. Who computes what does not touch the results.
-    const int64_t whole = p_.N - p_.N % threads;
-    for_parts(whole, threads, [&](int64_t begin, int64_t end) {
-      const Floats image(image_floats, /*zero=*/true);
-      const Floats sums(sums_), buffer(buffer_), lanes(lane_floats_);
-      for (int64_t n = begin; n < end; ++n) {
-        run.pack(n, image.get(), 0, blocks);
-        for (const Task& task : tasks_) {
-          run.task(
-              task, n, image.get(), sums.get(), buffer.get(), lanes.get());
-        }
-        finish(sums.get(), pooled + n * pooled_floats);
-        done(n, 1);
-      }
-    });
-    const int64_t rest = p_.N - whole;
-    if (rest == 0) {
+    Run run{*this, x, feats, weights, pooled};
+    if (weight_floats_ > kCacheFloats &&
+        (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
+      by_unit(run, threads, done);
       return;
     }
-    const Floats images(rest * image_floats, /*zero=*/true);
-    const Floats sums(rest * sums_);
-    for_each(rest * blocks, threads, [&](int64_t i) {
-      const int64_t n = i / blocks, block = i % blocks;
-      run.pack(whole + n, images.get() + n * image_floats, block, block + 1);
-    });
-    std::atomic<int64_t> next{0};
-    for_parts(threads, threads, [&](int64_t, int64_t) {
-      const Floats buffer(buffer_), lanes(lane_floats_);
-      for (int64_t i; (i = next++) < rest * tasks;) {
-        const int64_t n = i / tasks;
-        run.task(
-            tasks_[i % tasks], whole + n, images.get() + n * image_floats,
-            sums.get() + n * sums_, buffer.get(), lanes.get());
-      }
-    });
-    for (int64_t n = 0; n < rest; ++n) {
-      finish(sums.get() + n * sums_, pooled + (whole + n) * pooled_floats);
-      done(whole + n, threads);
-    }
+    const Packed packed = pack_weights(k_, convs_, plans_, weights, threads);
+    run.packed = &packed;
+    // Samples are dealt out whole; those that do not divide by the number of
+    // threads are shared.
+    const int64_t whole = p_.N - p_.N % threads;
+    by_sample(run, whole, threads, done);
+    shared(run, whole, threads, done);
   }
 
  private:
+  // Weights beyond this leave a core's own cache before the next sample needs them:
+  // then they, not the images, should be read once.
+  static constexpr int64_t kCacheFloats = 1 << 18;
+
   // A piece of work: one unit, one strip.
   struct Task {
     int branch;
     int64_t unit, strip;
+  };
+
+  // A thread's scratch memory.
+  struct Memory {
+    Floats buffer, lanes;
+    explicit Memory(const Forward& f)
+        : buffer(f.buffer_), lanes(f.lane_floats_) {}
   };
 
   // One call's steps.
@@ -334,7 +316,9 @@ class Forward {
     const Forward& self;
     const Tensor& x;
     const std::vector<Tensor>& feats;
-    const Packed& packed;
+    const std::vector<ConvWeights>& weights;
+    float* pooled;
+    const Packed* packed = nullptr;
 
     Scratch scratch(float* image) const {
       return {image, self.p_.H, self.size_.width, self.size_.border};
@@ -346,20 +330,25 @@ class Forward {
           end);
     }
 
+    const float* unit_weights(const Task& task) const {
+      return packed->unit(
+          task.branch, self.plans_[task.branch], task.unit);
+    }
+
     void task(
-        const Task& task, int64_t n, float* image, float* sums, float* buffer,
-        float* lanes) const {
+        const Task& task, const float* unit_weights, int64_t n, float* image,
+        float* sums, const Memory& memory) const {
       const SpcProblem& p = self.p_;
       const Conv& conv = self.convs_[task.branch];
       const ConvPlan& plan = self.plans_[task.branch];
       const int64_t begin = task.strip * plan.strip;
       const int64_t end = std::min(begin + plan.strip, p.out_h);
       const Sums strip{
-          buffer, plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
-          /*add=*/false};
+          memory.buffer.get(), plan.buffer_width * plan.unit_pitch,
+          plan.unit_pitch, /*add=*/false};
       self.k_.convolve(
-          conv, plan, scratch(image), packed.unit(task.branch, plan, task.unit),
-          task.unit, begin, end, strip, lanes);
+          conv, plan, scratch(image), unit_weights, task.unit, begin, end, strip,
+          memory.lanes.get());
       const epsa::cpu::Run run = unit_run(conv, plan, task.unit);
       const Tensor& feat = feats[task.branch];
       Image to = image_of(feat, n, run.first);
@@ -369,10 +358,126 @@ class Forward {
           strip, run.count, end - begin, p.out_w, to,
           sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
     }
+
+    // sums of sample n -> its means
+    void finish(int64_t n, const float* sums) const {
+      self.means(sums, pooled + n * self.p_.S * self.p_.C);
+    }
   };
 
+  // Each thread its own samples, up to `count`: x stays in its cache.
+  template <class Done>
+  void by_sample(
+      const Run& run, int64_t count, int64_t threads, const Done& done) const {
+    for_parts(count, threads, [&](int64_t begin, int64_t end) {
+      const Floats image(image_floats(), /*zero=*/true), sums(sums_);
+      const Memory memory(*this);
+      for (int64_t n = begin; n < end; ++n) {
+        run.pack(n, image.get(), 0, blocks());
+        for (const Task& task : tasks_) {
+          run.task(
+              task, run.unit_weights(task), n, image.get(), sums.get(), memory);
+        }
+        run.finish(n, sums.get());
+        done(n, 1);
+      }
+    });
+  }
+
+  // All threads share the samples from `first` on, strip by strip.
+  template <class Done>
+  void shared(
+      const Run& run, int64_t first, int64_t threads, const Done& done) const {
+    const int64_t count = p_.N - first;
+    const int64_t tasks = static_cast<int64_t>(tasks_.size());
+    if (count == 0) {
+      return;
+    }
+    const Floats images(count * image_floats(), /*zero=*/true);
+    const Floats sums(count * sums_);
+    pack_images(run, first, count, images.get(), threads);
+    std::atomic<int64_t> next{0};
+    for_parts(threads, threads, [&](int64_t, int64_t) {
+      const Memory memory(*this);
+      for (int64_t i; (i = next++) < count * tasks;) {
+        const int64_t n = i / tasks;
+        const Task& task = tasks_[i % tasks];
+        run.task(
+            task, run.unit_weights(task), first + n,
+            images.get() + n * image_floats(), sums.get() + n * sums_, memory);
+      }
+    });
+    for (int64_t n = 0; n < count; ++n) {
+      run.finish(first + n, sums.get() + n * sums_);
+      done(first + n, threads);
+    }
+  }
+
+  // All threads share the units; a unit's weights are packed where they are used,
+  // and stay in the cache for all samples of a wave.
+  template <class Done>
+  void by_unit(const Run& run, int64_t threads, const Done& done) const {
+    constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
+    const int64_t wave =
+        std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
+    const int64_t units = static_cast<int64_t>(units_.size());
+    const Floats images(wave * image_floats(), /*zero=*/true);
+    const Floats sums(wave * sums_);
+    for (int64_t first = 0; first < p_.N; first += wave) {
+      const int64_t count = std::min(wave, p_.N - first);
+      pack_images(run, first, count, images.get(), threads);
+      // some tasks for each thread, or they would end at very different times
+      const int64_t parts =
+          std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
+      std::atomic<int64_t> next{0};
+      for_parts(threads, threads, [&](int64_t, int64_t) {
+        const Memory memory(*this);
+        const Floats unit_weights(unit_weights_);
+        for (int64_t i; (i = next++) < units * parts;) {
+          Task task = units_[i / parts];
+          const ConvPlan& plan = plans_[task.branch];
+          k_.pack_weights(
+              convs_[task.branch], plan, run.weights[task.branch], task.unit,
+              unit_weights.get());
+          const int64_t part = i % parts;
+          const int64_t end = (part + 1) * count / parts;
+          for (int64_t n = part * count / parts; n < end; ++n) {
+            for (task.strip = 0; task.strip < plan.strips(p_.out_h);
+                 ++task.strip) {
+              run.task(
+                  task, unit_weights.get(), first + n,
+                  images.get() + n * image_floats(), sums.get() + n * sums_,
+                  memory);
+            }
+          }
+        }
+      });
+      const bool alone = count < threads;
+      for_each(count, alone ? 1 : threads, [&](int64_t n) {
+        run.finish(first + n, sums.get() + n * sums_);
+        done(first + n, alone ? threads : 1);
+      });
+    }
+  }
+
+  int64_t image_floats() const {
+    return size_.floats(p_.in_channels, p_.H, k_.lanes);
+  }
+  int64_t blocks() const {  // of an image's channels
+    return (p_.in_channels + k_.lanes - 1) / k_.lanes;
+  }
+
+  void pack_images(
+      const Run& run, int64_t first, int64_t count, float* images,
+      int64_t threads) const {
+    for_each(count * blocks(), threads, [&](int64_t i) {
+      const int64_t n = i / blocks(), block = i % blocks();
+      run.pack(first + n, images + n * image_floats(), block, block + 1);
+    });
+  }
+
   // partial sums of one sample -> means [S, C], in the order of the strips
-  void finish(const float* sums, float* pooled) const {
+  void means(const float* sums, float* pooled) const {
     const float pixels = static_cast<float>(p_.out_h * p_.out_w);
     for (int64_t s = 0; s < p_.S; ++s) {
       if (!has(s)) {
@@ -399,9 +504,10 @@ class Forward {
   std::vector<ConvPlan> plans_;
   std::vector<Tensor> weights_;
   std::vector<int64_t> first_sums_;  // of a branch, among a sample's
-  std::vector<Task> tasks_;
+  std::vector<Task> tasks_, units_;  // of the latter the strip is open
   ScratchSize size_;
   int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
+  int64_t unit_weights_ = 0, weight_floats_ = 0;  // of one unit at most, of all
   double flops_ = 0;
 };
 
@@ -671,6 +777,7 @@ class Backward {
           weight_tasks_.push_back({s, unit});
         }
         sums_ += plan.units * plan.unit_sums;
+        most_sums_ = std::max(most_sums_, plan.unit_sums);
         x_size_.include(conv, p.out_w);
       }
     }
@@ -700,10 +807,21 @@ class Backward {
     if (input_) {
       input_grad_.pack(threads);
     }
-    const Floats sums(sums_, /*zero=*/true);
-    // As many samples at a time as there are threads. The sums over the samples
-    // are made in their order, whoever makes them.
-    const int64_t wave = std::min(p_.N, threads);
+    // Several samples at a time: each thread has one, and the weights' sums are
+    // fetched seldom. They are made in the samples' order, whoever makes them.
+    constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
+    const int64_t sample_floats = x_floats + p_.S * grad_floats;
+    const int64_t wave = std::min(
+        p_.N,
+        std::max<int64_t>(1, kWaveFloats / (threads * sample_floats)) * threads);
+    // With one wave each sum is finished at once, in its thread's own memory.
+    const bool at_once = wave == p_.N;
+    const Floats sums(at_once ? 0 : sums_, /*zero=*/true);
+    const auto finish = [&](const Unit& task, const float* unit_sums) {
+      k_.unpack_weight_grad(
+          convs_[task.branch], weight_plans_[task.branch], task.unit, unit_sums,
+          weights_of(grad_weights[task.branch], convs_[task.branch]));
+    };
     const Floats images(wave * x_floats, /*zero=*/true);
     const Floats grads(wave * p_.S * grad_floats, /*zero=*/true);
     const auto image = [&](int64_t n) {
@@ -737,14 +855,22 @@ class Backward {
       for_parts(threads, threads, [&](int64_t, int64_t) {
         const Floats buffer(input_grad_.buffer_floats());
         const Floats lane_sums(input_grad_.lane_floats());
+        const Floats own_sums(at_once ? most_sums_ : 0);
         for (int64_t i; (i = next++) < tasks;) {
           if (i < weight_tasks) {
-            const auto [s, unit] = weight_tasks_[i];
-            const WeightGradPlan& plan = weight_plans_[s];
+            const Unit& task = weight_tasks_[i];
+            const int64_t s = task.branch;
+            float* unit_sums = at_once ? own_sums.get() : sums_of(sums, task);
+            if (at_once) {
+              std::fill_n(unit_sums, weight_plans_[s].unit_sums, 0.0f);
+            }
             for (int64_t n = 0; n < count; ++n) {
               k_.weight_grad(
-                  convs_[s], plan, image(n), grad(n, s), unit,
-                  sums.get() + first_sums_[s] + unit * plan.unit_sums);
+                  convs_[s], weight_plans_[s], image(n), grad(n, s), task.unit,
+                  unit_sums);
+            }
+            if (at_once) {
+              finish(task, unit_sums);
             }
             continue;
           }
@@ -756,17 +882,24 @@ class Backward {
         }
       });
     }
-    for_each(weight_tasks, threads, [&](int64_t i) {
-      const auto [s, unit] = weight_tasks_[i];
-      const WeightGradPlan& plan = weight_plans_[s];
-      k_.unpack_weight_grad(
-          convs_[s], plan, unit,
-          sums.get() + first_sums_[s] + unit * plan.unit_sums,
-          weights_of(grad_weights[s], convs_[s]));
-    });
+    if (!at_once) {
+      for_each(weight_tasks, threads, [&](int64_t i) {
+        finish(weight_tasks_[i], sums_of(sums, weight_tasks_[i]));
+      });
+    }
   }
 
  private:
+  // Of a branch's weight gradient.
+  struct Unit {
+    int64_t branch, unit;
+  };
+
+  float* sums_of(const Floats& sums, const Unit& task) const {
+    return sums.get() + first_sums_[task.branch] +
+        task.unit * weight_plans_[task.branch].unit_sums;
+  }
+
   SpcProblem p_;
   Isa isa_;
   const ConvKernels& k_;
@@ -774,10 +907,10 @@ class Backward {
   bool input_;
   std::vector<Conv> convs_;
   std::vector<WeightGradPlan> weight_plans_;
-  std::vector<std::pair<int64_t, int64_t>> weight_tasks_;  // branch, unit
+  std::vector<Unit> weight_tasks_;
   std::vector<int64_t> first_sums_;  // of a branch's weight gradient
   ScratchSize x_size_, grad_size_;
-  int64_t sums_ = 0;  // floats
+  int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of one at most
   double flops_ = 0;
 };
 
