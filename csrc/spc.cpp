@@ -1,12 +1,13 @@
 // The convolutions' schemas, autograd and autocast (library _ops).
 #include "psa.h"
 #include "spc.h"
+#include "spc_autograd.h"
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -75,24 +76,6 @@ bool has_symbols(const Tensor& x, at::TensorList tensors) {
     return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   };
   return symbolic(x) || std::any_of(tensors.begin(), tensors.end(), symbolic);
-}
-
-bool needs_grad(const Tensor& x, at::TensorList weights) {
-  return x.requires_grad() ||
-      std::any_of(weights.begin(), weights.end(), [](const Tensor& w) {
-           return w.requires_grad();
-         });
-}
-
-// Without this the tangents of inputs that need no (reverse) gradient would get
-// lost; of the others torch::autograd::Function itself says so.
-void refuse_forward_mode(
-    const char* op, const Tensor& x, at::TensorList tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !torch::autograd::isFwGradDefined(x) &&
-          !torch::autograd::isFwGradDefinedTensorList(tensors),
-      op, ": forward-mode differentiation (jvp) is not supported, expected "
-      "tensors without tangents; PSAModule, the reference, supports it");
 }
 
 // ---- autograd ----
@@ -201,68 +184,6 @@ SpcForward forward_autocast(
       {groups, stride, padding, dilation});
 }
 
-// ---- the whole module ----
-
-using OptTensor = std::optional<Tensor>;
-
-Tensor call_psa_forward(
-    const Tensor& x, at::TensorList weights, const SpcSettings& k,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("epsa_fused::psa_forward", "")
-          .typed<Tensor(
-              const Tensor&, at::TensorList, at::IntArrayRef, int64_t,
-              at::IntArrayRef, at::IntArrayRef, const Tensor&, const OptTensor&,
-              const Tensor&, const OptTensor&, bool)>();
-  return op.call(
-      x, weights, k.groups, k.stride, k.padding, k.dilation, fc1_weight,
-      fc1_bias, fc2_weight, fc2_bias, reversed);
-}
-
-// Where a gradient may be asked for, the two steps that keep what it needs.
-Tensor psa_forward_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  const SpcSettings k{groups, stride, padding, dilation};
-  const std::vector<Tensor> se{
-      fc1_weight, fc1_bias.value_or(Tensor()), fc2_weight,
-      fc2_bias.value_or(Tensor())};
-  refuse_forward_mode("psa_forward", x, weights);
-  refuse_forward_mode("psa_forward", x, se);
-  const bool se_grad = std::any_of(se.begin(), se.end(), [](const Tensor& t) {
-    return t.defined() && t.requires_grad();
-  });
-  if (at::GradMode::is_enabled() && (se_grad || needs_grad(x, weights))) {
-    const auto [feats, pooled] = call_forward(x, weights, k);
-    return call_psa_attention(
-        feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return call_psa_forward(
-      x, weights, k, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed);
-}
-
-// The convolutions as conv2d; the attention step takes its weights as they are.
-Tensor psa_forward_autocast(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  const auto device = at::kCPU;
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const std::vector<Tensor> cast =
-      at::autocast::cached_cast(dtype, weights, device);
-  return call_psa_forward(
-      at::autocast::cached_cast(dtype, x, device), cast,
-      {groups, stride, padding, dilation}, fc1_weight, fc1_bias, fc2_weight,
-      fc2_bias, reversed);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
@@ -278,21 +199,18 @@ TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
       "bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights)",
       tags);
   m.def(
-      "psa_forward(Tensor x, Tensor[] weights, int[] groups, int stride, "
-      "int[] padding, int[] dilation, Tensor fc1_weight, Tensor? fc1_bias, "
-      "Tensor fc2_weight, Tensor? fc2_bias, bool reversed) -> Tensor",
-      tags);
+      "spc_prepack(Tensor x, Tensor[] weights, int[] groups, int stride, "
+      "int[] padding, int[] dilation) -> Tensor packed");
 }
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
   m.impl("spc_conv", forward_autograd);
   m.impl("spc_conv_backward", backward_autograd);
-  m.impl("psa_forward", psa_forward_autograd);
+  m.impl("spc_prepack", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(epsa_fused, AutocastCPU, m) {
   m.impl("spc_conv", forward_autocast);
-  m.impl("psa_forward", psa_forward_autocast);
 }
 
 }  // namespace epsa

@@ -48,6 +48,12 @@ void check_spc_backward_counts(
     const char* op, int64_t S, at::TensorList grad_feats,
     const c10::List<bool>& output_mask);
 
+// Of a whole module's output [N, S * C, out_h, out_w], and of the mask: x, the S
+// weights, and the SE's four.
+void check_module_backward_arguments(
+    const char* op, const at::Tensor& out, const SpcProblem& p,
+    const c10::List<bool>& output_mask);
+
 // The layout of the feature maps: that of x, contiguous where it has both, or
 // where it has neither that which at::conv2d would choose.
 at::MemoryFormat spc_layout(const at::Tensor& x);
@@ -58,5 +64,10 @@ using SpcForward = std::tuple<std::vector<at::Tensor>, at::Tensor>;
 // spc_conv_backward: gradients of x and of the S weights; an empty tensor [0]
 // where output_mask is false.
 using SpcBackward = std::tuple<at::Tensor, std::vector<at::Tensor>>;
+
+// psa_save_output_backward: the same, and gradients of the SE's weights.
+using ModuleBackward = std::tuple<
+    at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
+    at::Tensor>;
 
 }  // namespace epsa

@@ -161,6 +161,19 @@ void check_spc_backward_arguments(
   }
 }
 
+void check_module_backward_arguments(
+    const char* op, const at::Tensor& out, const SpcProblem& p,
+    const c10::List<bool>& output_mask) {
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(output_mask.size()) == p.S + 5, op,
+      ": output_mask has ", output_mask.size(), " entries, expected ", p.S + 5,
+      " (x, the weights and the SE's four)");
+  const std::vector<int64_t> expected{p.N, p.S * p.C, p.out_h, p.out_w};
+  TORCH_CHECK_VALUE(
+      out.sizes() == at::IntArrayRef(expected), op, ": out has shape ",
+      out.sizes(), ", expected ", at::IntArrayRef(expected));
+}
+
 at::MemoryFormat spc_layout(const at::Tensor& x) {
   for (const at::MemoryFormat format :
        {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {

@@ -18,6 +18,7 @@ from .models import (
 from .modules import FusedPSAModule
 from .ops import psa_attention
 from .reference import PSAModule, psa_attention_reference
+from .serving import prepack, unpack
 from .split_psa import FusedSplitPSA
 from .timm_models import register_timm
 
@@ -36,7 +37,9 @@ __all__ = [
     "epsanet101",
     "epsanet101_large",
     "fuse",
+    "prepack",
     "psa_attention",
     "psa_attention_reference",
     "register_timm",
+    "unpack",
 ]

@@ -123,6 +123,20 @@ def fake_spc_conv(x, weights, groups, stride, padding, dilation):
     return feats, pooled
 
 
+def _fake_gradients(x: Tensor, weights: Sequence[Tensor], output_mask) -> tuple:
+    """Of x and of the weights; an empty tensor where none is wanted."""
+    grad_x = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+        if output_mask[0]
+        else x.new_empty(0)
+    )
+    grad_weights = [
+        torch.empty_like(w) if wanted else w.new_empty(0)
+        for w, wanted in zip(weights, output_mask[1 : 1 + len(weights)], strict=True)
+    ]
+    return grad_x, grad_weights
+
+
 @torch.library.register_fake("epsa_fused::spc_conv_backward")
 def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
     _check_fake("spc_conv_backward", x, weights, groups, padding, dilation)
@@ -132,28 +146,64 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
                 f"spc_conv_backward: grad_feats[{s}] is on {g.device}, expected {x.device}, "
                 "the device of x"
             )
-    grad_x = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
-        if output_mask[0]
-        else x.new_empty(0)
-    )
-    grad_weights = [
-        torch.empty_like(w) if wanted else w.new_empty(0)
-        for w, wanted in zip(weights, output_mask[1:], strict=True)
-    ]
-    return grad_x, grad_weights
+    return _fake_gradients(x, weights, output_mask)
 
 
-@torch.library.register_fake("epsa_fused::psa_forward")
-def fake_psa_forward(
-    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed
-):
-    _keep_whole(torch.ops.epsa_fused.psa_forward.default)
-    _check_fake("psa_forward", x, weights, groups, padding, dilation)
+def _fake_output(op: str, x, weights, groups, stride, padding, dilation) -> Tensor:
+    _check_fake(op, x, weights, groups, padding, dilation)
     n, c, h, w = _maps_shape(x, weights[0], stride, padding[0], dilation[0])
     return torch.empty(
         (n, len(weights) * c, h, w), dtype=x.dtype, device=x.device, memory_format=_layout(x)
     )
+
+
+@torch.library.register_fake("epsa_fused::psa_forward")
+def fake_psa_forward(
+    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed, packed=None
+):
+    _keep_whole(torch.ops.epsa_fused.psa_forward.default)
+    return _fake_output("psa_forward", x, weights, groups, stride, padding, dilation)
+
+
+@torch.library.register_fake("epsa_fused::psa_save_output")
+def fake_psa_save_output(
+    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed
+):
+    _keep_whole(torch.ops.epsa_fused.psa_save_output.default)
+    out = _fake_output("psa_save_output", x, weights, groups, stride, padding, dilation)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    vector = (x.shape[0], len(weights), weights[0].shape[0])
+    return out, x.new_empty(vector, dtype=acc), x.new_empty(vector, dtype=acc)
+
+
+@torch.library.register_fake("epsa_fused::psa_save_output_backward")
+def _(
+    grad_out,
+    x,
+    weights,
+    groups,
+    stride,
+    padding,
+    dilation,
+    fc1_w,
+    fc1_b,
+    fc2_w,
+    fc2_b,
+    out,
+    pooled,
+    attention,
+    reversed,
+    output_mask,
+):
+    _check_fake("psa_save_output_backward", x, weights, groups, padding, dilation)
+    grad_x, grad_weights = _fake_gradients(x, weights, output_mask)
+    grad_se = [
+        w.new_empty(w.shape) if wanted and w is not None else fc1_w.new_empty(0)
+        for w, wanted in zip(
+            (fc1_w, fc1_b, fc2_w, fc2_b), output_mask[len(weights) + 1 :], strict=True
+        )
+    ]
+    return grad_x, grad_weights, *grad_se
 
 
 # ---- floating-point operations, for torch.utils.flop_counter.FlopCounterMode ----
@@ -177,11 +227,37 @@ def _(
     )
 
 
-@register_flop_formula(torch.ops.epsa_fused.psa_forward)
-def _(x_shape, weight_shapes, groups, stride, padding, dilation, fc1_shape, *args, **kwargs) -> int:
+def _module_flops(x_shape, weight_shapes, out_shape, fc1_shape) -> int:
     n, branches, channels = x_shape[0], len(weight_shapes), weight_shapes[0][0]
-    out_shape = kwargs["out_shape"]
     convolutions = sum(
         conv_flop_count(x_shape, w, [n, channels, *out_shape[2:]]) for w in weight_shapes
     )
     return convolutions + _se_flops([[n, channels]] * branches, fc1_shape)
+
+
+@register_flop_formula(torch.ops.epsa_fused.psa_forward)
+def _(x_shape, weight_shapes, groups, stride, padding, dilation, fc1_shape, *args, **kwargs) -> int:
+    return _module_flops(x_shape, weight_shapes, kwargs["out_shape"], fc1_shape)
+
+
+@register_flop_formula(torch.ops.epsa_fused.psa_save_output)
+def _(x_shape, weight_shapes, groups, stride, padding, dilation, fc1_shape, *args, **kwargs) -> int:
+    return _module_flops(x_shape, weight_shapes, kwargs["out_shape"][0], fc1_shape)
+
+
+@register_flop_formula(torch.ops.epsa_fused.psa_save_output_backward)
+def _(
+    grad_shape,
+    x_shape,
+    weight_shapes,
+    groups,
+    stride,
+    padding,
+    dilation,
+    fc1_shape,
+    *args,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    # as many multiply-adds as the forward pass for each gradient: x's, the weights'
+    return 2 * _module_flops(x_shape, weight_shapes, grad_shape, fc1_shape)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from .convolution import fake_psa_forward, fake_spc_conv
+from .convolution import fake_psa_forward, fake_psa_save_output, fake_spc_conv
 from .ops import fake_psa_attention
 
 _OP = torch.ops.epsa_fused.psa_attention.default
 _CONV = torch.ops.epsa_fused.spc_conv.default
 _MODULE = torch.ops.epsa_fused.psa_forward.default
+_SAVE_OUTPUT = torch.ops.epsa_fused.psa_save_output.default
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tensor:
@@ -88,10 +89,25 @@ def psa_forward(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     reversed: bool,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """As epsa_fused::psa_forward: [N, S*C, H', W']."""
     feats = _convolve(x, weights, groups, stride, padding, dilation)
     return psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed)[0]
+
+
+@register_decomposition(_SAVE_OUTPUT)
+def psa_save_output(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *se: Tensor | bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As epsa_fused::psa_save_output: out, and pooled and attention [N, S, C]."""
+    return psa_attention(_convolve(x, weights, groups, stride, padding, dilation), *se)
 
 
 # Fake tensors of symbolic sizes would take a decomposition above for the operator's shapes,
@@ -99,3 +115,4 @@ def psa_forward(
 register_decomposition(_OP, type="meta")(fake_psa_attention)
 register_decomposition(_CONV, type="meta")(fake_spc_conv)
 register_decomposition(_MODULE, type="meta")(fake_psa_forward)
+register_decomposition(_SAVE_OUTPUT, type="meta")(fake_psa_save_output)

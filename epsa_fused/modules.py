@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,29 +96,71 @@ class FusedPSAModule(PSAModule):
     LoRA or quantisation wrapper, a sharded parameter), forward raises RuntimeError instead of
     leaving that out; use :class:`PSAModule` there, or hook, wrap or shard (FSDP2's fully_shard)
     the whole module or a parent of it.
+
+    Args (besides those of :class:`PSAModule`):
+        save_output: keep for the backward pass the output instead of the branches' maps, half of
+            the memory of both; a layer behind that keeps its input (BatchNorm, a convolution)
+            shares it. CPU and plain convolutions only, and what follows must not change the
+            output in place (autograd raises an error if it does). In half precision the
+            attention's gradient then comes from the rounded output. Also an attribute.
     """
+
+    def __init__(
+        self,
+        inplans: int,
+        planes: int,
+        conv_kernels: Sequence[int] = (3, 5, 7, 9),
+        stride: int = 1,
+        conv_groups: Sequence[int] = (1, 4, 8, 16),
+        *,
+        reduction: int = 16,
+        branch_order: str = "reversed",
+        save_output: bool = False,
+    ) -> None:
+        super().__init__(
+            inplans,
+            planes,
+            conv_kernels,
+            stride,
+            conv_groups,
+            reduction=reduction,
+            branch_order=branch_order,
+        )
+        self.save_output = save_output
+        self._packed: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        states = (", save_output=True" if self.save_output else "") + (
+            ", prepacked" if self._packed is not None else ""
+        )
+        return super().extra_repr() + states
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, inplans, H, W] -> [N, planes, H', W']."""
-        convs = [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
-        plain = all(map(_is_plain, convs)) and len({conv.stride for conv in convs}) == 1
+        convs = self._convs()
+        plain = self._are_plain(convs)
         if x.device.type != "cpu" or not plain:
+            if self.save_output and torch.is_grad_enabled():
+                raise NotImplementedError(
+                    "FusedPSAModule: save_output=True expects a CPU tensor and plain convolutions "
+                    f"of one stride, got x on {x.device} and "
+                    f"{'plain' if plain else 'other'} convolutions"
+                )
             return self.attention([conv(x) for conv in convs])
         self._check_se()
         fc1, fc2 = self.se.fc1, self.se.fc2
-        return torch.ops.epsa_fused.psa_forward.default(
+        arguments = (
             x,
-            [conv.weight for conv in convs],
-            [conv.groups for conv in convs],
-            convs[0].stride[0],
-            [conv.padding[0] for conv in convs],
-            [conv.dilation[0] for conv in convs],
+            *_arguments(convs),
             fc1.weight,
             fc1.bias,
             fc2.weight,
             fc2.bias,
             is_reversed(self.branch_order),
         )
+        if self.save_output and torch.is_grad_enabled():
+            return torch.ops.epsa_fused.psa_save_output.default(*arguments)[0]
+        return torch.ops.epsa_fused.psa_forward.default(*arguments, self._packed)
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         self._check_se()
@@ -127,6 +169,72 @@ class FusedPSAModule(PSAModule):
             feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
         )
 
+    # ---- serving: weights packed ahead ----
+
+    def prepack(self, height: int, width: int) -> FusedPSAModule:
+        """Pack the convolutions' weights once, instead of in every call: for serving on the CPU.
+
+        Calls that can ask for no gradient use the packed copy, which takes as much memory as the
+        weights in float32. It is not updated: after changing a weight in place, prepack again.
+        `train()`, `load_state_dict()`, moving or casting the module, and :meth:`unpack` drop it;
+        so do copying and pickling. Under autocast, which casts the weights, calls pack as before.
+
+        Args:
+            height, width: of the maps x that will be served; others work, maybe less fast.
+
+        Raises:
+            RuntimeError: in training mode, on another device than the CPU, or with convolutions
+                that are not plain (hooks, a bias, a wrapper, several strides).
+            ValueError: for a dtype or stride that has no kernel to pack for.
+        """
+        convs = self._convs()
+        if self.training:
+            raise RuntimeError("FusedPSAModule.prepack: expected eval mode, got training mode")
+        if not self._are_plain(convs):
+            raise RuntimeError(
+                "FusedPSAModule.prepack: expected plain convolutions of one stride, got "
+                + ", ".join(map(repr, convs))
+            )
+        weight = convs[0].weight
+        if weight.device.type != "cpu":
+            raise RuntimeError(
+                f"FusedPSAModule.prepack: expected weights on the CPU, got {weight.device}"
+            )
+        with torch.no_grad():
+            x = weight.new_empty((1, weight.shape[1] * convs[0].groups, height, width))
+            self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_arguments(convs))
+        return self
+
+    def unpack(self) -> FusedPSAModule:
+        """Undo :meth:`prepack`."""
+        self._packed = None
+        return self
+
+    def train(self, mode: bool = True) -> FusedPSAModule:
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs) -> FusedPSAModule:
+        self.unpack()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_packed": None}
+
+    # ---- parts ----
+
+    def _convs(self) -> list[nn.Module]:
+        return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
+
+    @staticmethod
+    def _are_plain(convs: list[nn.Module]) -> bool:
+        return all(map(_is_plain, convs)) and len({conv.stride for conv in convs}) == 1
+
     def _check_se(self) -> None:
         why = why_se_not_fused("se", self.se, SEWeight)
         if why is not None:
@@ -134,3 +242,14 @@ class FusedPSAModule(PSAModule):
                 f"FusedPSAModule: {why}. Use epsa_fused.PSAModule for this model, or hook, wrap "
                 "or shard the whole FusedPSAModule."
             )
+
+
+def _arguments(convs: list[nn.Conv2d]) -> tuple:
+    """Weights and settings, as the operators take them."""
+    return (
+        [conv.weight for conv in convs],
+        [conv.groups for conv in convs],
+        convs[0].stride[0],
+        [conv.padding[0] for conv in convs],
+        [conv.dilation[0] for conv in convs],
+    )

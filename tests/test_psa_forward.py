@@ -109,11 +109,15 @@ def test_the_same_for_any_number_of_threads():
         assert all(map(torch.equal, a, b))
 
 
-@pytest.mark.parametrize("stride", (1, 2))
-def test_the_same_gradients_for_any_number_of_threads(stride):
+@pytest.mark.parametrize(
+    ("planes", "stride", "size"),
+    ((128, 1, (14, 13)), (128, 2, (14, 13)), (64, 1, (56, 30))),
+    ids=("stride_1", "stride_2", "several_waves_of_samples"),
+)
+def test_the_same_gradients_for_any_number_of_threads(planes, stride, size):
     torch.manual_seed(0)
-    module = FusedPSAModule(128, 128, stride=stride)
-    x = torch.randn(5, 128, 14, 13, requires_grad=True)
+    module = FusedPSAModule(planes, planes, stride=stride)
+    x = torch.randn(5, planes, *size, requires_grad=True)
     threads = torch.get_num_threads()
     grads = []
     try:
@@ -124,6 +128,13 @@ def test_the_same_gradients_for_any_number_of_threads(stride):
         torch.set_num_threads(threads)
     for a, b in itertools.pairwise(grads):
         assert all(map(torch.equal, a, b))
+
+
+def test_many_samples_that_share_heavy_weights():
+    """More than one wave of them."""
+    _, (_, *rest) = make("stage4")
+    x = torch.randn(21, 512, 7, 7)
+    assert torch.equal(OP(x, *rest), torch.cat([OP(sample[None], *rest) for sample in x]))
 
 
 @pytest.mark.parametrize("name", ("stage3", "a_branch_for_the_library", "empty"))

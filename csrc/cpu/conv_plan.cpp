@@ -38,7 +38,7 @@ Conv make_conv(
       width, out_size(height, kernel_h), out_size(width, kernel_w)};
 }
 
-ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int only_block) {
   if (in_double || conv.stride > kMaxStride) {
     return {};
   }
@@ -51,7 +51,8 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
   int best_pixels = 0, best_block = 0;
   double best = 0;
   for (int block : kBlocks) {
-    if ((dot ? conv.oc() : vectors) % block) {
+    if ((dot ? conv.oc() : vectors) % block ||
+        (only_block && block != only_block)) {
       continue;
     }
     for (int pixels : kPixels) {
@@ -67,7 +68,7 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa) {
       }
     }
   }
-  return tile_plan(
+  return best_block == 0 ? ConvPlan() : tile_plan(
       conv, dot ? ConvMethod::dot : ConvMethod::broadcast, best_pixels,
       best_block, isa);
 }

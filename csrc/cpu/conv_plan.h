@@ -56,8 +56,9 @@ struct ConvPlan {
   }
 };
 
-// in_double: float64, for which there are no kernels here.
-ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa);
+// in_double: float64, for which there are no kernels here. block: that of weights
+// that are packed already; 0 where it is free.
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int block = 0);
 
 // The plan of given tiles, of those that fit. Blocks divide a group's vectors of
 // output channels (broadcast) or its output channels (dot).

@@ -163,16 +163,18 @@ void for_samples(
   split(scale);
 }
 
+}  // namespace
+
 // ---- forward ----
 
-Forward forward(
-    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+Forward attention_forward(
+    const char* op, at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& pooled_in) {
   const Problem p = check_arguments(
-      "psa_attention", feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
   if (pooled_in) {
-    check_branch_vector("psa_attention", "pooled", *pooled_in, p, feats_[0]);
+    check_branch_vector(op, "pooled", *pooled_in, p, feats_[0]);
   }
   const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
@@ -229,13 +231,14 @@ Forward forward(
 
 // ---- backward ----
 
-Backward backward(
-    const OptTensor& grad_out_, const OptTensor& grad_attention_,
+Backward attention_backward(
+    const char* op, const OptTensor& grad_out_, const OptTensor& grad_attention_,
     at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
-    const Tensor& attention_, bool reversed, c10::List<bool> output_mask) {
+    const Tensor& attention_, bool reversed, const c10::List<bool>& output_mask,
+    bool of_output) {
   const Problem p = check_backward_arguments(
-      "psa_attention_backward", grad_out_, grad_attention_, feats_, fc1_weight,
+      op, grad_out_, grad_attention_, feats_, fc1_weight,
       fc1_bias, fc2_weight, fc2_bias, pooled_, attention_, output_mask);
   const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
@@ -330,6 +333,7 @@ Backward backward(
   const auto gate = [&](int64_t n) {
     k.gate_grad(
         g, weights.view, grad_out_ ? partial + n * partial_bytes : nullptr,
+        of_output,
         grad_attention_data ? grad_attention_data + n * vector_bytes : nullptr,
         pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
         hidden + n * hidden_bytes, grad_v + n * vector_bytes,
@@ -372,8 +376,6 @@ Backward backward(
   return result();
 }
 
-}  // namespace
-
 // ---- one sample at a time, in place ----
 
 struct AttentionStep::State {
@@ -412,14 +414,13 @@ AttentionStep::AttentionStep(
 AttentionStep::~AttentionStep() = default;
 
 void AttentionStep::run(
-    int64_t n, const float* pooled, int64_t threads) const {
+    int64_t n, const float* pooled, float* attention, int64_t threads) const {
   const State& s = *state_;
-  std::vector<float> vectors(s.p.S * (s.p.C + s.p.hidden));
-  float* attention = vectors.data();
+  std::vector<float> hidden(s.p.S * s.p.hidden);
   // the means are not written where no partial sums are given
   s.k.gate(
-      s.g, s.weights.view, nullptr, const_cast<float*>(pooled),
-      attention + s.p.S * s.p.C, attention);
+      s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(),
+      attention);
   const auto scale = [&](int64_t begin, int64_t end) {
     s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);
   };
@@ -429,6 +430,32 @@ void AttentionStep::run(
     parallel_for(0, s.g.units(), 1, scale);
   }
 }
+
+// ---- the operators ----
+
+namespace {
+
+Forward forward(
+    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& pooled) {
+  return attention_forward(
+      "psa_attention", feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+      reversed, pooled);
+}
+
+Backward backward(
+    const OptTensor& grad_out, const OptTensor& grad_attention,
+    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
+    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  return attention_backward(
+      "psa_attention_backward", grad_out, grad_attention, feats, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, pooled, attention, reversed, output_mask,
+      /*of_output=*/false);
+}
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
   m.impl("psa_attention", forward);

@@ -1,4 +1,4 @@
-// The attention step on the CPU, for who has its maps and their means at hand.
+// The attention step on the CPU, for who computes its maps.
 #pragma once
 
 #include "../psa.h"
@@ -7,6 +7,22 @@
 
 namespace epsa::cpu {
 
+// psa_attention and psa_attention_backward, under another operator's name.
+// of_output: `feats` are the products with the attention, as the output holds them.
+epsa::Forward attention_forward(
+    const char* op, at::TensorList feats, const at::Tensor& fc1_weight,
+    const std::optional<at::Tensor>& fc1_bias, const at::Tensor& fc2_weight,
+    const std::optional<at::Tensor>& fc2_bias, bool reversed,
+    const std::optional<at::Tensor>& pooled);
+epsa::Backward attention_backward(
+    const char* op, const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_attention, at::TensorList feats,
+    const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
+    const at::Tensor& fc2_weight, const std::optional<at::Tensor>& fc2_bias,
+    const at::Tensor& pooled, const at::Tensor& attention, bool reversed,
+    const c10::List<bool>& output_mask, bool of_output);
+
+// Sample by sample, in place.
 class AttentionStep {
  public:
   // Checks the arguments as psa_attention does. out [N, S*C, H, W] holds the maps
@@ -18,8 +34,10 @@ class AttentionStep {
       bool reversed);
   ~AttentionStep();
 
-  // Reweights sample n of out in place, given its maps' means [S, C].
-  void run(int64_t n, const float* pooled, int64_t threads) const;
+  // Reweights sample n of out in place, given its maps' means [S, C], and writes
+  // its attention [S, C].
+  void run(
+      int64_t n, const float* pooled, float* attention, int64_t threads) const;
 
  private:
   struct State;

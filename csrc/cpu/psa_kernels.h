@@ -93,7 +93,7 @@ struct Kernels {
   // null) -> hidden [S, r], grad_v [S, C], grad_u [S, r], and
   // grad_pooled [S, C], already divided by the number of pixels
   void (*gate_grad)(
-      const Geometry&, const Weights&, const void* partial,
+      const Geometry&, const Weights&, const void* partial, bool of_output,
       const void* grad_attention, const void* pooled, const void* attention,
       void* hidden, void* grad_v, void* grad_u, void* grad_pooled);
   // sums over N samples (and over the branches that share weights), for hidden

@@ -535,7 +535,7 @@ struct Gate {
   }
 
   static void gate_grad(
-      const Geometry& g, const Weights& w, const void* partial_,
+      const Geometry& g, const Weights& w, const void* partial_, bool of_output,
       const void* grad_attention_, const void* pooled_, const void* attention_,
       void* hidden_, void* grad_v_, void* grad_u_, void* grad_pooled_) {
     const A* grad_attention = static_cast<const A*>(grad_attention_);
@@ -556,6 +556,9 @@ struct Gate {
       for (int s = 0; s < g.branches; ++s) {
         const int64_t at = s * g.channels + c;
         da[s] = partial_ ? load(grad_a + at, n) : V{};
+        if (of_output) {  // which is F * a: the sums are a * da
+          da[s] /= load(attention + at, n);
+        }
         if (grad_attention) {
           da[s] += load(grad_attention + at, n);
         }

@@ -1,0 +1,90 @@
+// Weights that were packed ahead of a call: bytes that begin with what they were
+// packed for.
+#pragma once
+
+#include "spc_common.h"
+
+#include <sstream>
+
+namespace epsa::cpu {
+
+struct PrepackHeader {
+  char magic[8];  // which also names the layout
+  int32_t isa, dtype, branches, in_channels, channels;
+  struct Branch {
+    int32_t groups, kernel_h, kernel_w;
+    int32_t block;  // the plan's; 0: a branch without kernels, that is not here
+  } branch[kMaxBranches];
+
+  static constexpr int64_t kBytes = 192;  // with padding, to whole lines
+
+  PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
+
+  PrepackHeader(
+      const SpcProblem& p, const std::vector<Conv>& convs, Isa instructions)
+      : PrepackHeader() {
+    std::memcpy(magic, "EPSA-SPC", sizeof(magic));
+    isa = static_cast<int32_t>(instructions);
+    dtype = static_cast<int32_t>(p.dtype);
+    branches = static_cast<int32_t>(p.S);
+    in_channels = static_cast<int32_t>(p.in_channels);
+    channels = static_cast<int32_t>(p.C);
+    for (int64_t s = 0; s < p.S; ++s) {
+      branch[s].groups = static_cast<int32_t>(convs[s].groups);
+      branch[s].kernel_h = static_cast<int32_t>(convs[s].kernel_h);
+      branch[s].kernel_w = static_cast<int32_t>(convs[s].kernel_w);
+    }
+  }
+
+  // all but the blocks
+  std::string name() const {
+    std::ostringstream out;
+    out << epsa::cpu::name(static_cast<Isa>(isa)) << ", "
+        << static_cast<at::ScalarType>(dtype) << ", " << in_channels << " to "
+        << branches << " x " << channels << " channels";
+    for (int32_t s = 0; s < branches; ++s) {
+      out << ", " << branch[s].kernel_h << "x" << branch[s].kernel_w << " of "
+          << branch[s].groups << " groups";
+    }
+    return out.str();
+  }
+};
+static_assert(sizeof(PrepackHeader) <= PrepackHeader::kBytes);
+
+// The blocks of packed weights, which must have been made for what `expected` says.
+inline PrepackHeader read_prepacked(
+    const char* op, const Tensor& packed, const PrepackHeader& expected) {
+  TORCH_CHECK_VALUE(
+      packed.scalar_type() == at::kByte && packed.dim() == 1 &&
+          packed.is_contiguous() && packed.device().is_cpu() &&
+          packed.numel() >= PrepackHeader::kBytes,
+      op, ": packed has dtype ", packed.scalar_type(), " and shape ",
+      packed.sizes(), " on ", packed.device(),
+      ", expected the bytes that spc_prepack returned");
+  const void* data = packed.const_data_ptr();
+  TORCH_CHECK_VALUE(
+      reinterpret_cast<uintptr_t>(data) % 64 == 0, op,
+      ": packed begins at an address that is ",
+      reinterpret_cast<uintptr_t>(data) % 64,
+      " modulo 64, expected 0, as spc_prepack returned it");
+  PrepackHeader given;
+  std::memcpy(static_cast<void*>(&given), data, sizeof(given));
+  TORCH_CHECK_VALUE(
+      std::memcmp(given.magic, expected.magic, sizeof(given.magic)) == 0, op,
+      ": packed does not hold what spc_prepack returned");
+  TORCH_CHECK_VALUE(
+      given.name() == expected.name(), op, ": packed was made for ",
+      given.name(), ", expected ", expected.name(), "; prepack again");
+  return given;
+}
+
+inline void check_prepacked_size(
+    const char* op, const Tensor& packed, int64_t floats) {
+  const int64_t bytes =
+      PrepackHeader::kBytes + floats * static_cast<int64_t>(sizeof(float));
+  TORCH_CHECK_VALUE(
+      packed.numel() == bytes, op, ": packed has ", packed.numel(),
+      " bytes, expected ", bytes);
+}
+
+}  // namespace epsa::cpu

@@ -1,0 +1,258 @@
+"""Weights packed ahead for serving: equal results, dropped when the weights may have changed."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import epsa_fused
+from epsa_fused import FusedPSAModule
+
+PREPACK = torch.ops.epsa_fused.spc_prepack.default
+OP = torch.ops.epsa_fused.psa_forward.default
+# in channels, planes, kernels, groups, stride, N, H = W
+CASES = {
+    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 56),
+    "stage2_first": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 28),
+    "stage3": (256, 256, (3, 5, 7, 9), (1, 4, 8, 16), 1, 1, 14),
+    "stage4": (512, 512, (3, 5, 7, 9), (1, 4, 8, 16), 1, 2, 7),
+    "large": (128, 128, (3, 5, 5, 7), (32, 32, 32, 32), 1, 1, 14),
+    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 9),
+}
+
+
+def make(name="stage2_first", dtype=torch.float32) -> tuple[FusedPSAModule, torch.Tensor]:
+    torch.manual_seed(0)
+    inplans, planes, kernels, groups, stride, n, size = CASES[name]
+    module = FusedPSAModule(inplans, planes, kernels, stride, groups, reduction=4)
+    return module.to(dtype).eval(), torch.randn(n, inplans, size, size).to(dtype)
+
+
+def arguments(module: FusedPSAModule) -> tuple:
+    convs = [getattr(module, f"conv_{i + 1}") for i in range(module.branches)]
+    return (
+        [c.weight.detach() for c in convs],
+        [c.groups for c in convs],
+        convs[0].stride[0],
+        [c.padding[0] for c in convs],
+        [c.dilation[0] for c in convs],
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits(name, dtype, memory_format):
+    module, x = make(name, dtype)
+    x = x.to(memory_format=memory_format)
+    expected = module(x)
+    module.prepack(*x.shape[2:])
+    assert torch.equal(module(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", (5, 7, 14, 20, 30))
+def test_maps_of_another_size(size):
+    module, _ = make("stage3")
+    x = torch.randn(3, 256, size, size + 1)
+    expected = module(x)
+    module.prepack(14, 14)
+    torch.testing.assert_close(module(x), expected)
+
+
+@torch.no_grad()
+def test_the_packed_weights_are_what_is_read():
+    module, x = make()
+    module.prepack(28, 28)
+    before = module(x)
+    module.conv_1.weight.mul_(2)  # as documented: not seen
+    assert torch.equal(module(x), before)
+    module.prepack(28, 28)
+    after = module(x)
+    assert not torch.allclose(after, before)
+    assert torch.equal(module.unpack()(x), after)
+
+
+def test_a_call_that_may_ask_for_gradients_reads_the_weights():
+    module, x = make()
+    module.prepack(28, 28)
+    with torch.no_grad():
+        module.conv_1.weight.mul_(2)
+    with_grad = module(x)
+    assert with_grad.requires_grad
+    assert torch.equal(with_grad.detach(), module.unpack()(x).detach())
+
+
+def undo_by_loading_a_parent(module):
+    parent = nn.Sequential(module)
+    parent.load_state_dict(copy.deepcopy(parent.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "undo",
+    (
+        FusedPSAModule.unpack,
+        FusedPSAModule.train,
+        lambda m: nn.Sequential(m).train(),
+        lambda m: m.load_state_dict(m.state_dict()),
+        undo_by_loading_a_parent,
+        FusedPSAModule.double,
+        lambda m: nn.Sequential(m).to(torch.bfloat16),
+    ),
+    ids=("unpack", "train", "train_parent", "load", "load_parent", "double", "cast_parent"),
+)
+def test_undone(undo):
+    module, _ = make()
+    module.prepack(28, 28)
+    assert "prepacked" in module.extra_repr()
+    undo(module)
+    assert module._packed is None and "prepacked" not in module.extra_repr()
+
+
+def test_eval_keeps_it():
+    module, _ = make()
+    module.prepack(28, 28).eval()
+    assert module._packed is not None
+
+
+def test_copies_and_files_leave_it_out():
+    module, x = make()
+    keys = list(module.state_dict())
+    module.prepack(28, 28)
+    assert list(module.state_dict()) == keys
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        assert other._packed is None
+        with torch.no_grad():
+            assert torch.equal(other(x), module(x))
+    assert module._packed is not None
+
+
+@torch.no_grad()
+def test_under_autocast_the_cast_weights_are_packed_by_the_call():
+    module, x = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = module(x)
+        module.prepack(28, 28)
+        assert torch.equal(module(x), expected)
+
+
+@torch.no_grad()
+def test_compiled():
+    module, x = make()
+    expected = module(x)
+    module.prepack(28, 28)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    module.unpack()
+    module.conv_1.weight.mul_(2)
+    assert torch.equal(compiled(x), module(x))
+
+
+@torch.no_grad()
+def test_opcheck_with_packed_weights():
+    module, x = make()
+    fc1, fc2 = module.se.fc1, module.se.fc2
+    se = [t.detach() for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
+    packed = PREPACK(x, *arguments(module))
+    torch.library.opcheck(OP, (x, *arguments(module), *se, True, packed))
+
+
+# ---- a whole model ----
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FusedPSAModule(16, 64, conv_groups=(1, 2, 4, 8), stride=2)
+        self.second = FusedPSAModule(64, 64)
+        self.unused = FusedPSAModule(64, 64)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@torch.no_grad()
+def test_a_model():
+    torch.manual_seed(0)
+    model, x = Network().eval(), torch.randn(2, 16, 20, 14)
+    expected = model(x)
+    assert epsa_fused.prepack(model, x) is model
+    packed = [m._packed is not None for m in (model.first, model.second, model.unused)]
+    assert packed == [True, True, False]
+    assert not model.first._forward_pre_hooks
+    assert torch.equal(model(x), expected)
+    assert epsa_fused.unpack(model) is model
+    assert model.first._packed is None and model.second._packed is None
+
+
+def test_a_model_in_training_mode_stays_unpacked():
+    model = Network()
+    model.first.eval()
+    with pytest.raises(RuntimeError, match="expected eval mode, got training mode"):
+        epsa_fused.prepack(model, torch.randn(1, 16, 8, 8))
+    assert model.first._packed is None
+
+
+def test_a_model_without_fused_modules():
+    with pytest.raises(ValueError, match=r"expected a model whose call reaches a FusedPSAModule"):
+        epsa_fused.prepack(nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8))
+
+
+# ---- errors ----
+
+
+def test_a_module_with_hooks_is_refused():
+    module, _ = make()
+    module.conv_2.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match="expected plain convolutions"):
+        module.prepack(28, 28)
+
+
+def test_nothing_to_pack_for_float64():
+    module, _ = make(dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"at least one convolution .* got none of 4"):
+        module.prepack(28, 28)
+    assert module._packed is None
+
+
+@pytest.mark.parametrize("size", ((0, 4), (4, -1)))
+def test_sizes_that_are_none(size):
+    module, _ = make()
+    with pytest.raises((ValueError, RuntimeError)):
+        module.prepack(*size)
+
+
+@torch.no_grad()
+def test_bytes_of_something_else():
+    module, x = make()
+    fc1, fc2 = module.se.fc1, module.se.fc2
+    se = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, True)
+    convolutions = arguments(module)
+    packed = PREPACK(x, *convolutions)
+
+    def refused(message, packed, x=x, convolutions=convolutions):
+        with pytest.raises(ValueError, match=message):
+            OP(x, *convolutions, *se, packed)
+
+    refused(r"packed has dtype .*expected the bytes", packed.float())
+    refused(r"packed has dtype .*expected the bytes", packed[:100])
+    refused(r"packed has dtype .*expected the bytes", packed.repeat(2)[::2])
+    refused(r"modulo 64, expected 0", torch.cat([packed[:8], packed])[8:])
+    refused("does not hold what spc_prepack returned", torch.zeros_like(packed))
+    refused(rf"packed has {len(packed) - 4} bytes, expected {len(packed)}", packed[:-4])
+    block = packed.clone()
+    block[40] = 77
+    refused(r"packed has blocks of 77 for weights\[0\]", block)
+    # other convolutions: another dtype, another kernel
+    low = ([w.bfloat16() for w in convolutions[0]], *convolutions[1:])
+    refused("made for .* Float, .* expected .* BFloat16, .*", packed, x.bfloat16(), low)
+    weights = [torch.randn(32, 128, 5, 5), *convolutions[0][1:]]
+    other = (weights, convolutions[1], 2, [2, 2, 3, 4], [1] * 4)
+    refused("made for .* 3x3 of 1 groups, .* expected .* 5x5 of 1 groups", packed, x, other)

@@ -1,0 +1,258 @@
+"""FusedPSAModule(save_output=True): of the maps, only the output is kept for the backward pass."""
+
+import pytest
+import torch
+from torch import nn
+
+from epsa_fused import FusedPSAModule, PSAModule
+
+OP = torch.ops.epsa_fused.psa_save_output.default
+BACKWARD = torch.ops.epsa_fused.psa_save_output_backward.default
+# in channels, planes, kernels, groups, stride, N, H, W
+CASES = {
+    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 11, 56),
+    "stride_2": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 9, 14),
+    "two_branches": (32, 32, (1, 3), (1, 2), 1, 5, 6, 5),
+    "eight_branches": (64, 128, (1, 3, 3, 5, 5, 7, 9, 11), (1, 1, 2, 4, 8, 4, 2, 1), 1, 2, 5, 9),
+    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 8, 9),
+    "stride_3": (32, 64, (3, 5, 7, 9), (1, 4, 8, 16), 3, 2, 10, 11),
+    "one_pixel": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 4, 1, 1),
+    "empty": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 0, 7, 7),
+}
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def make(name, kind=FusedPSAModule, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    inplans, planes, kernels, groups, stride, *_ = CASES[name]
+    module = kind(inplans, planes, kernels, stride, groups, reduction=4, **options)
+    # a few of the hidden units stay alive
+    nn.init.ones_(module.se.fc1.bias)
+    return module.to(dtype)
+
+
+def make_x(name, dtype=torch.float32, memory_format=torch.contiguous_format):
+    inplans, *_, n, h, w = CASES[name]
+    x = torch.randn(n, inplans, h, w, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).to(memory_format=memory_format).requires_grad_()
+
+
+def step(module, x):
+    """The output, and gradients of x and of the parameters."""
+    out = module(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], grad)
+
+
+@pytest.mark.parametrize("order", ("reversed", "forward"))
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_reference(name, memory_format, order):
+    """Errors are compared with those of the default, whose own tests are strict."""
+    module = make(name, branch_order=order, save_output=True)
+    plain = make(name, PSAModule, torch.float64, branch_order=order)
+    exact = step(plain, make_x(name, torch.float64, memory_format))
+    saving = step(module, make_x(name, memory_format=memory_format))
+    module.save_output = False
+    keeping = step(module, make_x(name, memory_format=memory_format))
+    assert torch.equal(saving[0], keeping[0])
+    for got, default, expected in zip(saving, keeping, exact, strict=True):
+        assert got.dtype == torch.float32 and got.stride() == default.stride()
+        if expected.numel():
+            scale = expected.abs().max().clamp_min(1e-30)
+            error = (got - expected).abs().max() / scale
+            own = (default - expected).abs().max() / scale
+            assert error <= 4 * own + 2e-6, (error, own)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("name", ("stage1", "stride_2", "a_branch_for_the_library"))
+def test_half_precision(name, dtype):
+    module = make(name, dtype=dtype, save_output=True)
+    plain = make(name, PSAModule, dtype).double()
+    exact = step(plain, make_x(name, dtype).detach().double().requires_grad_())
+    names = ["out", "x", *(n for n, _ in module.named_parameters())]
+    for key, got, expected in zip(names, step(module, make_x(name, dtype)), exact, strict=True):
+        error = (got - expected).abs().max() / expected.abs().max()
+        # the SE's gradients are small differences of sums over rounded outputs
+        limit = 0.25 if key.startswith("se.") else 8 * torch.finfo(dtype).eps
+        assert got.dtype == dtype and error < limit, (key, error)
+
+
+def functional(module, x):
+    names = [n for n, _ in module.named_parameters()]
+    leaves = [p.detach().clone().requires_grad_() for p in module.parameters()]
+
+    def call(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    return call, (x, *leaves)
+
+
+@pytest.mark.parametrize("name", ("two_branches", "a_branch_for_the_library"))
+def test_gradcheck_and_gradgradcheck(name):
+    inplans, *_ = CASES[name]
+    module = make(name, dtype=torch.float64, save_output=True)
+    x = torch.randn(2, inplans, 3, 4, dtype=torch.float64, requires_grad=True)
+    call, inputs = functional(module, x)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ("x", "conv_2.weight", "se.fc1.weight", "se.fc2.bias"))
+def test_only_what_is_asked_for(wanted):
+    module = make("stage1", save_output=True)
+    x = make_x("stage1")
+    leaves = {"x": x, **dict(module.named_parameters())}
+    everything = dict(zip(leaves, step(module, x)[1:], strict=True))
+    for key, leaf in leaves.items():
+        leaf.requires_grad_(key == wanted)
+    out = module(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (got,) = torch.autograd.grad(out, leaves[wanted], grad)
+    torch.testing.assert_close(got, everything[wanted], rtol=1e-6, atol=0)
+
+
+def test_without_grad_it_is_the_same_call():
+    module, x = make("stage1", save_output=True), make_x("stage1")
+    with torch.no_grad():
+        out = module(x)
+    module.save_output = False
+    with torch.no_grad():
+        assert torch.equal(module(x), out)
+
+
+def test_opcheck():
+    module, x = make("two_branches", save_output=True), make_x("two_branches")
+    convs = module._convs()
+    fc1, fc2 = module.se.fc1, module.se.fc2
+    arguments = (
+        x,
+        [c.weight for c in convs],
+        [c.groups for c in convs],
+        1,
+        [0, 1],
+        [1, 1],
+        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias, True),
+    )
+    torch.library.opcheck(OP, arguments)
+    with torch.no_grad():
+        plain = [
+            [w.detach() for w in a]
+            if isinstance(a, list) and torch.is_tensor(a[0])
+            else a.detach()
+            if torch.is_tensor(a)
+            else a
+            for a in arguments
+        ]
+        out, pooled, attention = OP(*plain)
+        for mask in ([True] * 7, [False] * 3 + [True] * 4, [True, False, True] + [False] * 4):
+            torch.library.opcheck(
+                BACKWARD,
+                (out.sin(), *plain[:-1], out, pooled, attention, True, mask),
+            )
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiled(backend):
+    torch._dynamo.reset()
+    module, x = make("stride_2", save_output=True), make_x("stride_2")
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for got, expected in zip(step(compiled, x), step(module, x), strict=True):
+        torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
+
+
+def test_under_autocast():
+    module, x = make("stage1", save_output=True), make_x("stage1")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+        module.save_output = False
+        assert out.dtype == torch.bfloat16 and torch.equal(out, module(x))
+    assert torch.autograd.grad(out.sum(), x)[0].dtype == torch.float32
+
+
+def kept_by_the_graph(module, x) -> list[tuple[int, ...]]:
+    """Shapes of what is saved for the backward pass."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
+        module(x)
+    return shapes
+
+
+def test_no_map_of_a_branch_is_kept():
+    """But x (which is of another size here), the weights and the output."""
+    x = make_x("stride_2")
+    kept = kept_by_the_graph(make("stride_2", save_output=True), x)
+    assert (2, 128, 5, 7) in kept and (2, 32, 5, 7) not in kept
+    assert kept_by_the_graph(make("stride_2"), x).count((2, 32, 5, 7)) == 4
+
+
+def bytes_kept(layer, x) -> int:
+    """Of all that is saved for the backward pass, but for x and the parameters."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = layer(x)
+    for t in (x, *layer.parameters(), *layer.buffers()):
+        storages.pop(t.untyped_storage().data_ptr(), None)
+    del out
+    return sum(storages.values())
+
+
+def test_a_layer_that_keeps_its_input_shares_it():
+    """The maps of the branches are gone when the forward pass is over."""
+    module, x = make("stage1"), torch.randn(4, 64, 56, 56, requires_grad=True)
+    layer = nn.Sequential(module, nn.BatchNorm2d(64))
+    map_bytes = x.numel() * x.element_size()
+    keeping = bytes_kept(layer, x)
+    module.save_output = True
+    saving = bytes_kept(layer, x)
+    assert 2 * map_bytes <= keeping < 2.1 * map_bytes
+    assert map_bytes <= saving < 1.1 * map_bytes
+
+
+def test_a_change_of_the_output_in_place_is_an_error():
+    module, x = make("stage1", save_output=True), make_x("stage1")
+    out = module(x).relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    module.save_output = False  # the default is a drop-in
+    module(x).relu_().sum().backward()
+
+
+def test_layers_that_are_not_plain_are_refused():
+    module, x = make("stage1", save_output=True), make_x("stage1")
+    module.conv_2 = nn.Conv2d(64, 16, 5, padding=2, groups=4)
+    with pytest.raises(NotImplementedError, match="expects a CPU tensor and plain convolutions"):
+        module(x)
+    with torch.no_grad():  # nothing would be saved
+        assert module(x).shape == (3, 64, 11, 56)
+
+
+def test_errors_name_the_operator():
+    module, x = make("two_branches"), make_x("two_branches").detach()
+    convs, se = module._convs(), module.se
+    weights = [c.weight.detach() for c in convs]
+    settings = ([1, 2], 1, [0, 1], [1, 1])
+    fc = [t.detach() for t in (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)]
+    with pytest.raises(ValueError, match=r"psa_save_output: groups has 1 entries, expected 2"):
+        OP(x, weights, [1], *settings[1:], *fc, True)
+    out, pooled, attention = OP(x, weights, *settings, *fc, True)
+    saved = (out, pooled, attention)
+
+    def refused(message, grad_out=out, saved=saved, mask=(True,) * 7):
+        with pytest.raises((ValueError, TypeError), match=f"psa_save_output_backward: {message}"):
+            BACKWARD(grad_out, x, weights, *settings, *fc, *saved, True, list(mask))
+
+    refused(r"output_mask has 3 entries, expected 7", mask=(True,) * 3)
+    refused(r"out has shape \[5, 32, 6, 4\], expected", saved=(out[..., :4], pooled, attention))
+    refused(r"grad_out has shape", grad_out=out[:4])
+    refused(r"attention has shape", saved=(out, pooled, attention[:2]))
+    refused(r"pooled has dtype", saved=(out, pooled.double(), attention))
