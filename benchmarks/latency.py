@@ -1,6 +1,7 @@
 """Latency of the fused PSA attention and of its competitors.
 
-    python benchmarks/latency.py                 every shape, layout, mode and level
+    python benchmarks/latency.py                 the attention step and the whole module
+    python benchmarks/latency.py --level network EPSANet-50, forward and training steps
     python benchmarks/latency.py --quick         two shapes, about a minute
     python benchmarks/latency.py --help
 
@@ -45,11 +46,20 @@ SHAPES = [
     (1, 512, 14),
     (32, 64, 56),
 ]
-# the whole module: its convolutions take most of the time, and of the benchmark's patience
-MODULE_SHAPES = [(8, 64, 56), (8, 256, 14), (1, 64, 56), (1, 512, 14)]
+LEVEL_SHAPES = {
+    "attention": SHAPES,
+    "convolutions": SHAPES[:-1],
+    "module": SHAPES[:-1],
+    "network": [(1, 50, 224), (8, 50, 224)],  # EPSANet-50; trained with the larger batch
+}
 QUICK_SHAPES = [(8, 64, 56), (8, 256, 14)]
-LEVELS = ("attention", "module")
-MODES = {"attention": ("forward", "backward"), "module": ("forward", "train")}
+LEVELS = tuple(LEVEL_SHAPES)
+MODES = {
+    "attention": ("forward", "backward"),
+    "convolutions": ("forward", "train"),
+    "module": ("forward", "train"),
+    "network": ("forward", "train"),
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,7 +67,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--level", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument(
+        "--level",
+        nargs="+",
+        default=["attention", "module"],
+        choices=LEVELS,
+        help="default: attention module",
+    )
     parser.add_argument(
         "--mode", nargs="+", choices=("forward", "backward", "train"), help="default: per level"
     )
@@ -74,9 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="file name of the results; default: the device's name")
     options = parser.parse_args(arguments)
-    options.shapes = {"attention": SHAPES, "module": MODULE_SHAPES}
-    if options.quick:
-        options.shapes["attention"] = QUICK_SHAPES
+    options.shapes = LEVEL_SHAPES | ({"attention": QUICK_SHAPES} if options.quick else {})
     if options.shape:
         try:
             given = [tuple(int(x) for x in s.split(",")) for s in options.shape]
@@ -128,6 +142,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         for layout in options.layout
         for dtype in options.dtype
         for shape in options.shapes[level]
+        if options.shape or level != "network" or mode == "forward" or shape[0] > 1
     ]
 
 
@@ -151,7 +166,7 @@ def check_equal(case: Case, exact: list[torch.Tensor], results: dict[str, list])
 def measure(case: Case, options: argparse.Namespace) -> list[dict]:
     """Check and time every contender on one case; one row each."""
     torch._dynamo.reset()
-    kinds = contenders(case.level, not options.no_compile)
+    kinds = contenders(case.level, case.mode, not options.no_compile)
     runners = {n: make_runner(n, kind, case, options.device) for n, kind in kinds.items()}
     exact = make_runner(
         "seed eager", kinds["seed eager"], replace(case, dtype="float64"), options.device
@@ -189,7 +204,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict]:
 def bandwidth(case: Case, name: str, seconds: float) -> float | str:
     """GB/s of the fewest bytes that must move: features in and out, or G, F and dF.
 
-    Blank for a module, where the convolutions' bytes are not counted.
+    Blank where there are convolutions, whose bytes are not counted.
     """
     if case.level != "attention":
         return ""
@@ -236,9 +251,10 @@ def host_rows(options: argparse.Namespace) -> list[dict]:
 def print_table_row(rows: list[dict]) -> None:
     by_name = {row["contender"]: row for row in rows}
     fused = by_name["fused"]
-    opponents = [row for row in rows if row["contender"] not in ("fused", "copy")]
+    others = [row for row in rows if row["contender"] not in ("fused", "copy")]
+    opponents = [row for row in others if not row["contender"].startswith("fused")]
     best = min(opponents, key=lambda row: row["over_fused"])
-    columns = "".join(f"{row['median_us']:>12.0f}" for row in opponents)
+    columns = "".join(f"{row['median_us']:>12.0f}" for row in others)
     shape = f"({fused['n']}, {fused['planes']}, {fused['size']})"
     print(
         f"{shape:>14}{columns}{fused['median_us']:>10.0f} ±{fused['iqr_us']:<6.0f}"
@@ -250,11 +266,12 @@ def print_table_row(rows: list[dict]) -> None:
 
 
 def print_header(case: Case, names: list[str]) -> None:
-    short = [n.replace("compiled", "comp.").replace("rewrite", "rewr.") for n in names]
+    for long, short in (("compiled", "comp."), ("rewrite", "rewr."), ("fused ", "")):
+        names = [name.replace(long, short) for name in names]
     print(f"\n{case.level}, {case.mode}, {case.layout}, {case.dtype}: median microseconds")
     print(
         f"{'(N,planes,H)':>14}"
-        + "".join(f"{name:>12}" for name in short)
+        + "".join(f"{name:>12}" for name in names)
         + f"{'fused':>10} {'±IQR':<7}{'best/us':>6} {'seed/us':>9}{'us/copy':>9}"
         + f"{'GB/s':>8}{'peak MB':>9}{'calls':>6}"
     )
@@ -291,7 +308,7 @@ def main(arguments: list[str] | None = None) -> Path:
     for i, case in enumerate(todo, 1):
         if group != (case.level, case.mode, case.layout, case.dtype):
             group = (case.level, case.mode, case.layout, case.dtype)
-            names = list(contenders(case.level, not options.no_compile))
+            names = list(contenders(case.level, case.mode, not options.no_compile))
             print_header(case, [name for name in names if name != "fused"])
         progress = f"[{i}/{len(todo)}] {case.level} {case.mode} {case.shape}"
         if sys.stderr.isatty():

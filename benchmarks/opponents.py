@@ -23,12 +23,13 @@ BRANCHES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: PSAModule(planes, planes) on maps [n, planes, size, size]."""
+    """One row of the benchmark: PSAModule(planes, planes), or a part of it, on maps
+    [n, planes, size, size]; or the network EPSANet-<planes> on images [n, 3, size, size]."""
 
-    level: str  # "attention" or "module"
-    mode: (
-        str  # "forward" (nothing requires grad), "backward" (alone), "train" (forward and backward)
-    )
+    level: str  # "attention", "convolutions", "module" or "network"
+    # "forward": nothing requires grad; "backward" alone; "train": forward and backward, of a
+    # network with cross entropy and a step of SGD
+    mode: str
     layout: str
     dtype: str
     n: int
@@ -41,7 +42,9 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """B, the bytes of all features."""
+        """B, the bytes of all features (of a network: of the images)."""
+        if self.level == "network":
+            return self.n * 3 * self.size**2 * DTYPES[self.dtype].itemsize
         return self.n * self.planes * self.size**2 * DTYPES[self.dtype].itemsize
 
 
@@ -67,17 +70,60 @@ class RewriteModule(epsa_fused.PSAModule):
         return rewrite(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
+class Convolutions(epsa_fused.PSAModule):
+    """The four maps alone."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [getattr(self, f"conv_{i + 1}")(x) for i in range(BRANCHES)]
+
+
+class FusedConvolutions(epsa_fused.PSAModule):
+    """The same maps by the operator, which also gives their means."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        convs = [getattr(self, f"conv_{i + 1}") for i in range(BRANCHES)]
+        return epsa_fused.convolution.spc_conv(
+            x,
+            [conv.weight for conv in convs],
+            [conv.groups for conv in convs],
+            padding=[conv.padding[0] for conv in convs],
+        )[0]
+
+
+def _network(module: type[epsa_fused.PSAModule]) -> Callable[[int], torch.nn.Module]:
+    """depth -> EPSANet with PSA modules of this class."""
+
+    def build(depth: int) -> torch.nn.Module:
+        fused = module is epsa_fused.FusedPSAModule
+        network = getattr(epsa_fused, f"epsanet{depth}")(fused=fused)
+        for part in network.modules():
+            if type(part) is epsa_fused.PSAModule:
+                part.__class__ = module  # of the same constructor and layers
+        return network
+
+    return build
+
+
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def contenders(level: str, with_compile: bool) -> dict[str, Callable]:
-    """Name -> attention function, or module class, "fused" first."""
+def contenders(level: str, mode: str, with_compile: bool) -> dict[str, Callable]:
+    """Name -> attention function, or what builds a module, "fused" first."""
+    fused, seed, plain = epsa_fused.FusedPSAModule, epsa_fused.PSAModule, RewriteModule
     if level == "attention":
         fused, seed, plain = epsa_fused.psa_attention, epsa_fused.psa_attention_reference, rewrite
-    else:
-        fused, seed, plain = epsa_fused.FusedPSAModule, epsa_fused.PSAModule, RewriteModule
-    names = {"fused": fused, "seed eager": seed, "rewrite eager": plain}
+    elif level == "convolutions":
+        names = {"fused": FusedConvolutions, "seed eager": Convolutions}
+        return names | ({"seed compiled": Convolutions} if with_compile else {})
+    elif level == "network":
+        fused, seed, plain = map(_network, (fused, seed, plain))
+    names = {"fused": fused}
+    if level != "attention":
+        if with_compile:
+            names["fused compiled"] = fused
+        names["fused prepacked" if mode == "forward" else "fused save_output"] = fused
+    names |= {"seed eager": seed, "rewrite eager": plain}
     if with_compile:
         names |= {"seed compiled": seed, "rewrite compiled": plain}
     return names
@@ -99,6 +145,9 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Te
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
+    if case.level == "network":
+        images = random(case.n, 3, case.size, case.size).contiguous(memory_format=layout)
+        return [images], [], random(1)
     c, r = case.planes // BRANCHES, case.planes // BRANCHES // 16
     channels = [c] * BRANCHES if case.level == "attention" else [case.planes]
     maps = [
@@ -118,6 +167,33 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Te
 Inputs = tuple[list[Tensor], list[Tensor], Tensor]
 
 
+def as_list(out: Tensor | list[Tensor]) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def uses(case: Case, parameter: str) -> bool:
+    """The convolutions alone use no parameter of the SE."""
+    return case.level != "convolutions" or parameter.startswith("conv_")
+
+
+def _make_step(module: torch.nn.Module, target: Callable, images: Tensor) -> Runner:
+    """A training step; what is compared is made without the step: output and two gradients."""
+    optimizer = torch.optim.SGD(module.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
+    labels = torch.arange(len(images), device=images.device)
+
+    def gradients() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        out = target(images)
+        F.cross_entropy(out, labels).backward()
+        return out.detach()
+
+    def step() -> None:
+        gradients()
+        optimizer.step()
+
+    return Runner(step, lambda: [gradients(), module.fc.weight.grad, module.conv1.weight.grad])
+
+
 def make_runner(
     name: str, kind: Callable, case: Case, device: str, inputs: Inputs | None = None
 ) -> Runner:
@@ -132,30 +208,40 @@ def make_runner(
         leaves = maps + weights
     else:
         torch.manual_seed(0)
-        module = kind(case.planes, case.planes).to(device, DTYPES[case.dtype])
-        module.to(memory_format=LAYOUTS[case.layout])
+        of_network = case.level == "network"
+        module = kind(case.planes) if of_network else kind(case.planes, case.planes)
+        module.to(device, DTYPES[case.dtype], memory_format=LAYOUTS[case.layout])
+        module.train(case.mode != "forward")
+        for part in module.modules():
+            part.save_output = name.endswith("save_output")
+        if name.endswith("prepacked"):
+            epsa_fused.prepack(module, maps[0])
         target = _compiled(module) if name.endswith("compiled") else module
+        if of_network and case.mode == "train":
+            return _make_step(module, target, maps[0])
 
-        def call() -> Tensor:
+        def call() -> Tensor | list[Tensor]:
             return target(maps[0])
 
-        leaves = maps + list(module.parameters())
+        leaves = maps + [p for n, p in module.named_parameters() if uses(case, n)]
+    grads = list(grad.chunk(BRANCHES, 1)) if case.level == "convolutions" else grad
 
     for leaf in leaves:
         leaf.requires_grad_(case.mode != "forward")
     if case.mode == "forward":
-        return Runner(call, lambda: [call()])
+        return Runner(call, lambda: as_list(call()))
 
     def train() -> list[Tensor]:
         out = call()
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        outs = [o.detach() for o in as_list(out)]
+        return [*outs, *torch.autograd.grad(out, leaves, grads)]
 
     if case.mode == "train":
         return Runner(train, train)
     out = call()
 
     def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        return torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
     return Runner(backward, lambda: list(backward()))
 
