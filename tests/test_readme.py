@@ -25,6 +25,9 @@ NOT_RUN = {
     ".venv/bin/python benchmarks/latency.py --level attention": "minutes of timing; the demo runs "
     "its quick setting",
     ".venv/bin/python benchmarks/latency.py --level module": "minutes of timing",
+    ".venv/bin/python benchmarks/latency.py --level convolutions": "minutes of timing",
+    ".venv/bin/python benchmarks/latency.py --level network": "most of an hour of timing",
+    ".venv/bin/python benchmarks/branches.py": "minutes of timing",
     "make gpu-test": "needs a GPU",
     "make gpu-sanitize": "needs a GPU",
     "make gpu-bench": "needs a GPU",
@@ -59,6 +62,7 @@ PYTHON = {
     "model.load_state_dict(checkpoint": (),
     "timm.create_model": ("timm",),
     "epsa_fused.fuse(model)": (),
+    "epsa_fused.prepack(model": (),
     "torch.compile(model": (),
     PACKAGE: (),
     "torch.onnx.export": ("onnx", "onnxscript"),
