@@ -240,9 +240,13 @@ class EPSANet(nn.Module):
             return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
         own = self.state_dict()
-        # BatchNorm supplies num_batches_tracked to checkpoints that are older than it
-        missing = [k for k in own if k not in state_dict and not k.endswith("num_batches_tracked")]
-        unexpected = [k for k in state_dict if k not in own]
+        # BatchNorm supplies num_batches_tracked to checkpoints that are older than it, and
+        # torchvision's FrozenBatchNorm2d, which has running_mean, drops it
+        count, mean = "num_batches_tracked", "running_mean"
+        missing = [k for k in own if k not in state_dict and not k.endswith(count)]
+        unexpected = [
+            k for k in state_dict if k not in own and k.removesuffix(count) + mean not in own
+        ]
         other = [k for k in own if k in state_dict and shape(own[k]) != shape(state_dict[k])]
         problems = [
             _shortened(

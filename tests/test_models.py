@@ -182,6 +182,25 @@ def test_a_checkpoint_from_before_num_batches_tracked_loads():
     assert torch.equal(model.conv1.weight, other.conv1.weight)
 
 
+class Frozen(nn.Module):
+    """The state of torchvision's FrozenBatchNorm2d, which drops the key that it lacks."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(channels))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_checkpoint_loads_into_frozen_normalisations():
+    model, other = tiny(norm_layer=Frozen), tiny()
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(model.layer1[0].bn1.weight, other.layer1[0].bn1.weight)
+
+
 WRONG = {
     "depth": (
         lambda: on_meta(epsanet101),
