@@ -123,7 +123,7 @@ class EPSANet(nn.Module):
             ("in_chans", in_chans, 1),
             ("expansion", expansion, 1),
         ):
-            _check_int(name, value, least)
+            check_int(name, value, least)
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
         self.in_chans = in_chans
@@ -205,7 +205,7 @@ class EPSANet(nn.Module):
         It has the device and dtype of the first convolution. `global_pool` is there for timm:
         "avg" (or None) is what this network has; anything else raises ValueError.
         """
-        _check_int("num_classes", num_classes, 0)
+        check_int("num_classes", num_classes, 0)
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool: expected 'avg', the one there is, got {global_pool!r}")
         like = self.conv1.weight
@@ -271,11 +271,14 @@ class EPSANet(nn.Module):
         )
 
 
-def _check_int(name: str, value: int, least: int) -> None:
+def check_int(name: str, value: int, least: int, most: int | None = None) -> None:
+    """TypeError or ValueError where the argument `name` is no int from `least` to `most`."""
     if not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 def _make_stage(

@@ -61,6 +61,7 @@ PYTHON = {
     "model.forward_pyramid": (),
     "model.load_state_dict(checkpoint": (),
     "timm.create_model": ("timm",),
+    "fpn_backbone(model": ("torchvision",),
     "epsa_fused.fuse(model)": (),
     "epsa_fused.prepack(model": (),
     "torch.compile(model": (),
@@ -202,5 +203,18 @@ def test_the_models_table_gives_the_asserted_figures():
         row = (
             f"| `{build.__name__}` | {parameters / 1e6:.2f} / {millions:.2f} "
             f"| {multiply_adds / 1e9:.2f} / {billions:.2f} |"
+        )
+        assert row in README, row
+
+
+def test_the_detectors_table_gives_the_asserted_figures():
+    """test_detection.py asserts them against the detectors."""
+    from test_detection import FIGURES
+
+    for detector in ("FasterRCNN", "MaskRCNN", "RetinaNet"):
+        small, large = (f for (name, _), f in FIGURES.items() if name == detector)
+        row = (
+            f"| {detector.replace('RCNN', ' R-CNN')} | {small[0] / 1e6:.2f} / {small[1]:.2f} "
+            f"| {large[0] / 1e6:.2f} / {large[1]:.2f} |"
         )
         assert row in README, row
