@@ -13,15 +13,6 @@
 
 namespace epsa::cpu {
 
-// An image in blocks of L channels, padded to the left and right; rows of the
-// kernel above and below the image are left out. The padding is zero, as are the
-// lanes behind the last channel.
-struct Scratch {
-  float* data;
-  int64_t height, width;  // of the padded image
-  int64_t border;  // columns left of the image
-};
-
 // An image, or a part of it, in memory; strides in elements. Of one that is read,
 // either the channels of a pixel or the pixels of a row are dense.
 struct Image {
@@ -48,7 +39,7 @@ struct ConvKernels {
 
   // floats of the scratch memory of a call of convolve
   int64_t (*lane_floats)(const ConvPlan&);
-  // source -> the inner part of the scratch, blocks of L channels [begin, end)
+  // source -> the scratch with its padding, blocks of L channels [begin, end)
   void (*pack_image)(
       const Image& source, int64_t channels, int64_t width, const Scratch&,
       int64_t begin, int64_t end);

@@ -317,6 +317,12 @@ EPSA_FN void load_transposed(const T* const* rows, int64_t j, int64_t n, V* v) {
   transpose(v);
 }
 
+EPSA_FN void zero_pixels(float* to, int64_t count) {
+  for (int64_t w = 0; w < count; ++w) {
+    set_line(to + w * L, V{});
+  }
+}
+
 template <class T>
 void pack_image(
     const Image& source, int64_t channels, int64_t width, const Scratch& s,
@@ -326,8 +332,10 @@ void pack_image(
     const T* x = static_cast<const T*>(source.data) +
         block * L * source.channel_stride;
     for (int64_t h = 0; h < s.height; ++h, x += source.row_stride) {
-      float* to = s.data +
-          ((block * s.height + h) * s.width + s.border) * L;
+      float* row = s.data + (block * s.height + h) * s.width * L;
+      float* to = row + s.border * L;
+      zero_pixels(row, s.border);
+      zero_pixels(to + width * L, s.width - s.border - width);
       if (source.channel_stride == 1) {  // channels_last
         for (int64_t w = 0; w < width; ++w) {
           const T* pixel = x + w * source.pixel_stride;
@@ -352,6 +360,9 @@ void pack_image(
           }
         }
       }
+    }
+    if (here + block * L == channels) {
+      zero_pixels(s.data + (block + 1) * s.height * s.width * L, s.beyond);
     }
   }
 }

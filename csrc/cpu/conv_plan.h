@@ -98,6 +98,16 @@ struct Run {
 };
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
 
+// An image in blocks of L channels, padded to the left and right; rows of the
+// kernel above and below the image are left out. The padding is zero, as are the
+// lanes behind the last channel.
+struct Scratch {
+  float* data;
+  int64_t height, width;  // of the padded image
+  int64_t border;  // columns left of the image
+  int64_t beyond;  // columns behind the last row, zero too
+};
+
 // The memory of a packed image that several convolutions read: padded to the left
 // and right, in blocks of as many channels as a register has lanes.
 struct ScratchSize {
@@ -110,6 +120,9 @@ struct ScratchSize {
   // of one image, in blocks of `lanes` channels
   int64_t floats(int64_t channels, int64_t height, int64_t lanes) const {
     return ((channels + lanes - 1) / lanes * height * width + beyond) * lanes;
+  }
+  Scratch scratch(float* data, int64_t height) const {
+    return {data, height, width, border, beyond};
   }
 };
 

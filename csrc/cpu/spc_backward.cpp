@@ -256,16 +256,14 @@ class Backward {
           convs_[task.branch], weight_plans_[task.branch], task.unit, unit_sums,
           weights_of(grad_weights[task.branch], convs_[task.branch]));
     };
-    const Floats images(wave * x_floats, /*zero=*/true);
-    const Floats grads(wave * p_.S * grad_floats, /*zero=*/true);
+    const Floats images(wave * x_floats);
+    const Floats grads(wave * p_.S * grad_floats);
     const auto image = [&](int64_t n) {
-      return Scratch{
-          images.get() + n * x_floats, p_.H, x_size_.width, x_size_.border};
+      return x_size_.scratch(images.get() + n * x_floats, p_.H);
     };
     const auto grad = [&](int64_t n, int64_t s) {
-      return Scratch{
-          grads.get() + (n * p_.S + s) * grad_floats, p_.out_h,
-          grad_size_.width, grad_size_.border};
+      return grad_size_.scratch(
+          grads.get() + (n * p_.S + s) * grad_floats, p_.out_h);
     };
     for (int64_t n0 = 0; n0 < p_.N; n0 += wave) {
       const int64_t count = std::min(wave, p_.N - n0);

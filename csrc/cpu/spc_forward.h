@@ -150,7 +150,7 @@ class ForwardBank {
     const Packed* packed = nullptr;  // where not packed by the unit
 
     Scratch scratch(float* image) const {
-      return {image, self.p_.H, self.size_.width, self.size_.border};
+      return self.size_.scratch(image, self.p_.H);
     }
 
     void pack(int64_t n, float* image, int64_t begin, int64_t end) const {
@@ -199,7 +199,7 @@ class ForwardBank {
   void by_sample(
       const Run& run, int64_t count, int64_t threads, const Done& done) const {
     for_parts(count, threads, [&](int64_t begin, int64_t end) {
-      const Floats image(image_floats(), /*zero=*/true), sums(sums_);
+      const Floats image(image_floats()), sums(sums_);
       const Memory memory(*this);
       for (int64_t n = begin; n < end; ++n) {
         run.pack(n, image.get(), 0, blocks());
@@ -222,7 +222,7 @@ class ForwardBank {
     if (count == 0) {
       return;
     }
-    const Floats images(count * image_floats(), /*zero=*/true);
+    const Floats images(count * image_floats());
     const Floats sums(count * sums_);
     pack_images(run, first, count, images.get(), threads);
     std::atomic<int64_t> next{0};
@@ -250,7 +250,7 @@ class ForwardBank {
     const int64_t wave =
         std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
     const int64_t units = static_cast<int64_t>(units_.size());
-    const Floats images(wave * image_floats(), /*zero=*/true);
+    const Floats images(wave * image_floats());
     const Floats sums(wave * sums_);
     for (int64_t first = 0; first < p_.N; first += wave) {
       const int64_t count = std::min(wave, p_.N - first);

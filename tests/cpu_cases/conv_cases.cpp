@@ -252,8 +252,8 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
   const int64_t blocks =
       (c.in_channels + kernels.lanes - 1) / kernels.lanes;
   const auto image = floats(
-      size.floats(c.in_channels, c.height, kernels.lanes), 0.0f);
-  const Scratch scratch{image.get(), c.height, size.width, size.border};
+      size.floats(c.in_channels, c.height, kernels.lanes), kNan);
+  const Scratch scratch = size.scratch(image.get(), c.height);
   for (int64_t b = 0; b < blocks; ++b) {
     kernels.pack_image(x.image(), c.in_channels, c.width, scratch, b, b + 1);
   }
@@ -361,10 +361,11 @@ void check_weight_grad(const Case& k, Isa isa) {
   x_size.include(c, W);
   grad_size.border = k.more_border;
   grad_size.width = W + k.more_border;
-  const auto x_data = floats(x_size.floats(c.in_channels, c.height, L), 0.0f);
-  const auto grad_data = floats(grad_size.floats(c.out_channels, H, L), 0.0f);
-  const Scratch xs{x_data.get(), c.height, x_size.width, x_size.border};
-  const Scratch gs{grad_data.get(), H, grad_size.width, grad_size.border};
+  const auto x_data = floats(x_size.floats(c.in_channels, c.height, L), kNan);
+  const auto grad_data =
+      floats(grad_size.floats(c.out_channels, H, L), kNan);
+  const Scratch xs = x_size.scratch(x_data.get(), c.height);
+  const Scratch gs = grad_size.scratch(grad_data.get(), H);
   kernels.pack_image(
       x.image(), c.in_channels, c.width, xs, 0, (c.in_channels + L - 1) / L);
   kernels.pack_image(
@@ -436,8 +437,8 @@ void check_input_grad(const Case& k, Isa isa) {
   }
   ScratchSize size;
   size.include(phase, plan.buffer_width);
-  const auto data = floats(size.floats(c.out_channels, H, L), 0.0f);
-  const Scratch scratch{data.get(), H, size.width, size.border};
+  const auto data = floats(size.floats(c.out_channels, H, L), kNan);
+  const Scratch scratch = size.scratch(data.get(), H);
   kernels.pack_image(
       grad.image(), c.out_channels, W, scratch, 0, (c.out_channels + L - 1) / L);
 
