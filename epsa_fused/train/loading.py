@@ -1,0 +1,170 @@
+"""From images to batches: in which order, by which process, and how fast."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .data import CorruptImageError, Source
+
+# What begins each generator's seed: NumPy takes (1, 2) and (1, 2, 0) for the same one.
+_ORDER, _CROP = 1, 2
+
+Key = tuple[int, int, int]  # seed, epoch, image; for evaluation -1, -1, image
+
+
+class Batch(NamedTuple):
+    """Images and labels, less the images that could not be read, which `corrupt` names."""
+
+    images: Tensor  # uint8 [N, C, H, W], in channels_last as they were stacked
+    labels: Tensor  # int64 [N]
+    corrupt: list[str]
+    seconds: float  # that reading and cutting them took one process
+
+
+class Images(Dataset):
+    """The source's images by :data:`Key`; DataLoader asks for a whole batch at once."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        start = time.perf_counter()
+        images, labels, corrupt = [], [], []
+        for seed, epoch, index in keys:
+            random = None if epoch < 0 else np.random.default_rng((_CROP, seed, epoch, index))
+            try:
+                images.append(self.source.image(index, random))
+            except CorruptImageError as error:
+                corrupt.append(str(error))
+            else:
+                labels.append(self.source.labels[index])
+        pixels = np.stack(images) if images else np.empty((0, 1, 1, 1), np.uint8)
+        return Batch(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            torch.tensor(np.array(labels, dtype=np.int64)),
+            corrupt,
+            time.perf_counter() - start,
+        )
+
+
+class TrainingBatches(Sampler[list[Key]]):
+    """This process's micro-batches of an epoch, from any step of it on.
+
+    A step takes the next `batch` images of the epoch's random order and cuts them into `parts`
+    micro-batches; process `rank` of `processes` takes every processes-th of them, from its rank on.
+    So a step sees the same micro-batches however many processes share them. The images that do
+    not fill the last step are left out of that epoch.
+
+    torch's DistributedSampler cannot start inside an epoch, and deals images to the processes one
+    by one, so that its micro-batches depend on their number.
+    """
+
+    def __init__(
+        self, images: int, batch: int, parts: int, *, rank: int, processes: int, seed: int
+    ) -> None:
+        self.images, self.batch, self.parts = images, batch, parts
+        self.rank, self.processes, self.seed = rank, processes, seed
+        self.steps = images // batch
+        self.epoch = self.step = 0
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """The next iteration begins there."""
+        self.epoch, self.step = epoch, step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        random = np.random.default_rng((_ORDER, self.seed, self.epoch))
+        order = random.permutation(self.images).tolist()
+        size = self.batch // self.parts
+        for step in range(self.step, self.steps):
+            for part in range(self.rank, self.parts, self.processes):
+                first = step * self.batch + part * size
+                yield [(self.seed, self.epoch, i) for i in order[first : first + size]]
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * (self.parts // self.processes)
+
+
+class EvaluationBatches(Sampler[list[Key]]):
+    """Every processes-th image from `rank` on, in batches of at most `size`."""
+
+    def __init__(self, images: int, size: int, *, rank: int, processes: int) -> None:
+        self.own = range(rank, images, processes)
+        self.size = size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for first in range(0, len(self.own), self.size):
+            yield [(-1, -1, i) for i in self.own[first : first + self.size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.own) // self.size)
+
+
+def loader(source: Source, batches: Sampler[list[Key]], workers: int, pin: bool) -> DataLoader:
+    """A DataLoader of :class:`Batch`, whose processes stay from epoch to epoch."""
+    return DataLoader(
+        Images(source),
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=pin,
+        # its own: it would draw from torch's global generator at the start of every epoch, also
+        # of one that a resumed run is in the middle of
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent still needs batches to end well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # of the handlers that a forked worker inherits; DataLoader ends its workers by this signal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Speed:
+    """Images per second of the steps, and of the loader if nothing had to wait for it."""
+
+    def __init__(self, workers: int) -> None:
+        self.loading_processes = max(1, workers)
+        self.reset()
+
+    def reset(self) -> None:
+        self.start = time.perf_counter()
+        self.images = 0
+        self.loading = self.waiting = 0.0  # seconds
+
+    def count(self, batch: Batch, waited: float) -> None:
+        self.images += len(batch.labels)
+        self.loading += batch.seconds
+        self.waiting += waited
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def of_steps(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+    @property
+    def of_loader(self) -> float:
+        """What its processes read and cut in a second."""
+        return self.images * self.loading_processes / max(self.loading, 1e-9)
+
+    @property
+    def share_waiting(self) -> float:
+        """Of the steps' time, what they waited for the loader."""
+        return self.waiting / max(self.seconds, 1e-9)
