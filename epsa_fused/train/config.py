@@ -1,0 +1,190 @@
+"""What a training is told: every option with its default, its limits and its help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .data import kind_of_data
+from .errors import InputError
+from .networks import MODELS
+
+AMP = ("none", "bf16", "fp16")
+SCHEDULES = ("step", "cosine")
+
+# Where these data need something else than ImageNet, whose recipe is that of the defaults below.
+RECIPES: dict[str, dict[str, Any]] = {
+    "folder": {},
+    "digits": {
+        "model": "small_epsanet",
+        "epochs": 30,
+        "batch": 64,
+        "lr": 0.05,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "workers": 0,  # cropping 8x8 pixels costs less than another process
+    },
+    "cifar10": {
+        "model": "small_epsanet",
+        "batch": 128,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+    },
+}
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A field with a value in [least, below); `free` ones may change when a run goes on."""
+    limits = {"help": help, "choices": choices, "least": least, "below": below, "free": free}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training. The defaults are the recipe of the paper (arXiv 2105.14447, section 4.1) for
+    ImageNet; :meth:`of` has those for other data.
+
+    Raises:
+        InputError: for a value out of its limits, naming the option.
+    """
+
+    data: str = _option(
+        "digits",
+        "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, one with CIFAR-10's Python pickles, "
+        "or 'digits': scikit-learn's",
+        free=True,  # it may have moved: its contents are compared instead
+    )
+    out: str = _option("run", "folder of the checkpoints and logs", free=True)
+    resume: bool = _option(False, "go on with the run in --out, bitwise as if uncut", free=True)
+
+    model: str = _option("epsanet50", "the network", choices=tuple(MODELS))
+    psa: str = _option("fused", "the PSA modules", choices=("fused", "reference"))
+    dropout: float = _option(0.0, "dropout in front of the classifier", least=0, below=1)
+    image_size: int = _option(224, "height and width that a folder's images are cut to", least=1)
+
+    epochs: int = _option(120, "passes over the training images", least=1)
+    batch: int = _option(256, "images per step, of all processes together", least=1)
+    accumulate: int = _option(1, "micro-batches per step, one after another", least=1)
+    lr: float = _option(0.1, "learning rate of SGD at the start", least=0)
+    momentum: float = _option(0.9, "of SGD", least=0, below=1)
+    weight_decay: float = _option(1e-4, "of every parameter", least=0)
+    schedule: str = _option("step", "of the learning rate, by epochs", choices=SCHEDULES)
+    decay_every: int = _option(30, "epochs between two decays of the step schedule", least=1)
+    decay: float = _option(0.1, "factor of each decay of the step schedule", least=0)
+    smoothing: float = _option(0.1, "label smoothing", least=0, below=1)
+    ema: float = _option(
+        0.0,
+        "decay of the moving average of the weights that is evaluated; 0: none",
+        least=0,
+        below=1,
+    )
+
+    seed: int = _option(
+        0, "of the weights, the order of the images and their crops", least=0, below=2**31
+    )
+    device: str = _option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    amp: str = _option("none", "autocast; fp16 scales the loss", choices=AMP)
+    channels_last: bool = _option(False, "the memory format of network and images")
+    deterministic: bool = _option(
+        False, "only deterministic algorithms: what bitwise resuming needs on a GPU"
+    )
+
+    workers: int = _option(2, "loading processes of each process; 0: itself", least=0, free=True)
+    corrupt: str = _option(
+        "fail",
+        "images that cannot be read: stop at the first, or name them and leave them out",
+        choices=("fail", "skip"),
+        free=True,
+    )
+    checkpoint_every: int = _option(
+        500, "steps between checkpoints, of which each epoch ends in one", least=1, free=True
+    )
+    log_every: int = _option(10, "steps between rows of steps.csv", least=1, free=True)
+    tensorboard: bool = _option(False, "also log for TensorBoard, in --out", free=True)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            wrong = _what_was_expected(option, value)
+            if wrong:
+                raise InputError(f"{_flag(option)}: expected {wrong}, got {value!r}")
+
+    @classmethod
+    def of(cls, data: str = "digits", **given: Any) -> Config:
+        """The recipe for these data, with what is given instead."""
+        return cls(**({"data": data} | RECIPES[kind_of_data(data)] | given))
+
+    @classmethod
+    def of_command_line(cls, arguments: Sequence[str] | None = None) -> Config:
+        """From `--name value` of each option; SystemExit for what argparse refuses."""
+        return cls.of(**vars(_parser().parse_args(arguments)))
+
+    def binding(self) -> dict[str, Any]:
+        """What must stay the same when a run goes on."""
+        free = {option.name for option in fields(self) if option.metadata["free"]}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+
+def _flag(option: Field) -> str:
+    return "--" + option.name.replace("_", "-")
+
+
+def _what_was_expected(option: Field, value: Any) -> str:
+    """Of a value that the option cannot have; "" for one that it can."""
+    kind = type(option.default)
+    if not isinstance(value, (int, float) if kind is float else kind) or (
+        isinstance(value, bool) and kind is not bool
+    ):
+        return f"a value of type {kind.__name__}"
+    limits = option.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        return f"one of {', '.join(limits['choices'])}"
+    # not (a <= b): so that NaN is refused
+    if limits["least"] is not None and not limits["least"] <= value:
+        return f"at least {limits['least']}"
+    if limits["below"] is not None and not value < limits["below"]:
+        return f"less than {limits['below']}"
+    return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m epsa_fused.train",
+        description="Train a network of PSA modules on images. Under torchrun, every process "
+        "takes its share of each batch.",
+        epilog="Defaults in brackets are ImageNet's; "
+        + "; ".join(
+            f"{data}: " + ", ".join(f"{name} {value}" for name, value in recipe.items())
+            for data, recipe in RECIPES.items()
+            if recipe
+        ),
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the recipe
+        allow_abbrev=False,
+    )
+    for option in fields(Config):
+        help = f"{option.metadata['help']} [{option.default}]"
+        if isinstance(option.default, bool):
+            parser.add_argument(_flag(option), action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(
+                _flag(option),
+                type=type(option.default),
+                choices=option.metadata["choices"],
+                help=help,
+            )
+    return parser
