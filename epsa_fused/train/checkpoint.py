@@ -1,0 +1,120 @@
+"""Checkpoints: files that are whole or not there, and the state of the random generators."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+FORMAT = 1
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Save `state` so that a kill or a full disk at any moment leaves the file that was there.
+
+    It is written beside it, forced to the disk, and renamed over it; only then is the rename itself
+    forced to the disk.
+
+    Raises:
+        InputError: where it cannot be written, saying why; what was written of it is removed.
+    """
+    # In memory first: torch.save into a full disk ends in messages that do not name it.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        kept = "the last one that was saved is untouched" if path.exists() else "none was saved yet"
+        raise InputError(
+            f"{path}: cannot save {buffer.getbuffer().nbytes:,} bytes: {error.strerror}; {kept}"
+        ) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` saved, on the CPU; tensors and plain values only, no code.
+
+    Raises:
+        InputError: where there is none, or it is cut short or damaged.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: expected a checkpoint to resume from, there is no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path}: expected a whole checkpoint, got a file of {size:,} bytes that is cut short "
+            f"or damaged ({error})"
+        ) from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    return state
+
+
+def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError that says which of the run's settings are not those of the checkpoint."""
+
+    def shown(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    differing = [
+        f"{name.replace('_', '-')}: {shown(saved.get(name))} in the checkpoint, "
+        f"now {shown(now.get(name))}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise InputError(f"{path} is of another training: " + "; ".join(differing))
+
+
+def seed(seed: int) -> None:
+    """Of the generators that :func:`random_state` is about."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of torch's, NumPy's and Python's global generators in this process."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM as a flag that the training looks at between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any, Self
+
+
+class Interrupts:
+    """A context in which the first SIGINT and SIGTERM set `pending`; the next has its usual effect.
+
+    Schedulers send SIGTERM before they take a machine away, and torchrun passes it on.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.pending = True
+        signal.signal(number, self._before[number])

@@ -1,0 +1,89 @@
+"""Logs: CSV files that a resumed run continues, and TensorBoard's."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import required
+
+
+class CsvLog:
+    """A CSV file of numbers, a row per call of :meth:`write`; its first column is "step".
+
+    Rows of steps behind `step` are dropped, and so is a last row that a kill cut short: a run that
+    is resumed there writes them again.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int) -> None:
+        kept = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(columns)]
+            kept = [row for row in rows[1:] if int(row[0]) <= step]
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *kept])
+        os.replace(partial, path)
+        # by lines: each is in the file as soon as it is written
+        self.file = path.open("a", newline="", buffering=1)
+        self.writer = csv.DictWriter(self.file, columns)
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """Floats in full precision."""
+        self.writer.writerow(row)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Logs:
+    """steps.csv, epochs.csv and, where asked for, TensorBoard's events, in one folder.
+
+    Raises:
+        InputError: where TensorBoard is asked for and not installed.
+    """
+
+    STEPS = (
+        "step",
+        "epoch",
+        "lr",
+        "loss",
+        "images_per_s",
+        "loader_images_per_s",
+        "share_waiting",
+    )
+    EPOCHS = ("step", "epoch", "lr", "loss", "held_out_loss", "top1", "top5", "seconds")
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.board = None
+        if tensorboard:
+            required("tensorboard", "--tensorboard", "tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        self.steps = CsvLog(folder / "steps.csv", self.STEPS, step)
+        self.epochs = CsvLog(folder / "epochs.csv", self.EPOCHS, step)
+
+    def step(self, row: Mapping[str, float | int]) -> None:
+        self.steps.write(row)
+        self._show("step", row)
+
+    def epoch(self, row: Mapping[str, float | int]) -> None:
+        self.epochs.write(row)
+        self._show("epoch", row)
+
+    def _show(self, kind: str, row: Mapping[str, float | int]) -> None:
+        if self.board is None:
+            return
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(f"{kind}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self.steps.close()
+        self.epochs.close()
+        if self.board is not None:
+            self.board.close()

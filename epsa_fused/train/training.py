@@ -1,0 +1,459 @@
+"""The training itself: steps, evaluation, and when to save."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checkpoint
+from .config import Config
+from .data import open_data
+from .errors import InputError, required
+from .interrupts import Interrupts
+from .loading import Batch, EvaluationBatches, Speed, TrainingBatches, loader
+from .log import Logs
+from .networks import MODELS
+from .processes import Processes
+
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """On the held-out images; `top5` counts a label among the five likeliest."""
+
+    loss: float
+    top1: float  # share, 0 to 1
+    top5: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to; `accuracy` is of its last epoch, None before the first's end."""
+
+    accuracy: Accuracy | None
+    steps: int
+    seconds: float  # of the steps, over all the times that it was resumed
+    interrupted: bool
+
+
+def train(config: Config) -> Result:
+    """Train as `config` says, alone or as one of the processes that torchrun started.
+
+    Writes into `config.out`: checkpoint.pt at the start, every `checkpoint_every` steps and after
+    every epoch; best.pt, the weights of the epoch with the best top-1; steps.csv and epochs.csv.
+    Ctrl-C (or SIGTERM) saves after the step that is running and returns.
+
+    Raises:
+        InputError: for data, settings or a checkpoint that cannot be used, an unreadable image
+            where `config.corrupt` is "fail", a disk that cannot be written, or a loss that is not
+            finite. The last checkpoint that was saved stays.
+    """
+    with Processes(config.device) as processes, _algorithms(config.deterministic):
+        training = Training(config, processes)
+        with contextlib.closing(training), Interrupts() as interrupts:
+            return training.run(interrupts)
+
+
+@contextlib.contextmanager
+def _algorithms(deterministic: bool):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Training:
+    """The state of one training, as far as it has come: `epoch`, and `step` inside it."""
+
+    def __init__(self, config: Config, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        self.device = processes.device
+        self.tqdm = required("tqdm", "training", "tqdm").tqdm
+        # The first process draws them; None: only where a terminal shows them.
+        self.hide_bars = None if processes.first else True
+
+        parts = config.accumulate * processes.count
+        if config.batch % parts:
+            raise InputError(
+                f"--batch: expected a multiple of {parts} ({processes.count} processes x "
+                f"{config.accumulate} micro-batches each), got {config.batch}"
+            )
+        self.micro_batch = config.batch // parts
+        self.data = open_data(config.data, config.image_size)
+        images = len(self.data.train.labels)
+        if images < config.batch:
+            raise InputError(
+                f"--batch: expected at most the {images} training images, got {config.batch}"
+            )
+        self.path = config.folder / CHECKPOINT
+        saved = self._checkpoint()
+        self._build(parts)
+        self.epoch = self.step = self.steps_done = 0
+        self.best_top1 = -1.0
+        self.accuracy: Accuracy | None = None
+        self.seconds = 0.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        if saved is not None:
+            self._restore(saved)
+        self.logs = None
+        if processes.first:
+            try:
+                config.folder.mkdir(parents=True, exist_ok=True)
+                self.logs = Logs(config.folder, self.steps_done, config.tensorboard)
+            except OSError as error:
+                raise InputError(f"--out: cannot write to {config.out}: {error}") from error
+        if saved is None:
+            self._save()  # so that there is always one to resume from, and a bad --out shows now
+
+    def _build(self, parts: int) -> None:
+        config, device, data = self.config, self.device, self.data
+        torch.manual_seed(config.seed)  # equal weights in every process
+        model = MODELS[config.model](
+            len(data.classes),
+            fused=config.psa == "fused",
+            in_chans=len(data.mean),
+            drop_rate=config.dropout,
+        )
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(device, memory_format=self.layout)
+        checkpoint.seed(config.seed + self.processes.rank)  # dropout: each its own
+        self.parallel = self.processes.parallel(self.model)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scheduler = (
+            StepLR(self.optimizer, config.decay_every, config.decay)
+            if config.schedule == "step"
+            else CosineAnnealingLR(self.optimizer, config.epochs)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.ema = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+
+        shape = (1, len(data.mean), 1, 1)
+        self.mean = torch.tensor(data.mean, device=device).view(shape)
+        self.std = torch.tensor(data.std, device=device).view(shape)
+        place = {"rank": self.processes.rank, "processes": self.processes.count}
+        pin = device.type == "cuda"
+        self.batches = TrainingBatches(
+            len(data.train.labels), config.batch, parts, seed=config.seed, **place
+        )
+        self.loader = loader(data.train, self.batches, config.workers, pin)
+        held_out = EvaluationBatches(len(data.held_out.labels), self.micro_batch, **place)
+        self.held_out_loader = loader(data.held_out, held_out, config.workers, pin)
+        self.named: set[str] = set()  # the corrupt images that were
+
+    # ---- running ----
+
+    def run(self, interrupts: Interrupts) -> Result:
+        config = self.config
+        stopped = False
+        while self.epoch < config.epochs and not stopped:
+            stopped = self._steps(interrupts)
+            if self.step == self.batches.steps:
+                self._end_epoch()
+            else:
+                self._save()
+            stopped = stopped or self.processes.any(interrupts.pending)
+        unfinished = self.epoch < config.epochs
+        if unfinished:
+            self._say(
+                f"interrupted and saved after {self.steps_done:,} steps (epoch {self.epoch + 1} of "
+                f"{config.epochs}); the same command with --resume goes on"
+            )
+        return Result(self.accuracy, self.steps_done, self.seconds, unfinished)
+
+    def _steps(self, interrupts: Interrupts) -> bool:
+        """To the epoch's end; or to an interrupt, which is what it returns."""
+        self.parallel.train()
+        self.batches.start_at(self.epoch, self.step)
+        batches = iter(self.loader)
+        config, speed = self.config, Speed(self.config.workers)
+        bar = self.tqdm(
+            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            total=self.batches.steps,
+            initial=self.step,
+            unit="step",
+            leave=False,
+            disable=self.hide_bars,
+        )
+        with bar:
+            while self.step < self.batches.steps:
+                loss = self._one_step(batches, speed)
+                self.step += 1
+                self.steps_done += 1
+                bar.update()
+                ends = self.step == self.batches.steps
+                if ends or self.steps_done % config.log_every == 0:
+                    bar.set_postfix_str(self._log_step(loss, speed))
+                    self.seconds += speed.seconds
+                    speed.reset()
+                if self.processes.any(interrupts.pending):
+                    self.seconds += speed.seconds
+                    return True
+                if not ends and self.steps_done % config.checkpoint_every == 0:
+                    self.seconds += speed.seconds
+                    self._save()
+                    speed.reset()
+        return False
+
+    def _one_step(self, batches: Any, speed: Speed) -> Tensor:
+        """Its loss, this process's."""
+        accumulate = self.config.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for i in range(accumulate):
+            start = time.perf_counter()
+            batch = next(batches)
+            speed.count(batch, time.perf_counter() - start)
+            self._check_images(batch)
+            if not len(batch.labels):
+                raise InputError(
+                    f"step {self.steps_done + 1}: expected at least one readable image in a "
+                    f"micro-batch of {self.micro_batch}, got none"
+                )
+            # gradients go to the other processes once a step
+            waits = i + 1 < accumulate and self.parallel is not self.model
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+                with self._autocast():
+                    logits = self.parallel(self._prepared(batch))
+                    labels = batch.labels.to(self.device, non_blocking=True)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing)
+                    loss = loss / accumulate
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.loss_sum += total
+        return total
+
+    def _end_epoch(self) -> None:
+        lr = self.scheduler.get_last_lr()[0]
+        loss = self._finite_mean_loss()
+        self.scheduler.step()
+        self.accuracy = result = self._evaluate()
+        self.epoch += 1
+        if self.logs is not None:
+            self.logs.epoch(
+                {
+                    "step": self.steps_done,
+                    "epoch": self.epoch,
+                    "lr": lr,
+                    "loss": loss,
+                    "held_out_loss": result.loss,
+                    "top1": result.top1,
+                    "top5": result.top5,
+                    "seconds": round(self.seconds, 3),
+                }
+            )
+        self._say(
+            f"epoch {self.epoch}/{self.config.epochs}  loss {loss:.4f}  held out: "
+            f"loss {result.loss:.4f}, top-1 {result.top1:.2%}, top-5 {result.top5:.2%}  "
+            f"{self.last_speed}"
+        )
+        self.step = 0
+        self.loss_sum.zero_()
+        if result.top1 > self.best_top1:
+            self.best_top1 = result.top1
+            if self.processes.first:
+                checkpoint.write(self.config.folder / BEST, self._best())
+        self._save()
+
+    @torch.no_grad()
+    def _evaluate(self) -> Accuracy:
+        model = self.model if self.ema is None else self.ema.module
+        self.processes.share_buffers(model)
+        model.eval()
+        # loss, top 1, top 5, images
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for batch in self.tqdm(
+            self.held_out_loader, "held out", leave=False, disable=self.hide_bars
+        ):
+            self._check_images(batch)
+            if not len(batch.labels):
+                continue
+            with self._autocast():
+                logits = model(self._prepared(batch))
+            labels = batch.labels.to(self.device)
+            ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            sums += torch.stack(
+                [
+                    F.cross_entropy(logits.double(), labels, reduction="sum"),
+                    ranks[:, 0].sum(),
+                    ranks.sum(),
+                    torch.tensor(len(labels), device=self.device),
+                ]
+            )
+        loss, top1, top5, images = self.processes.total(sums).tolist()
+        if not images:
+            raise InputError("evaluation: expected at least one readable held-out image, got none")
+        return Accuracy(loss / images, top1 / images, top5 / images)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.config.amp]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _prepared(self, batch: Batch) -> Tensor:
+        """The images, normalised, float32 [N, C, H, W] on the device."""
+        images = batch.images.to(self.device, non_blocking=True)
+        images = images.to(torch.float32, memory_format=self.layout)
+        return images.sub_(self.mean).div_(self.std)
+
+    # ---- what is said and checked ----
+
+    def _say(self, line: str) -> None:
+        if self.processes.first:
+            self.tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _check_images(self, batch: Batch) -> None:
+        for message in batch.corrupt:
+            if self.config.corrupt == "fail":
+                raise InputError(
+                    f"an image cannot be read: {message} (--corrupt skip leaves such images out)"
+                )
+            if message not in self.named:
+                self.named.add(message)
+                self.tqdm.write(f"left out, cannot be read: {message}", file=sys.stderr)
+
+    def _log_step(self, loss: Tensor, speed: Speed) -> str:
+        """Writes the row; returns what the progress bar shows."""
+        count = self.processes.count
+        mean = self.processes.total(loss.double()).item() / count  # waits for the step
+        self._check_loss(mean)
+        row = {
+            "step": self.steps_done,
+            "epoch": self.epoch + 1,
+            "lr": self.scheduler.get_last_lr()[0],
+            "loss": mean,
+            "images_per_s": round(speed.of_steps * count, 1),
+            "loader_images_per_s": round(speed.of_loader * count, 1),
+            "share_waiting": round(speed.share_waiting, 4),
+        }
+        if self.logs is not None:
+            self.logs.step(row)
+        self.last_speed = (
+            f"{row['images_per_s']:,.0f} images/s (loader {row['loader_images_per_s']:,.0f}, "
+            f"waited for {row['share_waiting']:.0%})"
+        )
+        return f"loss {mean:.4f}, {self.last_speed}"
+
+    def _finite_mean_loss(self) -> float:
+        """Of the epoch so far, over all processes."""
+        total = self.processes.total(self.loss_sum.clone()).item()
+        mean = total / max(1, self.step) / self.processes.count
+        self._check_loss(mean)
+        return mean
+
+    def _check_loss(self, loss: float) -> None:
+        if not abs(loss) < float("inf"):
+            raise InputError(
+                f"step {self.steps_done}: expected a finite loss, got {loss}; the checkpoint that "
+                f"was saved before is kept (--lr is {self.config.lr})"
+            )
+
+    # ---- saving and resuming ----
+
+    def _binding(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the checkpoint's."""
+        return self.config.binding() | {
+            "device": self.device.type,  # what "auto" came to
+            "processes": self.processes.count,
+            **self.data.description(),
+        }
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """The one to go on from, checked; None for a new run."""
+        if self.config.resume:
+            saved = checkpoint.read(self.path)
+            checkpoint.check_same(self.path, saved["run"], self._binding())
+            return saved
+        if self.path.exists():
+            raise InputError(
+                f"--out: {self.config.out} holds a run already ({self.path}); "
+                "expected --resume to go on with it, or another --out"
+            )
+        return None
+
+    def _save(self) -> None:
+        """Together: every process takes part."""
+        self._finite_mean_loss()  # never over a good one
+        own = {
+            "random": checkpoint.random_state(self.device),
+            "loss_sum": self.loss_sum.cpu(),
+        }
+        every = self.processes.gather(own)
+        if not self.processes.first:
+            return
+        checkpoint.write(
+            self.path,
+            {
+                "format": checkpoint.FORMAT,
+                "run": self._binding(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "steps_done": self.steps_done,
+                "seconds": self.seconds,
+                "best_top1": self.best_top1,
+                "accuracy": self.accuracy and vars(self.accuracy),
+                "state_dict": self.model.state_dict(),
+                "ema": self.ema and self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "processes": every,
+            },
+        )
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["state_dict"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step = saved["epoch"], saved["step"]
+        self.steps_done, self.seconds = saved["steps_done"], saved["seconds"]
+        self.best_top1 = saved["best_top1"]
+        self.accuracy = saved["accuracy"] and Accuracy(**saved["accuracy"])
+        own = saved["processes"][self.processes.rank]
+        self.loss_sum.copy_(own["loss_sum"])
+        checkpoint.set_random_state(own["random"], self.device)
+        self._say(f"resumed after {self.steps_done:,} steps, in epoch {self.epoch + 1}")
+
+    def _best(self) -> dict[str, Any]:
+        """The evaluated weights, and what it takes to use them."""
+        model = self.model if self.ema is None else self.ema.module
+        return {
+            "format": checkpoint.FORMAT,
+            "run": self._binding(),
+            "epoch": self.epoch,
+            "top1": self.best_top1,
+            "state_dict": model.state_dict(),
+            "mean": self.data.mean,  # of the pixels' values
+            "std": self.data.std,
+        }
+
+    def close(self) -> None:
+        if self.logs is not None:
+            self.logs.close()
