@@ -24,12 +24,25 @@ if torch.cuda.is_available() and _C.build_info()["cuda"]:
 
 
 # A GPU machine may have no more than torch and pytest.
-collect_ignore = [] if importlib.util.find_spec("hypothesis") else ["test_properties.py"]
+TRAINING = ("numpy", "tqdm", "sklearn", "PIL")
+NEEDED = {
+    "test_properties.py": ("hypothesis",),
+    "test_train.py": TRAINING,
+    "test_train_processes.py": TRAINING,
+    "test_train_resume.py": TRAINING,
+}
+MISSING = {
+    name: [package for package in packages if importlib.util.find_spec(package) is None]
+    for name, packages in NEEDED.items()
+}
+collect_ignore = [name for name, packages in MISSING.items() if packages]
 
 
 def pytest_report_header() -> list[str]:
     """Says which kernels the run covers: nothing is left out silently."""
-    left_out = [f"left out, hypothesis is not installed: {name}" for name in collect_ignore]
+    left_out = [
+        f"left out, {', '.join(MISSING[name])} not installed: {name}" for name in collect_ignore
+    ]
     if EMULATED:
         mode = os.environ.get("EPSA_SIMT_MODE", "auto")
         return [f"epsa_fused: emulated CUDA kernels, plan {mode}", *left_out]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .errors import required
+from .errors import InputError, required
 
 
 class CsvLog:
@@ -27,13 +27,17 @@ class CsvLog:
         with partial.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *kept])
         os.replace(partial, path)
-        # by lines: each is in the file as soon as it is written
-        self.file = path.open("a", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, columns)
+        self.path, self.columns = path, columns
+        # unbuffered: a row is in the file once it is written, and closing has nothing left to do
+        self.file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Floats in full precision."""
-        self.writer.writerow(row)
+        """Floats in full precision; InputError where the disk is full."""
+        line = ",".join(repr(row[name]) for name in self.columns) + "\r\n"
+        try:
+            self.file.write(line.encode())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write a row: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()

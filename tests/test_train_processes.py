@@ -1,0 +1,114 @@
+"""Training by several processes, which torchrun starts, gives what one gives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train_resume import wait_for_steps
+from training import (
+    command_line,
+    differences,
+    environment,
+    evaluated,
+    losses,
+    rows,
+    saved,
+    settings,
+)
+
+from epsa_fused.train import InputError, train
+from epsa_fused.train.processes import Processes
+from epsa_fused.train.training import Training
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+GIVEN = {"epochs": 4}  # 24 steps
+
+
+def start(out, **given) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN, **given)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The run of two processes."""
+    out = tmp_path_factory.mktemp("pair")
+    process = start(out)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return out
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
+    torch.set_num_threads(1)
+    train(settings(tmp_path, **GIVEN, accumulate=2))
+    one, two = ([float(row["loss"]) for row in rows(out)] for out in (tmp_path, pair))
+    assert len(one) == len(two) == 24
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
+    assert one[0] - one[-1] > 0.2  # they went somewhere
+    one, two = saved(tmp_path)["state_dict"], saved(pair)["state_dict"]
+    for name, weight in one.items():
+        # BatchNorm's running statistics are those of the first process's micro-batches in DDP,
+        # and of both here; training does not read them
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=name)
+    # and the other way to share the batch is another training
+    other = tmp_path / "other"
+    train(settings(other, **GIVEN))
+    apart = abs(float(rows(other)[-1]["loss"]) - float(rows(pair)[-1]["loss"]))
+    assert apart > 1e-4
+
+
+def test_two_processes_evaluate_every_image_once(pair):
+    """With the first one's BatchNorm statistics, which are what is saved."""
+    best = saved(pair, "best.pt")
+    loss, top1 = evaluated(best)
+    row = rows(pair, "epochs.csv")[best["epoch"] - 1]
+    assert float(row["top1"]) == best["top1"] == top1
+    assert float(row["held_out_loss"]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
+    process = start(tmp_path)
+    wait_for_steps(process, tmp_path, 4)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    output, _ = process.communicate(timeout=240)
+    assert "interrupted and saved after" in output, output
+    assert 4 <= saved(tmp_path)["steps_done"] < 24
+    process = start(tmp_path, resume=True)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert differences(saved(tmp_path), saved(pair)) == []
+    assert losses(tmp_path) == losses(pair)
+    with pytest.raises(InputError, match=r"processes: 2 in the checkpoint, now 1"):
+        train(settings(pair, **GIVEN, resume=True))
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = settings(tmp_path, accumulate=2, batch=64)
+    with pytest.raises(InputError, match=r"multiple of 6 \(3 processes x 2 micro-.*, got 64"):
+        Training(config, Processes("cpu"))
+
+
+def test_an_error_of_one_process_is_said(tmp_path):
+    """Without a traceback, and nobody waits for ever."""
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(tmp_path, batch=63)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output

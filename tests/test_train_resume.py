@@ -1,0 +1,315 @@
+"""Training that is cut off, by a crash, a kill, a signal or a full disk, goes on bitwise."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training import (
+    STEPS,
+    TRAIN,
+    command_line,
+    differences,
+    environment,
+    image_folder,
+    images,
+    losses,
+    saved,
+    settings,
+)
+
+from epsa_fused.train import InputError, checkpoint, train
+from epsa_fused.train.log import CsvLog
+from epsa_fused.train.networks import MODELS
+from epsa_fused.train.training import Training
+
+
+class CutOff(BaseException):
+    """A crash: nothing may catch it."""
+
+
+def cut_off_after(monkeypatch, steps: int, config) -> None:
+    """Train until so many steps are done; the next one does not end."""
+    one_step = Training._one_step
+
+    def until(self, *args):
+        if self.steps_done == steps:
+            raise CutOff
+        return one_step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(Training, "_one_step", until)
+        train(config)
+
+
+def assert_same_run(a, b) -> None:
+    assert differences(saved(a), saved(b)) == []
+    assert losses(a) == losses(b)
+    assert differences(saved(a, "best.pt"), saved(b, "best.pt")) == []
+
+
+def linear(classes: int, **_) -> nn.Module:
+    """In the place of a network whose float16 convolutions are slow on the CPU."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"dropout": 0.3, "ema": 0.9}, id="dropout and average"),
+        pytest.param({"amp": "bf16", "accumulate": 2, "channels_last": True}, id="bf16"),
+        pytest.param({"amp": "fp16", "model": "epsanet50"}, id="fp16"),
+    ],
+)
+def test_a_run_that_is_cut_off_goes_on_bitwise(tmp_path, monkeypatch, given):
+    """Twice: inside an epoch, past the checkpoint of step 4, and right at the next one's start."""
+    monkeypatch.setitem(MODELS, "epsanet50", linear)
+    torch.set_num_threads(1)
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train(settings(uncut, **given))
+    cut_off_after(monkeypatch, 5, settings(cut, **given))
+    assert (saved(cut)["steps_done"], len(losses(cut))) == (4, 5)
+    torch.rand(7)  # what a new process starts from is another state
+    cut_off_after(monkeypatch, STEPS, settings(cut, **given, resume=True))
+    assert (saved(cut)["epoch"], saved(cut)["step"]) == (1, 0)
+    result = train(settings(cut, **given, resume=True))
+    assert result.steps == 2 * STEPS and not result.interrupted
+    assert_same_run(uncut, cut)
+    # a run that is done does nothing more
+    again = train(settings(cut, **given, resume=True))
+    assert (again.steps, again.accuracy) == (2 * STEPS, result.accuracy)
+    assert_same_run(uncut, cut)
+
+
+def test_crops_go_on_bitwise_with_another_number_of_workers(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    given = {"data": str(image_folder(tmp_path / "data")), "image_size": 12, "batch": 4}
+    train(settings(tmp_path / "uncut", **given, workers=0))
+    cut_off_after(monkeypatch, 8, settings(tmp_path / "cut", **given, workers=2))
+    # the data may have moved
+    (tmp_path / "data").rename(tmp_path / "moved")
+    given["data"] = str(tmp_path / "moved")
+    train(settings(tmp_path / "cut", **given, workers=1, resume=True))
+    assert_same_run(tmp_path / "uncut", tmp_path / "cut")
+
+
+def start(out, **given) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TRAIN, *command_line(out, **given)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_steps(process: subprocess.Popen, out, steps: int) -> None:
+    """Until its log has rows of so many."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        file = out / "steps.csv"
+        if file.exists() and file.read_bytes().count(b"\n") > steps:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps in two minutes")
+
+
+LONG = {"epochs": 12, "ema": 0.9, "dropout": 0.1}  # 72 steps
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    """The run that those below are to end like."""
+    out = tmp_path_factory.mktemp("uncut")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(settings(out, **LONG))
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_a_killed_run_loses_at_most_one_interval(tmp_path, uncut):
+    killed_at = []
+    for steps in (5, 30):
+        process = start(tmp_path, **LONG, **({"resume": True} if killed_at else {}))
+        wait_for_steps(process, tmp_path, steps)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        killed_at.append(len(losses(tmp_path)))
+        # the row of a step comes before its checkpoint
+        assert 0 <= killed_at[-1] - checkpoint.read(tmp_path / "checkpoint.pt")["steps_done"] <= 4
+    process = start(tmp_path, **LONG, resume=True)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "resumed after" in output
+    assert_same_run(uncut, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_ends_the_run(tmp_path, uncut, number):
+    process = start(tmp_path, **LONG | {"checkpoint_every": 1000})
+    wait_for_steps(process, tmp_path, 5)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    steps = saved(tmp_path)["steps_done"]
+    assert steps == len(losses(tmp_path)) >= 5
+    assert f"interrupted and saved after {steps} steps" in output
+    if number == signal.SIGINT:
+        torch.set_num_threads(1)
+        train(settings(tmp_path, **LONG, resume=True))
+        assert_same_run(uncut, tmp_path)
+
+
+# ---- files ----
+
+
+def write_for_ever(path) -> None:
+    for i in range(1, 10**9):
+        checkpoint.write(path, {"format": 1, "first": torch.full((10**6,), i), "second": i})
+
+
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write(path, {"format": 1, "first": torch.zeros(10**6), "second": 0})
+    seen, partial = set(), 0
+    for i in range(12):
+        # forked: it is at its first save within milliseconds
+        process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
+        process.start()
+        time.sleep(0.05 + 0.007 * i)
+        process.kill()
+        process.join()
+        partial += (tmp_path / "checkpoint.pt.partial").exists()
+        state = checkpoint.read(path)
+        assert (state["first"] == state["second"]).all()
+        seen.add(state["second"])
+    assert len(seen) > 1, "no save ended before the kill"
+    assert partial, "no kill fell into a save"
+
+
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files, between the first checkpoint's and the next one's, which has
+    the momentum too."""
+    config = settings(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_400_000, before[1]))
+    try:
+        with pytest.raises(
+            InputError, match=r"checkpoint.pt: cannot save [\d,]+ bytes: File too l"
+        ):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert saved(tmp_path)["steps_done"] == 0
+    assert not list(tmp_path.glob("*.partial"))
+    result = train(settings(tmp_path, resume=True))
+    assert result.steps == 2 * STEPS
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"none was saved yet"):
+            train(settings(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.pt*"))
+
+
+def test_a_log_on_a_full_disk(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", ["step", "loss"], 0)
+    log.file.close()
+    log.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  closed below
+    with pytest.raises(InputError, match=r"log.csv: cannot write a row: No space left"):
+        log.write({"step": 1, "loss": 0.5})
+    log.close()
+
+
+def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n4")  # killed in the middle of a row
+    log = CsvLog(path, ["step", "loss"], 2)
+    log.write({"step": 3, "loss": 1 / 3})
+    log.close()
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", f"3,{1 / 3!r}"]
+
+
+# ---- what cannot be resumed ----
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("done")
+    train(settings(out, epochs=1, batch=96))
+    return out
+
+
+def test_a_checkpoint_of_other_arguments_says_which(done):
+    before = (done / "checkpoint.pt").read_bytes()
+    other = settings(done, epochs=1, batch=48, lr=0.2, psa="reference", log_every=3, resume=True)
+    with pytest.raises(InputError) as error:
+        train(other)
+    assert str(error.value).endswith(
+        "is of another training: batch: 96 in the checkpoint, now 48; "
+        "lr: 0.02 in the checkpoint, now 0.2; psa: fused in the checkpoint, now reference"
+    )
+    assert (done / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_says_so(done, monkeypatch):
+    from epsa_fused.train import training
+
+    data = training.open_data(images(), 8)
+    data.train.labels = np.append(data.train.labels, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "open_data", lambda *_: data)
+        with pytest.raises(InputError, match=r"training images: 96 in the checkpoint, now 97"):
+            train(settings(done, epochs=1, batch=96, resume=True))
+
+
+def test_a_run_is_not_overwritten(done):
+    before = (done / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match=r"holds a run already .* expected --resume"):
+        train(settings(done, epochs=1, batch=96))
+    assert (done / "checkpoint.pt").read_bytes() == before
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(InputError, match=r"expected a checkpoint to resume from, there is no such"):
+        train(settings(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda data: data[: len(data) // 2], "cut short or damaged", id="half"),
+        pytest.param(lambda data: b"", "a file of 0 bytes that is cut short", id="empty"),
+        pytest.param(
+            lambda data: data[:700_000] + bytes([data[700_000] ^ 1]) + data[700_001:],
+            "the checksum of .* differs",
+            id="one bit",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint(tmp_path, done, damage, message):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(damage((done / "checkpoint.pt").read_bytes()))
+    with pytest.raises(InputError, match=message):
+        train(settings(tmp_path, epochs=1, batch=96, resume=True))
+
+
+def test_a_file_of_another_kind(tmp_path):
+    torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=r"expected a checkpoint of format 1, got None"):
+        train(settings(tmp_path, resume=True))
