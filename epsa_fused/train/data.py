@@ -92,14 +92,16 @@ class ArraySource:
     shift: int
     flip: bool
 
+    def __post_init__(self) -> None:
+        around = (self.shift, self.shift)
+        self._padded = np.pad(self.images, ((0, 0), around, around, (0, 0)))
+
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
-        image = self.images[index]
         if generator is None:
-            return image
-        height, width = image.shape[:2]
+            return self.images[index]
+        height, width = self.images.shape[1:3]
         top, left = generator.integers(2 * self.shift + 1, size=2)
-        padded = np.pad(image, ((self.shift,) * 2, (self.shift,) * 2, (0, 0)))
-        image = padded[top : top + height, left : left + width]
+        image = self._padded[index, top : top + height, left : left + width]
         return image[:, ::-1] if self.flip and generator.random() < 0.5 else image
 
 
