@@ -4,6 +4,7 @@ have files of their own."""
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -372,6 +373,16 @@ def test_the_logs_and_the_weights_of_a_run(tmp_path, capsys):
     # the weights that were evaluated are those of best.pt
     best = saved(tmp_path, "best.pt")
     assert evaluated(best)[1] == best["top1"]
+
+
+def test_a_terminal_shows_progress(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(settings(tmp_path))
+    shown = capsys.readouterr().err
+    assert "epoch 2/2:" in shown and "held out:" in shown
+    assert re.search(
+        r"[1-6]/6 .*loss [\d.]+, [\d,]+ images/s \(loader [\d,]+, waited for \d+%\)", shown
+    )
 
 
 def test_the_average_is_of_the_weights(tmp_path):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from test_train_resume import wait_for_steps
 from training import (
     command_line,
     differences,
@@ -18,6 +17,7 @@ from training import (
     rows,
     saved,
     settings,
+    wait_for_steps,
 )
 
 from epsa_fused.train import InputError, train

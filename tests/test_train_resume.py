@@ -24,6 +24,7 @@ from training import (
     losses,
     saved,
     settings,
+    wait_for_steps,
 )
 
 from epsa_fused.train import InputError, checkpoint, train
@@ -110,18 +111,6 @@ def start(out, **given) -> subprocess.Popen:
         text=True,
         process_group=0,  # of its own
     )
-
-
-def wait_for_steps(process: subprocess.Popen, out, steps: int) -> None:
-    """Until its log has rows of so many."""
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit:
-        file = out / "steps.csv"
-        if file.exists() and file.read_bytes().count(b"\n") > steps:
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    raise AssertionError(f"no {steps} steps in two minutes")
 
 
 LONG = {"epochs": 12, "ema": 0.9, "dropout": 0.1}  # 72 steps

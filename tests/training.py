@@ -7,8 +7,10 @@ import csv
 import functools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,18 @@ def losses(out: Path) -> list[tuple[str, ...]]:
 
 def saved(out: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
     return torch.load(out / name, weights_only=True)
+
+
+def wait_for_steps(process: subprocess.Popen, out, steps: int) -> None:
+    """Until its log has rows of so many."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        file = out / "steps.csv"
+        if file.exists() and file.read_bytes().count(b"\n") > steps:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps in two minutes")
 
 
 def evaluated(weights: dict[str, Any]) -> tuple[float, float]:
