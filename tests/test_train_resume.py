@@ -22,6 +22,7 @@ from training import (
     image_folder,
     images,
     losses,
+    rows,
     saved,
     settings,
     wait_for_steps,
@@ -54,6 +55,7 @@ def cut_off_after(monkeypatch, steps: int, config) -> None:
 def assert_same_run(a, b) -> None:
     assert differences(saved(a), saved(b)) == []
     assert losses(a) == losses(b)
+    assert differences(rows(a, "epochs.csv"), rows(b, "epochs.csv")) == []
     assert differences(saved(a, "best.pt"), saved(b, "best.pt")) == []
 
 
