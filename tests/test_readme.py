@@ -28,6 +28,8 @@ NOT_RUN = {
     ".venv/bin/python benchmarks/latency.py --level convolutions": "minutes of timing",
     ".venv/bin/python benchmarks/latency.py --level network": "most of an hour of timing",
     ".venv/bin/python benchmarks/branches.py": "minutes of timing",
+    "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
+    "--workers 8": "needs ImageNet; test_train.py trains on a folder of images",
     "make gpu-test": "needs a GPU",
     "make gpu-sanitize": "needs a GPU",
     "make gpu-bench": "needs a GPU",
@@ -131,9 +133,18 @@ def test_python_block(marker, tmp_path):
 CPP = "run_package.cpp"
 
 
+# They are run with SHORT added.
+TRAIN = [
+    "python -m epsa_fused.train --out runs/digits",
+    "python -m epsa_fused.train --out runs/digits --resume",
+    "torchrun --nproc-per-node 2 -m epsa_fused.train --out runs/pair",
+]
+SHORT = " --epochs 1 --batch 512"  # two steps
+
+
 def test_every_command_is_run_or_named():
     seen = [c for code in blocks("sh") if CPP not in code for c in commands(code)]
-    assert sorted(seen) == sorted([*NOT_RUN, "python -m epsa_fused"])
+    assert sorted(seen) == sorted([*NOT_RUN, "python -m epsa_fused", *TRAIN])
 
 
 def test_the_self_check():
@@ -145,6 +156,46 @@ def test_the_self_check():
         timeout=120,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_trainings(tmp_path):
+    for package in ("tqdm", "sklearn"):
+        optional(package)
+    for command in TRAIN:
+        result = subprocess.run(
+            ["bash", "-c", command + SHORT],
+            cwd=tmp_path,
+            env=environment() | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+        assert "done: 2 steps" in result.stdout
+        assert ("resumed after 2 steps" in result.stdout) == ("--resume" in command)
+    for run in ("digits", "pair"):
+        assert (tmp_path / "runs" / run / "best.pt").exists()
+
+
+@pytest.mark.slow
+def test_the_accuracy_benchmark(tmp_path):
+    for package in ("tqdm", "sklearn", "matplotlib"):
+        optional(package)
+    command = [sys.executable, ROOT / "benchmarks" / "accuracy.py", "--epochs", "1", "--seeds", "1"]
+    for again in (False, True):  # the second time it finds its trainings done
+        result = subprocess.run(
+            [*command, "--out", "results"],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+        assert result.stdout.count("resumed after") == (3 if again else 0)
+        assert "0 of 2 change their accuracy" in result.stdout
+        rows = (tmp_path / "results" / "accuracy-digits.csv").read_text().splitlines()
+        assert len(rows) == 4 and rows[0].startswith("network,seed,top1")
 
 
 @pytest.mark.slow
