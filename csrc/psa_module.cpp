@@ -299,14 +299,11 @@ ModuleBackward save_output_backward_autograd(
 struct Cast {
   Tensor x;
   std::vector<Tensor> weights;
-  bool changed;  // the weights' type
 
   Cast(const Tensor& x_, at::TensorList weights_) {
     const auto dtype = at::autocast::get_autocast_dtype(at::kCPU);
     x = at::autocast::cached_cast(dtype, x_, at::kCPU);
     weights = at::autocast::cached_cast(dtype, weights_, at::kCPU);
-    changed = !weights.empty() &&
-        weights[0].scalar_type() != weights_[0].scalar_type();
   }
 };
 
@@ -318,11 +315,13 @@ Tensor forward_autocast(
     const OptTensor& packed) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
   const Cast cast(x, weights);
-  // what was packed are the weights before they were cast
+  // what was packed were the weights before they were cast
+  const bool packs_hold =
+      weights.empty() || cast.weights[0].is_same(weights[0]);
   return call_psa_forward(
       cast.x, cast.weights, {groups, stride, padding, dilation},
       {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed,
-      cast.changed ? std::nullopt : packed);
+      packs_hold ? packed : std::nullopt);
 }
 
 Forward save_output_autocast(

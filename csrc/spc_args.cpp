@@ -172,6 +172,9 @@ void check_module_backward_arguments(
   TORCH_CHECK_VALUE(
       out.sizes() == at::IntArrayRef(expected), op, ": out has shape ",
       out.sizes(), ", expected ", at::IntArrayRef(expected));
+  TORCH_CHECK_TYPE(
+      out.scalar_type() == p.dtype, op, ": out has dtype ", out.scalar_type(),
+      ", expected ", p.dtype, ", the dtype of x");
 }
 
 at::MemoryFormat spc_layout(const at::Tensor& x) {

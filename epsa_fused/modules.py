@@ -105,6 +105,11 @@ class FusedPSAModule(PSAModule):
             attention's gradient then comes from the rounded output. Also an attribute.
     """
 
+    # Of the class too: modules that were pickled by a version without them.
+    save_output: bool = False
+    _packed: Tensor | None = None
+    _packed_from: Sequence[Tensor] = ()  # keeps the addresses of the packed weights taken
+
     def __init__(
         self,
         inplans: int,
@@ -127,7 +132,6 @@ class FusedPSAModule(PSAModule):
             branch_order=branch_order,
         )
         self.save_output = save_output
-        self._packed: Tensor | None = None
 
     def extra_repr(self) -> str:
         states = (", save_output=True" if self.save_output else "") + (
@@ -139,8 +143,13 @@ class FusedPSAModule(PSAModule):
         """x [N, inplans, H, W] -> [N, planes, H', W']."""
         convs = self._convs()
         plain = self._are_plain(convs)
+        save_output = (
+            self.save_output
+            and torch.is_grad_enabled()
+            and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        )
         if x.device.type != "cpu" or not plain:
-            if self.save_output and torch.is_grad_enabled():
+            if save_output:
                 raise NotImplementedError(
                     "FusedPSAModule: save_output=True expects a CPU tensor and plain convolutions "
                     f"of one stride, got x on {x.device} and "
@@ -158,9 +167,11 @@ class FusedPSAModule(PSAModule):
             fc2.bias,
             is_reversed(self.branch_order),
         )
-        if self.save_output and torch.is_grad_enabled():
+        if save_output:
             return torch.ops.epsa_fused.psa_save_output.default(*arguments)[0]
-        return torch.ops.epsa_fused.psa_forward.default(*arguments, self._packed)
+        # packed weights hold for this process, an exported program for others too
+        packed = None if torch.compiler.is_exporting() else self._packed
+        return torch.ops.epsa_fused.psa_forward.default(*arguments, packed)
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         self._check_se()
@@ -174,10 +185,13 @@ class FusedPSAModule(PSAModule):
     def prepack(self, height: int, width: int) -> FusedPSAModule:
         """Pack the convolutions' weights once, instead of in every call: for serving on the CPU.
 
-        Calls that can ask for no gradient use the packed copy, which takes as much memory as the
-        weights in float32. It is not updated: after changing a weight in place, prepack again.
-        `train()`, `load_state_dict()`, moving or casting the module, and :meth:`unpack` drop it;
-        so do copying and pickling. Under autocast, which casts the weights, calls pack as before.
+        Calls that can ask for no gradient use the packed copy, which takes about as much memory as
+        the weights in float32 (twice that where output channels do not fill vectors). `train()`,
+        `load_state_dict()`, moving or casting the module, and :meth:`unpack` drop it; copies and
+        pickles of the module have none, exported programs neither. Weights that were replaced or
+        changed since are noticed, and packed by the call as before; only changes behind autograd's
+        back (`weight.data.mul_(2)`, or in place in inference mode) are not: prepack again after
+        those. Under autocast, which casts the weights, calls pack as before.
 
         Args:
             height, width: of the maps x that will be served; others work, maybe less fast.
@@ -185,8 +199,13 @@ class FusedPSAModule(PSAModule):
         Raises:
             RuntimeError: in training mode, on another device than the CPU, or with convolutions
                 that are not plain (hooks, a bias, a wrapper, several strides).
-            ValueError: for a dtype or stride that has no kernel to pack for.
+            ValueError: for sizes below 1, or a dtype or stride that has no kernel to pack for.
         """
+        if min(height, width) < 1:
+            raise ValueError(
+                f"FusedPSAModule.prepack: expected a height and width of at least 1, "
+                f"got {height} and {width}"
+            )
         convs = self._convs()
         if self.training:
             raise RuntimeError("FusedPSAModule.prepack: expected eval mode, got training mode")
@@ -203,11 +222,12 @@ class FusedPSAModule(PSAModule):
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * convs[0].groups, height, width))
             self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_arguments(convs))
+            self._packed_from = [conv.weight.detach() for conv in convs]
         return self
 
     def unpack(self) -> FusedPSAModule:
         """Undo :meth:`prepack`."""
-        self._packed = None
+        self._packed, self._packed_from = None, ()
         return self
 
     def train(self, mode: bool = True) -> FusedPSAModule:
@@ -224,7 +244,7 @@ class FusedPSAModule(PSAModule):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed": None, "_packed_from": ()}
 
     # ---- parts ----
 

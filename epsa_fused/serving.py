@@ -12,32 +12,35 @@ from .modules import FusedPSAModule
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def prepack(model: _Model, *example: object) -> _Model:
+def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
     """Call :meth:`FusedPSAModule.prepack` of every fused module in `model`.
 
     Args:
-        model: in eval mode, on the CPU.
-        example: arguments of one call of the model, of the size that will be served; it is
-            called with them to learn the sizes of its maps. Modules it does not reach are left
-            as they are.
+        model: in eval mode, on the CPU; may be compiled.
+        args, kwargs: of one call of the model, of the size that will be served; it is called
+            with them to learn the sizes of its maps. Modules it does not reach are left as they
+            are.
 
     Returns:
         model. :func:`unpack`, `model.train()` and `model.load_state_dict()` undo it.
 
     Raises:
-        ValueError: if the call reached no FusedPSAModule; RuntimeError and others as the
-            modules' own prepack raises them, with no module packed.
+        ValueError: if the call reached no FusedPSAModule; RuntimeError: in training mode; others
+            as the modules' own prepack raises them. No module is packed then.
     """
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
-    def record(module: FusedPSAModule, arguments: tuple) -> None:
-        sizes[module] = tuple(arguments[0].shape[2:])
+    def record(module: FusedPSAModule, args: tuple, kwargs: dict) -> None:
+        sizes[module] = tuple((args[0] if args else kwargs["x"]).shape[2:])
 
     fused = [m for m in model.modules() if isinstance(m, FusedPSAModule)]
-    hooks = [m.register_forward_pre_hook(record) for m in fused]
+    if model.training or any(m.training for m in fused):
+        raise RuntimeError("prepack: expected a model in eval mode, got one in training mode")
+    hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in fused]
     try:
-        with torch.no_grad():
-            model(*example)
+        # a compiled model that ran before would not call the hooks
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -65,15 +65,88 @@ def test_maps_of_another_size(size):
 
 @torch.no_grad()
 def test_the_packed_weights_are_what_is_read():
+    """Seen by the one change that cannot be noticed."""
     module, x = make()
     module.prepack(28, 28)
     before = module(x)
-    module.conv_1.weight.mul_(2)  # as documented: not seen
+    module.conv_1.weight.data.mul_(2)
     assert torch.equal(module(x), before)
     module.prepack(28, 28)
     after = module(x)
     assert not torch.allclose(after, before)
     assert torch.equal(module.unpack()(x), after)
+
+
+def replace_layer(module):
+    module.conv_1 = copy.deepcopy(module.conv_1)
+    module.conv_1.weight.data.mul_(2)
+
+
+def replace_parameter(module):
+    module.conv_1.weight = nn.Parameter(module.conv_1.weight * 2)
+
+
+def replace_data(module):
+    module.conv_1.weight.data = module.conv_1.weight.data * 2
+
+
+def change_in_place(module):
+    with torch.no_grad():
+        module.conv_1.weight.mul_(2)
+
+
+def load_the_layer(module):
+    module.conv_1.load_state_dict({"weight": module.conv_1.weight.detach() * 2})
+
+
+def take_a_step(module):
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def parametrize(module):
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    nn.utils.parametrize.register_parametrization(module.conv_1, "weight", Twice())
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        replace_layer,
+        replace_parameter,
+        replace_data,
+        change_in_place,
+        load_the_layer,
+        take_a_step,
+        parametrize,
+    ),
+    ids=lambda f: f.__name__,
+)
+def test_changed_weights_are_noticed(change):
+    module, x = make()
+    with torch.no_grad():
+        before = module(x)
+    module.prepack(28, 28)
+    change(module)
+    with torch.no_grad():
+        out = module(x)
+        assert module._packed is not None
+        assert not torch.allclose(out, before)
+        assert torch.equal(out, module.unpack()(x))
+
+
+@torch.no_grad()
+def test_parameters_given_to_functional_call_are_used():
+    module, x = make()
+    module.prepack(28, 28)
+    others = {n: p * 2 for n, p in module.named_parameters()}
+    out = torch.func.functional_call(module, others, (x,))
+    assert torch.equal(out, torch.func.functional_call(module.unpack(), others, (x,)))
+    assert not torch.allclose(out, module(x))
 
 
 def test_a_call_that_may_ask_for_gradients_reads_the_weights():
@@ -155,6 +228,29 @@ def test_compiled():
     assert torch.equal(compiled(x), module(x))
 
 
+def test_an_exported_program_has_no_packed_weights(tmp_path):
+    """They hold for this process alone."""
+    module, x = make()
+    with torch.no_grad():
+        expected = module(x)
+    module.prepack(28, 28)
+    program = torch.export.export(module, (x,))
+    assert not program.constants
+    torch.export.save(program, tmp_path / "program.pt2")
+    with torch.no_grad():
+        assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("stage3", "stage4"))
+def test_more_samples_than_one_wave_holds(name):
+    module, _ = make(name)
+    size = CASES[name][-1]
+    x = torch.randn(22, CASES[name][0], size, size)
+    expected = module(x)
+    assert torch.equal(module.prepack(size, size)(x), expected)
+
+
 @torch.no_grad()
 def test_opcheck_with_packed_weights():
     module, x = make()
@@ -192,17 +288,43 @@ def test_a_model():
     assert model.first._packed is None and model.second._packed is None
 
 
-def test_a_model_in_training_mode_stays_unpacked():
-    model = Network()
-    model.first.eval()
-    with pytest.raises(RuntimeError, match="expected eval mode, got training mode"):
+def test_a_model_in_training_mode_is_not_called():
+    model = nn.Sequential(nn.BatchNorm2d(16), FusedPSAModule(16, 64, conv_groups=(1, 2, 4, 8)))
+    model[1].eval()
+    with pytest.raises(RuntimeError, match="expected a model in eval mode, got one in training"):
         epsa_fused.prepack(model, torch.randn(1, 16, 8, 8))
-    assert model.first._packed is None
+    assert model[1]._packed is None and not model[0].running_mean.any()
+    with pytest.raises(RuntimeError, match="expected eval mode, got training mode"):
+        model[1].train().prepack(8, 8)
+
+
+@torch.no_grad()
+def test_a_compiled_model_that_ran():
+    torch._dynamo.reset()
+    model, x = Network().eval(), torch.randn(2, 16, 20, 14)
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = compiled(x)
+    epsa_fused.prepack(compiled, x)
+    assert model.first._packed is not None
+    assert torch.equal(compiled(x), expected)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_model_that_is_called_by_keywords():
+    class Keywords(Network):
+        def forward(self, *, images):
+            return self.second(x=self.first(x=images))
+
+    model, x = Keywords().eval(), torch.randn(2, 16, 20, 14)
+    expected = model(images=x)
+    epsa_fused.prepack(model, images=x)
+    assert model.second._packed is not None and torch.equal(model(images=x), expected)
 
 
 def test_a_model_without_fused_modules():
     with pytest.raises(ValueError, match=r"expected a model whose call reaches a FusedPSAModule"):
-        epsa_fused.prepack(nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8))
+        epsa_fused.prepack(nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 8, 8))
 
 
 # ---- errors ----
@@ -225,7 +347,7 @@ def test_nothing_to_pack_for_float64():
 @pytest.mark.parametrize("size", ((0, 4), (4, -1)))
 def test_sizes_that_are_none(size):
     module, _ = make()
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=rf"at least 1, got {size[0]} and {size[1]}"):
         module.prepack(*size)
 
 
@@ -250,6 +372,9 @@ def test_bytes_of_something_else():
     block = packed.clone()
     block[40] = 77
     refused(r"packed has blocks of 77 for weights\[0\]", block)
+    branches = packed.clone()
+    branches[16:20] = torch.tensor([0, 0, 1, 0], dtype=torch.uint8)
+    refused("packed was made for .* expected .*; prepack again", branches)
     # other convolutions: another dtype, another kernel
     low = ([w.bfloat16() for w in convolutions[0]], *convolutions[1:])
     refused("made for .* Float, .* expected .* BFloat16, .*", packed, x.bfloat16(), low)

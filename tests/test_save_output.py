@@ -163,6 +163,30 @@ def test_compiled(backend):
     torch._dynamo.reset()
 
 
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    module, x = make("stride_2", save_output=True), make_x("stride_2")
+    module.se.fc1.bias = module.se.fc2.bias = None
+    expected = step(module, x)[1:]
+
+    grad = torch.randn((2, 128, 5, 7), generator=torch.Generator().manual_seed(2))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        module(x).backward(grad)
+    for leaf, value in zip([x, *module.parameters()], expected, strict=True):
+        torch.testing.assert_close(leaf.grad, value)
+    torch._dynamo.reset()
+
+
+def test_frozen_parameters_leave_nothing_to_save():
+    """The call without gradients, which also reads packed weights."""
+    module = make("stage1", save_output=True).eval().requires_grad_(False)
+    x = make_x("stage1").detach()
+    expected = module(x)
+    module.prepack(11, 56)
+    module.conv_1.weight.data.zero_()  # not seen by packed weights
+    assert torch.equal(module(x), expected)
+
+
 def test_under_autocast():
     module, x = make("stage1", save_output=True), make_x("stage1")
     with torch.autocast("cpu", dtype=torch.bfloat16):

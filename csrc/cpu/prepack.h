@@ -15,15 +15,21 @@ struct PrepackHeader {
     int32_t groups, kernel_h, kernel_w;
     int32_t block;  // the plan's; 0: a branch without kernels, that is not here
   } branch[kMaxBranches];
+  // The weights that were packed: where they lie, and how often they were changed.
+  struct Source {
+    const void* data;
+    int64_t version;
+  } source[kMaxBranches];
 
-  static constexpr int64_t kBytes = 192;  // with padding, to whole lines
+  static constexpr int64_t kBytes = 320;  // with padding, to whole lines
 
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(
-      const SpcProblem& p, const std::vector<Conv>& convs, Isa instructions)
+      const SpcProblem& p, const std::vector<Conv>& convs,
+      at::TensorList weights, Isa instructions)
       : PrepackHeader() {
-    std::memcpy(magic, "EPSA-SPC", sizeof(magic));
+    std::memcpy(magic, "EPSASPC1", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
     dtype = static_cast<int32_t>(p.dtype);
     branches = static_cast<int32_t>(p.S);
@@ -33,16 +39,29 @@ struct PrepackHeader {
       branch[s].groups = static_cast<int32_t>(convs[s].groups);
       branch[s].kernel_h = static_cast<int32_t>(convs[s].kernel_h);
       branch[s].kernel_w = static_cast<int32_t>(convs[s].kernel_w);
+      source[s].data = weights[s].const_data_ptr();
+      source[s].version = weights[s].is_inference() ? -1 : weights[s]._version();
     }
   }
 
-  // all but the blocks
+  // Are the convolutions the same, whatever their blocks?
+  bool same_convolutions(const PrepackHeader& other) const {
+    PrepackHeader a = *this, b = other;
+    for (int s = 0; s < kMaxBranches; ++s) {
+      a.branch[s].block = b.branch[s].block = 0;
+    }
+    return std::memcmp(&a, &b, offsetof(PrepackHeader, source)) == 0;
+  }
+  bool same_weights(const PrepackHeader& other) const {
+    return std::memcmp(source, other.source, sizeof(source)) == 0;
+  }
+
   std::string name() const {
     std::ostringstream out;
     out << epsa::cpu::name(static_cast<Isa>(isa)) << ", "
         << static_cast<at::ScalarType>(dtype) << ", " << in_channels << " to "
         << branches << " x " << channels << " channels";
-    for (int32_t s = 0; s < branches; ++s) {
+    for (int32_t s = 0; s < std::min(branches, kMaxBranches); ++s) {
       out << ", " << branch[s].kernel_h << "x" << branch[s].kernel_w << " of "
           << branch[s].groups << " groups";
     }
@@ -51,7 +70,8 @@ struct PrepackHeader {
 };
 static_assert(sizeof(PrepackHeader) <= PrepackHeader::kBytes);
 
-// The blocks of packed weights, which must have been made for what `expected` says.
+// What stands before packed weights, which must have been made for convolutions
+// as `expected` says.
 inline PrepackHeader read_prepacked(
     const char* op, const Tensor& packed, const PrepackHeader& expected) {
   TORCH_CHECK_VALUE(
@@ -73,7 +93,7 @@ inline PrepackHeader read_prepacked(
       std::memcmp(given.magic, expected.magic, sizeof(given.magic)) == 0, op,
       ": packed does not hold what spc_prepack returned");
   TORCH_CHECK_VALUE(
-      given.name() == expected.name(), op, ": packed was made for ",
+      given.same_convolutions(expected), op, ": packed was made for ",
       given.name(), ", expected ", expected.name(), "; prepack again");
   return given;
 }

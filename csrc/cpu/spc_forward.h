@@ -17,22 +17,25 @@ class ForwardBank {
     for (int64_t s = 0; s < p.S; ++s) {
       convs_.push_back(conv_of(p, weights[s], settings, s));
     }
-    PrepackHeader header(p, convs_, isa_);
+    header_ = PrepackHeader(p, convs_, weights, isa_);
+    // Packed weights that were changed or replaced since are left alone.
+    bool use_packed = false;
     if (prepacked) {
-      header = read_prepacked(op, *prepacked, header);
+      const PrepackHeader given = read_prepacked(op, *prepacked, header_);
+      use_packed = given.same_weights(header_);
+      header_ = use_packed ? given : header_;
     }
     for (int64_t s = 0; s < p.S; ++s) {
       const Tensor& w = weights[s];
       const Conv& conv = convs_[s];
-      const ConvPlan plan = plan_conv(
-          conv, p.dtype == at::kDouble, isa_, header.branch[s].block);
+      int32_t& block = header_.branch[s].block;
+      const ConvPlan plan = plan_conv(conv, p.dtype == at::kDouble, isa_, block);
       TORCH_CHECK_VALUE(
-          !prepacked ||
-              (plan.method != ConvMethod::library) == (header.branch[s].block > 0),
-          op, ": packed has blocks of ", header.branch[s].block, " for weights[",
-          s, "], expected one of this convolution's");
+          !use_packed || plan.block == block, op, ": packed has blocks of ",
+          block, " for weights[", s, "], expected one of this convolution's");
+      block = plan.block;
       plans_.push_back(plan);
-      weights_.push_back(evenly(w));
+      weights_.push_back(use_packed ? w : evenly(w));
       first_sums_.push_back(sums_);
       if (plan.method == ConvMethod::library) {
         continue;
@@ -53,7 +56,7 @@ class ForwardBank {
         }
       }
     }
-    if (prepacked) {
+    if (use_packed) {
       check_prepacked_size(op, *prepacked, weight_floats_);
       prepacked_ = *prepacked;
     }
@@ -67,11 +70,7 @@ class ForwardBank {
         at::kByte, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
     char* data = static_cast<char*>(bytes.mutable_data_ptr());
     std::memset(data, 0, PrepackHeader::kBytes);
-    PrepackHeader header(p_, convs_, isa_);
-    for (int64_t s = 0; s < p_.S; ++s) {
-      header.branch[s].block = plans_[s].block;
-    }
-    std::memcpy(data, static_cast<const void*>(&header), sizeof(header));
+    std::memcpy(data, static_cast<const void*>(&header_), sizeof(header_));
     Packed(plans_).fill(
         k_, convs_, plans_, conv_weights(), usable_threads(),
         reinterpret_cast<float*>(data + PrepackHeader::kBytes));
@@ -98,28 +97,28 @@ class ForwardBank {
       const Done& done) const {
     const int64_t threads = threads_for(flops_);
     const std::vector<ConvWeights> weights = conv_weights();
-    Run run{*this, x, feats, weights, pooled};
+    Call call{*this, x, feats, weights, pooled};
     Packed packed(plans_);
     if (prepacked_.defined()) {
       packed.data = reinterpret_cast<const float*>(
           static_cast<const char*>(prepacked_.const_data_ptr()) +
           PrepackHeader::kBytes);
-      run.packed = &packed;
+      call.packed = &packed;
     }
     if (weight_floats_ > kCacheFloats &&
         (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
-      by_unit(run, threads, done);
+      by_unit(call, threads, done);
       return;
     }
-    if (!run.packed) {
+    if (!call.packed) {
       packed = pack_weights(k_, convs_, plans_, weights, threads);
-      run.packed = &packed;
+      call.packed = &packed;
     }
     // Samples are dealt out whole; those that do not divide by the number of
     // threads are shared.
     const int64_t whole = p_.N - p_.N % threads;
-    by_sample(run, whole, threads, done);
-    shared(run, whole, threads, done);
+    by_sample(call, whole, threads, done);
+    shared(call, whole, threads, done);
   }
 
  private:
@@ -141,7 +140,7 @@ class ForwardBank {
   };
 
   // One call's steps.
-  struct Run {
+  struct Call {
     const ForwardBank& self;
     const Tensor& x;
     const std::vector<Tensor>& feats;
@@ -178,7 +177,7 @@ class ForwardBank {
       self.k_.convolve(
           conv, plan, scratch(image), unit_weights, task.unit, begin, end, strip,
           memory.lanes.get());
-      const epsa::cpu::Run run = unit_run(conv, plan, task.unit);
+      const Run run = unit_run(conv, plan, task.unit);
       const Tensor& feat = feats[task.branch];
       Image to = image_of(feat, n, run.first);
       to.data = static_cast<char*>(to.data) +
@@ -197,17 +196,17 @@ class ForwardBank {
   // Each thread its own samples, up to `count`: x stays in its cache.
   template <class Done>
   void by_sample(
-      const Run& run, int64_t count, int64_t threads, const Done& done) const {
+      const Call& call, int64_t count, int64_t threads, const Done& done) const {
     for_parts(count, threads, [&](int64_t begin, int64_t end) {
       const Floats image(image_floats()), sums(sums_);
       const Memory memory(*this);
       for (int64_t n = begin; n < end; ++n) {
-        run.pack(n, image.get(), 0, blocks());
+        call.pack(n, image.get(), 0, blocks());
         for (const Task& task : tasks_) {
-          run.task(
-              task, run.unit_weights(task), n, image.get(), sums.get(), memory);
+          call.task(
+              task, call.unit_weights(task), n, image.get(), sums.get(), memory);
         }
-        run.finish(n, sums.get());
+        call.finish(n, sums.get());
         done(n, 1);
       }
     });
@@ -216,7 +215,7 @@ class ForwardBank {
   // All threads share the samples from `first` on, strip by strip.
   template <class Done>
   void shared(
-      const Run& run, int64_t first, int64_t threads, const Done& done) const {
+      const Call& call, int64_t first, int64_t threads, const Done& done) const {
     const int64_t count = p_.N - first;
     const int64_t tasks = static_cast<int64_t>(tasks_.size());
     if (count == 0) {
@@ -224,20 +223,20 @@ class ForwardBank {
     }
     const Floats images(count * image_floats());
     const Floats sums(count * sums_);
-    pack_images(run, first, count, images.get(), threads);
+    pack_images(call, first, count, images.get(), threads);
     std::atomic<int64_t> next{0};
     for_parts(threads, threads, [&](int64_t, int64_t) {
       const Memory memory(*this);
       for (int64_t i; (i = next++) < count * tasks;) {
         const int64_t n = i / tasks;
         const Task& task = tasks_[i % tasks];
-        run.task(
-            task, run.unit_weights(task), first + n,
+        call.task(
+            task, call.unit_weights(task), first + n,
             images.get() + n * image_floats(), sums.get() + n * sums_, memory);
       }
     });
     for (int64_t n = 0; n < count; ++n) {
-      run.finish(first + n, sums.get() + n * sums_);
+      call.finish(first + n, sums.get() + n * sums_);
       done(first + n, threads);
     }
   }
@@ -245,7 +244,7 @@ class ForwardBank {
   // All threads share the units; a unit's weights are packed where they are used,
   // and stay in the cache for all samples of a wave.
   template <class Done>
-  void by_unit(const Run& run, int64_t threads, const Done& done) const {
+  void by_unit(const Call& call, int64_t threads, const Done& done) const {
     constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
     const int64_t wave =
         std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
@@ -254,22 +253,22 @@ class ForwardBank {
     const Floats sums(wave * sums_);
     for (int64_t first = 0; first < p_.N; first += wave) {
       const int64_t count = std::min(wave, p_.N - first);
-      pack_images(run, first, count, images.get(), threads);
+      pack_images(call, first, count, images.get(), threads);
       // some tasks for each thread, or they would end at very different times
       const int64_t parts =
           std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
       std::atomic<int64_t> next{0};
       for_parts(threads, threads, [&](int64_t, int64_t) {
         const Memory memory(*this);
-        const Floats own_weights(run.packed ? 0 : unit_weights_);
+        const Floats own_weights(call.packed ? 0 : unit_weights_);
         for (int64_t i; (i = next++) < units * parts;) {
           Task task = units_[i / parts];
           const ConvPlan& plan = plans_[task.branch];
           const float* weights =
-              run.packed ? run.unit_weights(task) : own_weights.get();
-          if (!run.packed) {
+              call.packed ? call.unit_weights(task) : own_weights.get();
+          if (!call.packed) {
             k_.pack_weights(
-                convs_[task.branch], plan, run.weights[task.branch], task.unit,
+                convs_[task.branch], plan, call.weights[task.branch], task.unit,
                 own_weights.get());
           }
           const int64_t part = i % parts;
@@ -277,7 +276,7 @@ class ForwardBank {
           for (int64_t n = part * count / parts; n < end; ++n) {
             for (task.strip = 0; task.strip < plan.strips(p_.out_h);
                  ++task.strip) {
-              run.task(
+              call.task(
                   task, weights, first + n,
                   images.get() + n * image_floats(), sums.get() + n * sums_,
                   memory);
@@ -287,7 +286,7 @@ class ForwardBank {
       });
       const bool alone = count < threads;
       for_each(count, alone ? 1 : threads, [&](int64_t n) {
-        run.finish(first + n, sums.get() + n * sums_);
+        call.finish(first + n, sums.get() + n * sums_);
         done(first + n, alone ? threads : 1);
       });
     }
@@ -309,11 +308,11 @@ class ForwardBank {
   }
 
   void pack_images(
-      const Run& run, int64_t first, int64_t count, float* images,
+      const Call& call, int64_t first, int64_t count, float* images,
       int64_t threads) const {
     for_each(count * blocks(), threads, [&](int64_t i) {
       const int64_t n = i / blocks(), block = i % blocks();
-      run.pack(first + n, images + n * image_floats(), block, block + 1);
+      call.pack(first + n, images + n * image_floats(), block, block + 1);
     });
   }
 
@@ -344,6 +343,7 @@ class ForwardBank {
   std::vector<Conv> convs_;
   std::vector<ConvPlan> plans_;
   std::vector<Tensor> weights_;
+  PrepackHeader header_;
   Tensor prepacked_;
   std::vector<int64_t> first_sums_;  // of a branch, among a sample's
   std::vector<Task> tasks_, units_;  // of the latter the strip is open
