@@ -102,6 +102,7 @@ def run(options: argparse.Namespace) -> list[dict] | None:
                 return None
             row = {"network": network, "seed": seed, "top1": result.accuracy.top1}
             row |= {"loss": result.accuracy.loss, "seconds": round(result.seconds, 1)}
+            row["images_per_s"] = images_per_second(config)
             row |= {"epochs": config.epochs, "parameters": parameters(config, data)}
             if "PSA" in network:
                 other = "reference" if config.psa == "fused" else "fused"
@@ -113,6 +114,12 @@ def run(options: argparse.Namespace) -> list[dict] | None:
         reference, fused = answers.values()
         rows[-1]["same_answers"] = (reference == fused).double().mean().item()
     return rows
+
+
+def images_per_second(config: Config) -> float:
+    """The median over the training's log, which a pause of the machine does not move."""
+    with (config.folder / "steps.csv").open(newline="") as file:
+        return statistics.median(float(row["images_per_s"]) for row in csv.DictReader(file))
 
 
 def parameters(config: Config, data: Data) -> int:
@@ -144,15 +151,19 @@ def summarize(rows: list[dict]) -> None:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
 
-    print("\n| network | parameters | held-out top-1, %: mean ± deviation | worst | s a training |")
-    print("|---|---|---|---|---|")
+    print(
+        "\n| network | parameters | held-out top-1, %: mean ± deviation | worst "
+        "| training, images/s | s |\n|---|---|---|---|---|---|"
+    )
     for network in NETWORKS:
         own = [row for row in rows if row["network"] == network]
         accuracies = [row["top1"] for row in own]
-        seconds = statistics.median(row["seconds"] for row in own)
+        speed, seconds = (
+            statistics.median(row[name] for row in own) for name in ("images_per_s", "seconds")
+        )
         print(
             f"| {network} | {own[0]['parameters']:,} | {spread(accuracies)} "
-            f"| {100 * min(accuracies):.2f} | {seconds:.0f} |"
+            f"| {100 * min(accuracies):.2f} | {speed:,.0f} | {seconds:.0f} |"
         )
     psa = [row for row in rows if "PSA" in row["network"]]
     moved = sum(row["top1"] != row["top1_in_other"] for row in psa)
