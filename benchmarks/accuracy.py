@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> list[dict] | None:
 def images_per_second(config: Config) -> float:
     """The median over the training's log, which a pause of the machine does not move."""
     with (config.folder / "steps.csv").open(newline="") as file:
-        return statistics.median(float(row["images_per_s"]) for row in csv.DictReader(file))
+        speeds = [float(row["images_per_s"]) for row in csv.DictReader(file)]
+    return round(statistics.median(speeds), 1)
 
 
 def parameters(config: Config, data: Data) -> int:
