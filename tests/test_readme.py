@@ -1,9 +1,11 @@
 """README.md: every block of Python and every command in it is run here, or named here with the
 reason why not."""
 
+import csv
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ NOT_RUN = {
     ".venv/bin/python benchmarks/branches.py": "minutes of timing",
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; test_train.py trains on a folder of images",
+    ".venv/bin/python benchmarks/accuracy.py": "twenty minutes; a short setting is run below",
     "make gpu-test": "needs a GPU",
     "make gpu-sanitize": "needs a GPU",
     "make gpu-bench": "needs a GPU",
@@ -214,6 +217,22 @@ def test_the_cpp_block(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip() == "[8, 1000]"
     assert (tmp_path / "logits.f32").stat().st_size == 8 * 1000 * 4
+
+
+def test_the_accuracy_table_gives_the_committed_results():
+    """benchmarks/accuracy.py wrote both."""
+    with (ROOT / "benchmarks" / "results" / "accuracy-digits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15
+    for network in ("SE", "PSA, reference", "PSA, fused"):
+        own = [row for row in rows if row["network"] == network]
+        top1 = [100 * float(row["top1"]) for row in own]
+        speed = statistics.median(float(row["images_per_s"]) for row in own)
+        row = (
+            f"| {network} | {int(own[0]['parameters']):,} | {statistics.mean(top1):.2f} ± "
+            f"{statistics.stdev(top1):.2f} | {min(top1):.2f} | {speed:,.0f} |"
+        )
+        assert row in README, row
 
 
 @pytest.mark.slow
