@@ -446,4 +446,4 @@ def test_short_is_what_the_command_line_gives(tmp_path):
 @pytest.mark.slow
 def test_the_digits_are_learned(tmp_path):
     result = train(Config.of("digits", out=str(tmp_path)))
-    assert result.accuracy.top1 >= 0.98  # about 99%; 0.2% are one image
+    assert result.accuracy.top1 >= 0.985  # about 99%; 0.2% are one image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import resource
@@ -167,10 +168,24 @@ def test_ctrl_c_saves_the_step_and_ends_the_run(tmp_path, uncut):
 
 
 def test_sigterm_does_too(tmp_path):
-    process = start(tmp_path, **LONG | {"checkpoint_every": 1000})
+    """Sent to the loading process as well, and twice: by a scheduler and by torchrun."""
+    process = start(tmp_path, **LONG | {"checkpoint_every": 1000, "workers": 1})
     wait_for_steps(process, tmp_path, 5)
+    os.killpg(process.pid, signal.SIGTERM)
     process.terminate()
     assert_saved_and_ended(process, tmp_path)
+
+
+def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
+    train(settings(tmp_path, epochs=1))
+    path = tmp_path / "checkpoint.pt"
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    torch.save(best | {"format": saved(tmp_path)["format"]}, path)
+    with pytest.raises(InputError, match="expected a checkpoint to resume from, got weights alone"):
+        train(settings(tmp_path, epochs=1, resume=True))
+    torch.save({"format": 1, "args": argparse.Namespace()}, path)
+    with pytest.raises(InputError, match="holds more than tensors and plain values"):
+        train(settings(tmp_path, epochs=1, resume=True))
 
 
 # ---- files ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import random
 import zipfile
 from pathlib import Path
@@ -65,6 +66,11 @@ def read(path: Path) -> dict[str, Any]:
         if damaged:
             raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: expected a checkpoint of this program, got a file that holds more than "
+            "tensors and plain values"
+        ) from error
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
         size = path.stat().st_size
         raise InputError(

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """A context in which the first SIGINT and SIGTERM set `pending`; the next has its usual effect.
+    """A context in which SIGINT and SIGTERM set `pending`; a second Ctrl-C has its usual effect.
 
-    Schedulers send SIGTERM before they take a machine away, and torchrun passes it on.
+    Schedulers send SIGTERM before they take a machine away, and torchrun passes it on: one that
+    signals every process reaches this one twice, so SIGTERM stays noted. SIGKILL remains.
     """
 
     def __init__(self) -> None:
@@ -28,4 +29,5 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.pending = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])

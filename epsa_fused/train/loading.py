@@ -128,10 +128,10 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent still needs batches to end well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # of the handlers that a forked worker inherits; DataLoader ends its workers by this signal
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C reaches every process of a terminal, torchrun's SIGTERM every one of a session; the
+    parent still needs batches to end well, and ends its workers without a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Speed:

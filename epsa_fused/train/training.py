@@ -261,6 +261,7 @@ class Training:
         loss = self._finite_mean_loss()
         self.scheduler.step()
         self.accuracy = result = self._evaluate()
+        self._check_loss(result.loss)  # of the weights that would be saved
         self.epoch += 1
         if self.logs is not None:
             self.logs.epoch(
@@ -395,6 +396,11 @@ class Training:
         """The one to go on from, checked; None for a new run."""
         if self.config.resume:
             saved = checkpoint.read(self.path)
+            if "optimizer" not in saved:
+                raise InputError(
+                    f"{self.path}: expected a checkpoint to resume from, got weights alone, "
+                    "as best.pt holds them"
+                )
             checkpoint.check_same(self.path, saved["run"], self._binding())
             return saved
         if self.path.exists():
@@ -406,7 +412,10 @@ class Training:
 
     def _save(self) -> None:
         """Together: every process takes part."""
-        self._finite_mean_loss()  # never over a good one
+        # never over a good one, as far as can be seen without another step
+        self._finite_mean_loss()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            self._check_loss(float("nan"))
         own = {
             "random": checkpoint.random_state(self.device),
             "loss_sum": self.loss_sum.cpu(),
