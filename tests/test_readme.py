@@ -32,7 +32,7 @@ NOT_RUN = {
     ".venv/bin/python benchmarks/branches.py": "minutes of timing",
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; test_train.py trains on a folder of images",
-    ".venv/bin/python benchmarks/accuracy.py": "twenty minutes; a short setting is run below",
+    ".venv/bin/python benchmarks/accuracy.py": "half an hour; a short setting is run below",
     "make gpu-test": "needs a GPU",
     "make gpu-sanitize": "needs a GPU",
     "make gpu-bench": "needs a GPU",
