@@ -193,7 +193,9 @@ def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
 
 def write_for_ever(path) -> None:
     for i in range(1, 10**9):
-        checkpoint.write(path, {"format": 1, "first": torch.full((10**6,), i), "second": i})
+        # by numpy: torch's threads do not survive the fork
+        first = torch.from_numpy(np.full(10**6, i))
+        checkpoint.write(path, {"format": 1, "first": first, "second": i})
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
@@ -201,10 +203,13 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     checkpoint.write(path, {"format": 1, "first": torch.zeros(10**6), "second": 0})
     seen, partial = set(), 0
     for i in range(12):
-        # forked: it is at its first save within milliseconds
+        before = path.stat().st_mtime_ns
         process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
         process.start()
-        time.sleep(0.05 + 0.007 * i)
+        deadline = time.monotonic() + 60
+        while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.003 * i)  # into the next save
         process.kill()
         process.join()
         partial += (tmp_path / "checkpoint.pt.partial").exists()
