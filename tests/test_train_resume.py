@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -191,33 +190,69 @@ def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
 # ---- files ----
 
 
-def write_for_ever(path) -> None:
-    for i in range(1, 10**9):
-        # by numpy: torch's threads do not survive the fork
-        first = torch.from_numpy(np.full(10**6, i))
-        checkpoint.write(path, {"format": 1, "first": first, "second": i})
+def save_and_die(path, state, moment) -> None:
+    """Save, and be killed before or after one of the calls, or once so many bytes are written."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if isinstance(moment, int):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends the process as SIGKILL does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (moment, moment))
+    else:
+        when, name, count = moment
+        call = getattr(os, name)
+        calls = iter(range(1, 100))
+
+        def dies(*args, **kwargs):
+            this = next(calls) == count
+            if this and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*args, **kwargs)
+            if this:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, name, dies)
+    checkpoint.write(path, state)
 
 
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "second"),
+    [
+        (0, 0),
+        (1, 0),
+        (100_000, 0),
+        (4_000_000, 0),
+        (("before", "fsync", 1), 0),
+        (("after", "fsync", 1), 0),
+        (("before", "replace", 1), 0),
+        (("after", "replace", 1), 1),
+        (("before", "fsync", 2), 1),
+    ],
+    ids=str,
+)
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, moment, second):
+    """The one before or, from the renaming on, the new one; and the next save works."""
     path = tmp_path / "checkpoint.pt"
-    checkpoint.write(path, {"format": 1, "first": torch.zeros(10**6), "second": 0})
-    seen, partial = set(), 0
-    for i in range(12):
-        before = path.stat().st_mtime_ns
-        process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
-        process.start()
-        deadline = time.monotonic() + 60
-        while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.003 * i)  # into the next save
-        process.kill()
-        process.join()
-        partial += (tmp_path / "checkpoint.pt.partial").exists()
-        state = checkpoint.read(path)
-        assert (state["first"] == state["second"]).all()
-        seen.add(state["second"])
-    assert len(seen) > 1, "no save ended before the kill"
-    assert partial, "no kill fell into a save"
+
+    def state(i):
+        # by numpy: torch's threads do not survive the fork
+        return {"format": 1, "first": torch.from_numpy(np.full(10**6, i)), "second": i}
+
+    def whole(i):
+        saved = checkpoint.read(path)
+        return saved["second"] == i and (saved["first"] == i).all()
+
+    checkpoint.write(path, state(0))
+    process = multiprocessing.get_context("fork").Process(
+        target=save_and_die, args=(path, state(1), moment)
+    )
+    process.start()
+    process.join(120)
+    expected = signal.SIGXFSZ if isinstance(moment, int) else signal.SIGKILL
+    assert process.exitcode == -expected
+    assert whole(second)
+    checkpoint.write(path, state(2))
+    assert whole(2)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
