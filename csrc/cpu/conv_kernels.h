@@ -38,7 +38,7 @@ struct ConvKernels {
   int lanes;  // L
 
   // floats of the scratch memory of a call of convolve
-  int64_t (*lane_floats)(const ConvPlan&);
+  int64_t (*lane_floats)(const Conv&, const ConvPlan&);
   // source -> the scratch with its padding, blocks of L channels [begin, end)
   void (*pack_image)(
       const Image& source, int64_t channels, int64_t width, const Scratch&,
@@ -47,10 +47,13 @@ struct ConvKernels {
   void (*pack_weights)(
       const Conv&, const ConvPlan&, const ConvWeights&, int64_t unit,
       float* packed);
-  // The sums of one unit, output rows [begin, end).
-  void (*convolve)(
+  // The sums of one unit, output rows [begin, end), over the input channels of its
+  // group from `channel` on to the one that it returns: ic() at the end. From
+  // channels > 0 on it adds to the sums.
+  int64_t (*convolve)(
       const Conv&, const ConvPlan&, const Scratch&, const float* packed,
-      int64_t unit, int64_t begin, int64_t end, const Sums&, float* lanes);
+      int64_t unit, int64_t channel, int64_t begin, int64_t end, const Sums&,
+      float* lanes);
   // sums -> destination, and where `totals` is not null their sums over the
   // pixels, before any rounding
   void (*unpack)(

@@ -102,10 +102,11 @@ EPSA_FN void pin(V& v) {
 struct Tile {
   const float* x;  // the first pixel under the kernel's first tap
   int64_t row, step;  // floats from tap to tap, vertically and horizontally
-  const float* w;  // [kernel_h][kernel_w][channels][B * L]
-  int64_t kernel_w;
+  const float* w;  // [vectors][kernel_h][kernel_w][channels][B * L]
+  int64_t kernel_h, kernel_w;
   int64_t first_row, last_row;  // the kernel's rows that lie in the image
   int64_t channels;  // broadcast: input channels, one lane each; dot: 1
+  int64_t vectors, vector;  // dot: vectors of channels, floats to the next; else 1
   float* sums;  // of the first pixel
   int64_t pitch;  // of sums, from pixel to pixel
   bool add;  // to the sums that are there?
@@ -173,58 +174,88 @@ EPSA_FN void store_sums(const V (&acc)[P][B], const Tile& t) {
   }
 }
 
+// The kernel's rows that lie in the image, over one vector (dot) or lane by lane
+// over some channels of one (broadcast).
 template <int P, int B, int S, bool kDot>
-void tile(const Tile& t) {
-  V acc[P][B];
-  load_sums(acc, t);
+EPSA_FN void add_rows(
+    V (&acc)[P][B], const Tile& t, const float* x, const float* w) {
   const int64_t taps = t.kernel_w, channels = kDot ? 1 : t.channels;
-  const float* w = t.w + t.first_row * taps * channels * B * L;
-  const float* row = t.x + t.first_row * t.row;
+  w += t.first_row * taps * channels * B * L;
+  const float* row = x + t.first_row * t.row;
   for (int64_t ky = t.first_row; ky < t.last_row; ++ky, row += t.row) {
-    const float* x = row;
-    for (int64_t kx = 0; kx < taps; ++kx, x += t.step) {
+    const float* under = row;
+    for (int64_t kx = 0; kx < taps; ++kx, under += t.step) {
       if constexpr (kDot) {
-        add_tap<0, P, P, B, S, kDot>(acc, x, w);
+        add_tap<0, P, P, B, S, kDot>(acc, under, w);
         w += B * L;
       } else {
         for (int64_t c = 0; c < channels; ++c, w += B * L) {
-          add_tap<0, P, P, B, S, kDot>(acc, x + c, w);
+          add_tap<0, P, P, B, S, kDot>(acc, under + c, w);
         }
       }
     }
   }
+}
+
+template <int P, int B, int S, bool kDot>
+void tile(const Tile& t) {
+  V acc[P][B];
+  load_sums(acc, t);
+  if constexpr (kDot) {
+    const int64_t weights = t.kernel_h * t.kernel_w * B * L;
+    for (int64_t m = 0; m < t.vectors; ++m) {
+      add_rows<P, B, S, kDot>(acc, t, t.x + m * t.vector, t.w + m * weights);
+    }
+  } else {
+    add_rows<P, B, S, kDot>(acc, t, t.x, t.w);
+  }
   store_sums(acc, t);
 }
 
-// A tile that is a whole row of an image as wide as its output, of which no pixel
-// outside is multiplied: a third of the work of a 9 x 9 kernel on 7 pixels.
+// A tile that is a whole row of the output of an image S times as wide, of which no
+// pixel outside is multiplied: a third of the work of a 9 x 9 kernel on 7 pixels.
 constexpr int clamp(int x, int low, int high) {
   return x < low ? low : x > high ? high : x;
 }
 
-template <int K, int kTap, int P, int B, bool kDot>
+template <int K, int kTap, int P, int B, int S, bool kDot>
 EPSA_FN void add_row_taps(
     V (&acc)[P][B], const float* x, const float* w, int64_t channels) {
   if constexpr (kTap < K) {
-    constexpr int kFrom = clamp(K / 2 - kTap, 0, P);
-    constexpr int kTo = clamp(P + K / 2 - kTap, 0, P);
+    // pixel p meets column S * p + kTap - K / 2 of S * P, rounded up
+    constexpr int kFrom = clamp((K / 2 - kTap + S - 1) / S, 0, P);
+    constexpr int kTo = clamp((S * P + K / 2 - kTap + S - 1) / S, 0, P);
     for (int64_t c = 0; c < channels; ++c, w += B * L) {
-      add_tap<kFrom, kTo, P, B, 1, kDot>(acc, x + kTap * L + c, w);
+      add_tap<kFrom, kTo, P, B, S, kDot>(acc, x + kTap * L + c, w);
     }
-    add_row_taps<K, kTap + 1, P, B, kDot>(acc, x, w, channels);
+    add_row_taps<K, kTap + 1, P, B, S, kDot>(acc, x, w, channels);
   }
 }
 
-template <int K, int P, int B, bool kDot>
+template <int K, int P, int B, int S, bool kDot>
+EPSA_FN void add_whole_rows(
+    V (&acc)[P][B], const Tile& t, const float* x, const float* w) {
+  const int64_t channels = kDot ? 1 : t.channels;
+  w += t.first_row * K * channels * B * L;
+  x += t.first_row * t.row;
+  for (int64_t ky = t.first_row; ky < t.last_row; ++ky, x += t.row) {
+    add_row_taps<K, 0, P, B, S, kDot>(acc, x, w, channels);
+    w += K * channels * B * L;
+  }
+}
+
+template <int K, int P, int B, int S, bool kDot>
 void row_tile(const Tile& t) {
   V acc[P][B];
   load_sums(acc, t);
-  const int64_t channels = kDot ? 1 : t.channels;
-  const float* w = t.w + t.first_row * K * channels * B * L;
-  const float* x = t.x + t.first_row * t.row;
-  for (int64_t ky = t.first_row; ky < t.last_row; ++ky, x += t.row) {
-    add_row_taps<K, 0, P, B, kDot>(acc, x, w, channels);
-    w += K * channels * B * L;
+  if constexpr (kDot) {
+    const int64_t weights = t.kernel_h * K * B * L;
+    for (int64_t m = 0; m < t.vectors; ++m) {
+      add_whole_rows<K, P, B, S, kDot>(
+          acc, t, t.x + m * t.vector, t.w + m * weights);
+    }
+  } else {
+    add_whole_rows<K, P, B, S, kDot>(acc, t, t.x, t.w);
   }
   store_sums(acc, t);
 }
@@ -257,24 +288,27 @@ const TileFunction kTiles[kMaxStride][2][4][8] = {
 // Those of EPSANet's maps of 7 and 14 pixels.
 constexpr int kRowKernels[] = {3, 5, 7, 9}, kRowPixels[] = {7, 14};
 
-template <int K, int P, int B, bool kDot>
+template <int K, int P, int B, int S, bool kDot>
 constexpr TileFunction row_tile_if_fits() {
   if constexpr (fits(P, B, L)) {
-    return row_tile<K, P, B, kDot>;
+    return row_tile<K, P, B, S, kDot>;
   } else {
     return nullptr;
   }
 }
 
-#define EPSA_KERNELS(P, B, D)                                              \
-  {row_tile_if_fits<3, P, B, D>(), row_tile_if_fits<5, P, B, D>(),         \
-   row_tile_if_fits<7, P, B, D>(), row_tile_if_fits<9, P, B, D>()}
+#define EPSA_KERNELS(P, B, S, D)                                           \
+  {row_tile_if_fits<3, P, B, S, D>(), row_tile_if_fits<5, P, B, S, D>(),   \
+   row_tile_if_fits<7, P, B, S, D>(), row_tile_if_fits<9, P, B, S, D>()}
+#define EPSA_BLOCKS(P, S, D) {EPSA_KERNELS(P, 1, S, D), EPSA_KERNELS(P, 2, S, D)}
 // Dot's of 14 pixels would be too long for the cache of decoded instructions:
 // slower by a sixth.
-const TileFunction kRowTiles[2][2][2][4] = {
-    {{EPSA_KERNELS(7, 1, false), EPSA_KERNELS(7, 2, false)},
-     {EPSA_KERNELS(14, 1, false), EPSA_KERNELS(14, 2, false)}},
-    {{EPSA_KERNELS(7, 1, true), EPSA_KERNELS(7, 2, true)}, {{}, {}}}};
+const TileFunction kRowTiles[kMaxStride][2][2][2][4] = {
+    {{EPSA_BLOCKS(7, 1, false), EPSA_BLOCKS(14, 1, false)},
+     {EPSA_BLOCKS(7, 1, true), {{}, {}}}},
+    {{EPSA_BLOCKS(7, 2, false), EPSA_BLOCKS(14, 2, false)},
+     {EPSA_BLOCKS(7, 2, true), {{}, {}}}}};
+#undef EPSA_BLOCKS
 #undef EPSA_KERNELS
 
 // The place of x in a list, or its length.
@@ -292,10 +326,11 @@ TileFunction tile_function(const Conv& conv, const ConvPlan& plan) {
   const int block = place(kBlocks, plan.block);
   const int kernel = place(kRowKernels, conv.kernel_w);
   const int pixels = place(kRowPixels, plan.pixels);
-  if (kernel < 4 && pixels < 2 && block < 2 && conv.stride == 1 &&
-      conv.dilation == 1 && conv.width == plan.pixels &&
+  if (kernel < 4 && pixels < 2 && block < 2 && conv.dilation == 1 &&
+      conv.width == conv.stride * plan.pixels &&
       conv.out_width == plan.pixels && conv.padding_w == conv.kernel_w / 2) {
-    if (const TileFunction row = kRowTiles[dot][pixels][block][kernel]) {
+    if (const TileFunction row =
+            kRowTiles[conv.stride - 1][dot][pixels][block][kernel]) {
       return row;
     }
   }
@@ -530,23 +565,34 @@ EPSA_FN Row row_of(const Conv& conv, const Scratch& s, int64_t block, int64_t h)
   const int64_t top = h * conv.stride - conv.padding_h;  // of the image
   const int64_t above = greater(0, -top);
   const int64_t below = greater(0, conv.height - top);
+  const int64_t d = conv.dilation;  // seldom but 1, and divisions are slow
   return {
-      lesser(conv.kernel_h, pieces(above, conv.dilation)),
-      lesser(conv.kernel_h, pieces(below, conv.dilation)),
+      lesser(conv.kernel_h, d == 1 ? above : pieces(above, d)),
+      lesser(conv.kernel_h, d == 1 ? below : pieces(below, d)),
       s.data +
           ((block * s.height + top) * s.width + s.border - conv.padding_w) * L};
 }
 
+// The tiles of a column: all rows of it follow each other, so that the rows of a
+// kernel stay in the first cache, as those of a wide image would not.
+constexpr int64_t kColumn = 28;  // pixels of the image
+
+EPSA_FN int64_t column_width(const Conv& conv, const ConvPlan& plan) {
+  return greater(1, kColumn / (conv.stride * plan.pixels)) * plan.pixels;
+}
+
+// Pixels [begin, end) of one output row, whole tiles; t.sums are the first one's.
 EPSA_FN void do_row(
     const Conv& conv, const ConvPlan& plan, const Scratch& s, TileFunction tile,
-    const Row& row, Tile& t) {
+    const Row& row, int64_t begin, int64_t end, Tile& t) {
   t.row = conv.dilation * s.width * L;
   t.step = conv.dilation * L;
+  t.kernel_h = conv.kernel_h;
   t.kernel_w = conv.kernel_w;
   t.first_row = row.first_tap;
   t.last_row = row.last_tap;
-  t.x = row.x;
-  for (int64_t w = 0; w < plan.buffer_width; w += plan.pixels) {
+  t.x = row.x + begin * conv.stride * L;
+  for (int64_t w = begin; w < end; w += plan.pixels) {
     tile(t);
     t.x += plan.pixels * conv.stride * L;
     t.sums += plan.pixels * t.pitch;
@@ -602,29 +648,31 @@ ReduceRow reduce_row_of(int64_t run) {
   }
 }
 
-void convolve(
+int64_t convolve(
     const Conv& conv, const ConvPlan& plan, const Scratch& s,
-    const float* packed, int64_t unit, int64_t begin, int64_t end,
+    const float* packed, int64_t unit, int64_t c, int64_t begin, int64_t end,
     const Sums& sums, float* lane_sums) {
   const TileFunction tile = tile_function(conv, plan);
   const int64_t ic = conv.ic(), oc = conv.oc();
+  const int64_t column = column_width(conv, plan);
   Tile t{};
   if (plan.method == ConvMethod::broadcast) {
     const int64_t c0 = unit_run(conv, plan, unit).first / oc * ic;
+    const int64_t lane = (c0 + c) % L;
+    t.channels = lesser(L - lane, ic - c);
+    t.w = packed + c * conv.taps() * plan.unit_channels;
     t.pitch = sums.pixel_stride;
-    for (int64_t c = 0; c < ic; c += t.channels) {
-      const int64_t lane = (c0 + c) % L;
-      t.channels = lesser(L - lane, ic - c);
-      t.w = packed + c * conv.taps() * plan.unit_channels;
-      t.add = sums.add || c > 0;
+    t.add = sums.add || c > 0;
+    for (int64_t w = 0; w < plan.buffer_width; w += column) {
+      const int64_t behind = lesser(w + column, plan.buffer_width);
       for (int64_t h = begin; h < end; ++h) {
         Row row = row_of(conv, s, (c0 + c) / L, h);
         row.x += lane;
-        t.sums = sums.data + (h - begin) * sums.row_stride;
-        do_row(conv, plan, s, tile, row, t);
+        t.sums = sums.data + (h - begin) * sums.row_stride + w * t.pitch;
+        do_row(conv, plan, s, tile, row, w, behind, t);
       }
     }
-    return;
+    return c + t.channels;
   }
   const DotLanes lanes(conv, L);
   const ReduceRow reduce = reduce_row_of(lanes.run);
@@ -632,36 +680,45 @@ void convolve(
   const int64_t clusters = plan.unit_channels / outputs;
   const int64_t all_clusters = lanes.clusters(conv);
   t.channels = 1;
+  t.vectors = lanes.vectors;
+  t.vector = s.height * s.width * L;
   t.pitch = plan.block * L;
+  // narrow rows are reduced together, where their sums are one run of pixels
+  const bool dense = column >= plan.buffer_width &&
+      sums.row_stride == plan.buffer_width * sums.pixel_stride;
+  const int64_t rows = dense ? greater(1, kColumn / plan.buffer_width) : 1;
   for (int64_t k = 0; k < clusters; ++k) {
     const int64_t cluster = unit * clusters + k;
     if (cluster == all_clusters) {
       break;
     }
     for (int64_t o = 0; o < oc; o += plan.block) {
-      const float* w =
-          packed + (k * oc + o) * lanes.vectors * conv.taps() * L;
-      for (int64_t h = begin; h < end; ++h) {
-        for (int64_t m = 0; m < lanes.vectors; ++m) {
-          t.w = w + m * plan.block * conv.taps() * L;
-          t.add = m > 0;
+      t.w = packed + (k * oc + o) * lanes.vectors * conv.taps() * L;
+      for (int64_t first = 0; first < plan.buffer_width; first += column) {
+        const int64_t behind = lesser(first + column, plan.buffer_width);
+        const int64_t width = behind - first;
+        for (int64_t h = begin; h < end;) {
           t.sums = lane_sums;
-          do_row(
-              conv, plan, s, tile,
-              row_of(conv, s, cluster * lanes.vectors + m, h), t);
+          const int64_t h0 = h;
+          for (; h < lesser(h0 + rows, end); ++h) {
+            const Row row = row_of(conv, s, cluster * lanes.vectors, h);
+            do_row(conv, plan, s, tile, row, first, behind, t);
+          }
+          reduce(
+              lane_sums, (h - h0) * width, plan.block, oc,
+              sums.data + (h0 - begin) * sums.row_stride +
+                  first * sums.pixel_stride + k * outputs + o,
+              sums.pixel_stride, sums.add);
         }
-        reduce(
-            lane_sums, plan.buffer_width, plan.block, oc,
-            sums.data + (h - begin) * sums.row_stride + k * outputs + o,
-            sums.pixel_stride, sums.add);
       }
     }
   }
+  return ic;
 }
 
-int64_t lane_floats(const ConvPlan& plan) {
+int64_t lane_floats(const Conv& conv, const ConvPlan& plan) {
   return plan.method == ConvMethod::dot
-      ? (plan.buffer_width + L) * plan.block * L
+      ? (greater(kColumn, column_width(conv, plan)) + L) * plan.block * L
       : 0;
 }
 

@@ -110,11 +110,14 @@ class InputGrad {
     for (const auto& [b, unit] : part.units[range]) {
       const ConvPlan& plan = part.plans[b];
       const int64_t first = unit_run(part.convs[b], plan, unit).first;
-      k_.convolve(
-          part.convs[b], plan, grads(part.branches[b]),
-          part.packed.unit(b, plan, unit), unit, begin, end,
-          {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
-          lane_sums);
+      const Conv& conv = part.convs[b];
+      for (int64_t c = 0; c < conv.ic();) {
+        c = k_.convolve(
+            conv, plan, grads(part.branches[b]), part.packed.unit(b, plan, unit),
+            unit, c, begin, end,
+            {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
+            lane_sums);
+      }
     }
     Image to = image_of(grad_x, n, range * part.range);
     to.data = static_cast<char*>(to.data) +
@@ -166,7 +169,7 @@ class InputGrad {
             std::max(part.pitch, first % part.range + plan.unit_channels);
       }
       width = std::max(width, plan.buffer_width);
-      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plan));
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(part.convs[b], plan));
     }
     part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
     part.row = width * part.pitch;

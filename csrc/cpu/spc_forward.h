@@ -41,10 +41,11 @@ class ForwardBank {
         continue;
       }
       const int64_t strips = plan.strips(p.out_h);
+      strips_ = std::max(strips_, strips);
       sums_ += strips * p.C;
       buffer_ = std::max(
           buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
-      lane_floats_ = std::max(lane_floats_, k_.lane_floats(plan));
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(conv, plan));
       unit_weights_ = std::max(unit_weights_, plan.unit_weights);
       weight_floats_ += plan.units * plan.unit_weights;
       flops_ += flops_of(p, conv);
@@ -132,11 +133,11 @@ class ForwardBank {
     int64_t unit, strip;
   };
 
-  // A thread's scratch memory.
+  // A thread's scratch memory: tile buffers and lanes.
   struct Memory {
     Floats buffer, lanes;
-    explicit Memory(const ForwardBank& f)
-        : buffer(f.buffer_), lanes(f.lane_floats_) {}
+    explicit Memory(const ForwardBank& f, int64_t buffers = 1)
+        : buffer(buffers * f.buffer_), lanes(f.lane_floats_) {}
   };
 
   // One call's steps.
@@ -166,25 +167,52 @@ class ForwardBank {
     void task(
         const Task& task, const float* unit_weights, int64_t n, float* image,
         float* sums, const Memory& memory) const {
+      const int64_t channels = self.convs_[task.branch].ic();
+      for (int64_t c = 0; c < channels;) {
+        c = convolve(
+            task, unit_weights, c, image, memory.buffer.get(),
+            memory.lanes.get());
+      }
+      unpack(task, n, memory.buffer.get(), sums);
+    }
+
+    // From channel c on to the one that it returns.
+    int64_t convolve(
+        const Task& task, const float* unit_weights, int64_t c, float* image,
+        float* buffer, float* lanes) const {
+      const auto [begin, end] = rows(task);
+      return self.k_.convolve(
+          self.convs_[task.branch], self.plans_[task.branch], scratch(image),
+          unit_weights, task.unit, c, begin, end, strip_sums(task, buffer),
+          lanes);
+    }
+
+    void unpack(
+        const Task& task, int64_t n, float* buffer, float* sums) const {
       const SpcProblem& p = self.p_;
-      const Conv& conv = self.convs_[task.branch];
-      const ConvPlan& plan = self.plans_[task.branch];
-      const int64_t begin = task.strip * plan.strip;
-      const int64_t end = std::min(begin + plan.strip, p.out_h);
-      const Sums strip{
-          memory.buffer.get(), plan.buffer_width * plan.unit_pitch,
-          plan.unit_pitch, /*add=*/false};
-      self.k_.convolve(
-          conv, plan, scratch(image), unit_weights, task.unit, begin, end, strip,
-          memory.lanes.get());
-      const Run run = unit_run(conv, plan, task.unit);
+      const auto [begin, end] = rows(task);
+      const Run run = unit_run(
+          self.convs_[task.branch], self.plans_[task.branch], task.unit);
       const Tensor& feat = feats[task.branch];
       Image to = image_of(feat, n, run.first);
       to.data = static_cast<char*>(to.data) +
           begin * to.row_stride * feat.element_size();
       self.k_.unpack(
-          strip, run.count, end - begin, p.out_w, to,
+          strip_sums(task, buffer), run.count, end - begin, p.out_w, to,
           sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
+    }
+
+    Sums strip_sums(const Task& task, float* buffer) const {
+      const ConvPlan& plan = self.plans_[task.branch];
+      return {
+          buffer, plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
+          /*add=*/false};
+    }
+
+    std::pair<int64_t, int64_t> rows(const Task& task) const {
+      const int64_t strip = self.plans_[task.branch].strip;
+      const int64_t begin = task.strip * strip;
+      return {begin, std::min(begin + strip, self.p_.out_h)};
     }
 
     // sums of sample n -> its means
@@ -242,10 +270,11 @@ class ForwardBank {
   }
 
   // All threads share the units; a unit's weights are packed where they are used,
-  // and stay in the cache for all samples of a wave.
+  // and those of a vector of input channels serve all samples of a wave before the
+  // next ones': neither they nor the images need a large cache.
   template <class Done>
   void by_unit(const Call& call, int64_t threads, const Done& done) const {
-    constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
+    constexpr int64_t kWaveFloats = 1 << 21;  // of packed images
     const int64_t wave =
         std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
     const int64_t units = static_cast<int64_t>(units_.size());
@@ -259,29 +288,42 @@ class ForwardBank {
           std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
       std::atomic<int64_t> next{0};
       for_parts(threads, threads, [&](int64_t, int64_t) {
-        const Memory memory(*this);
+        const Memory memory(*this, (count + parts - 1) / parts * strips_);
         const Floats own_weights(call.packed ? 0 : unit_weights_);
         for (int64_t i; (i = next++) < units * parts;) {
-          Task task = units_[i / parts];
-          const ConvPlan& plan = plans_[task.branch];
+          const Task& unit = units_[i / parts];
           const float* weights =
-              call.packed ? call.unit_weights(task) : own_weights.get();
+              call.packed ? call.unit_weights(unit) : own_weights.get();
           if (!call.packed) {
             k_.pack_weights(
-                convs_[task.branch], plan, call.weights[task.branch], task.unit,
-                own_weights.get());
+                convs_[unit.branch], plans_[unit.branch],
+                call.weights[unit.branch], unit.unit, own_weights.get());
           }
           const int64_t part = i % parts;
+          const int64_t begin = part * count / parts;
           const int64_t end = (part + 1) * count / parts;
-          for (int64_t n = part * count / parts; n < end; ++n) {
-            for (task.strip = 0; task.strip < plan.strips(p_.out_h);
-                 ++task.strip) {
-              call.task(
-                  task, weights, first + n,
-                  images.get() + n * image_floats(), sums.get() + n * sums_,
-                  memory);
+          // f(task, n, its buffer) for each sample n of the wave and each strip
+          const auto each = [&](const auto& f) {
+            float* buffer = memory.buffer.get();
+            for (int64_t n = begin; n < end; ++n) {
+              Task task = unit;
+              const int64_t strips = plans_[unit.branch].strips(p_.out_h);
+              for (; task.strip < strips; ++task.strip, buffer += buffer_) {
+                f(task, n, buffer);
+              }
             }
+          };
+          const int64_t channels = convs_[unit.branch].ic();
+          for (int64_t from = 0, to = 0; from < channels; from = to) {
+            each([&](const Task& task, int64_t n, float* buffer) {
+              to = call.convolve(
+                  task, weights, from, images.get() + n * image_floats(), buffer,
+                  memory.lanes.get());
+            });
           }
+          each([&](const Task& task, int64_t n, float* buffer) {
+            call.unpack(task, first + n, buffer, sums.get() + n * sums_);
+          });
         }
       });
       const bool alone = count < threads;
@@ -349,6 +391,7 @@ class ForwardBank {
   std::vector<Task> tasks_, units_;  // of the latter the strip is open
   ScratchSize size_;
   int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
+  int64_t strips_ = 0;  // of one sample at most
   int64_t unit_weights_ = 0, weight_floats_ = 0;  // of one unit at most, of all
   double flops_ = 0;
 };

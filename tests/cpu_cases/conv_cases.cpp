@@ -269,15 +269,17 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
     for (int64_t strip = 0; strip < strips; ++strip) {
       const auto buffer = floats(
           plan.strip * plan.buffer_width * plan.unit_pitch, kNan);
-      const auto lanes = floats(kernels.lane_floats(plan), kNan);
+      const auto lanes = floats(kernels.lane_floats(c, plan), kNan);
       const int64_t begin = strip * plan.strip;
       const int64_t end = std::min(begin + plan.strip, H);
       const Sums strip_sums{
           buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
           /*add=*/false};
-      kernels.convolve(
-          c, plan, scratch, packed.get(), unit, begin, end, strip_sums,
-          lanes.get());
+      for (int64_t i = 0; i < c.ic();) {
+        i = kernels.convolve(
+            c, plan, scratch, packed.get(), unit, i, begin, end, strip_sums,
+            lanes.get());
+      }
       float* unit_sums = sums.get() + strip * c.out_channels + run.first;
       kernels.unpack(
           strip_sums, run.count, end - begin, W, out.image(run.first, begin),
@@ -448,13 +450,15 @@ void check_input_grad(const Case& k, Isa isa) {
     kernels.pack_weights(phase, plan, weights.turned(), unit, packed.get());
     const auto buffer = floats(
         c.height * plan.buffer_width * plan.unit_pitch, 0.0f);
-    const auto lanes = floats(kernels.lane_floats(plan), kNan);
+    const auto lanes = floats(kernels.lane_floats(phase, plan), kNan);
     const Sums sums{
         buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
         /*add=*/true};
-    kernels.convolve(
-        phase, plan, scratch, packed.get(), unit, 0, c.height, sums,
-        lanes.get());
+    for (int64_t o = 0; o < phase.ic();) {
+      o = kernels.convolve(
+          phase, plan, scratch, packed.get(), unit, o, 0, c.height, sums,
+          lanes.get());
+    }
     const Run run = unit_run(phase, plan, unit);
     kernels.unpack(
         sums, run.count, c.height, c.width, result.image(run.first), nullptr);
