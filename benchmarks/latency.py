@@ -34,7 +34,16 @@ from epsa_fused import _C
 sys.path.insert(0, str(Path(__file__).parent))
 from chart import draw
 from measure import memory_and_launches, ratio, settle_allocator, time_in_turn
-from opponents import BRANCHES, DTYPES, LAYOUTS, Case, contenders, make_copy, make_runner
+from opponents import (
+    BRANCHES,
+    DTYPES,
+    LAYOUTS,
+    Case,
+    contenders,
+    limits,
+    make_copy,
+    make_runner,
+)
 
 # (N, planes, H = W): EPSANet's stages, single images, and a batch beyond the caches
 SHAPES = [
@@ -174,6 +183,8 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict]:
     check_equal(case, exact.result(), {name: r.result() for name, r in runners.items()})
     del exact
     runners["copy"] = make_copy(case, options.device)
+    for name, kind in limits(case.level, not options.no_compile).items():
+        runners[name] = make_runner(name, kind, case, options.device)
     runs = {name: runner.run for name, runner in runners.items()}
     timings = time_in_turn(runs, options.threads, options.rounds, options.seconds)
     rows = []
@@ -252,7 +263,8 @@ def print_table_row(rows: list[dict]) -> None:
     by_name = {row["contender"]: row for row in rows}
     fused = by_name["fused"]
     others = [row for row in rows if row["contender"] not in ("fused", "copy")]
-    opponents = [row for row in others if not row["contender"].startswith("fused")]
+    ours = ("fused", *limits(fused["level"], with_compile=True))
+    opponents = [row for row in others if not row["contender"].startswith(ours)]
     best = min(opponents, key=lambda row: row["over_fused"])
     columns = "".join(f"{row['median_us']:>12.0f}" for row in others)
     shape = f"({fused['n']}, {fused['planes']}, {fused['size']})"
@@ -308,7 +320,9 @@ def main(arguments: list[str] | None = None) -> Path:
     for i, case in enumerate(todo, 1):
         if group != (case.level, case.mode, case.layout, case.dtype):
             group = (case.level, case.mode, case.layout, case.dtype)
-            names = list(contenders(case.level, case.mode, not options.no_compile))
+            with_compile = not options.no_compile
+            names = [*contenders(case.level, case.mode, with_compile)]
+            names += limits(case.level, with_compile)
             print_header(case, [name for name in names if name != "fused"])
         progress = f"[{i}/{len(todo)}] {case.level} {case.mode} {case.shape}"
         if sys.stderr.isatty():

@@ -104,6 +104,23 @@ def _network(module: type[epsa_fused.PSAModule]) -> Callable[[int], torch.nn.Mod
     return build
 
 
+class _Sampled(torch.nn.Module):
+    """Instead of a PSA module what costs next to nothing: every stride-th pixel of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = self.conv_1.stride[0]
+        return x[:, :, ::stride, ::stride]
+
+
+def _without_psa(depth: int) -> torch.nn.Module:
+    """EPSANet-<depth> with PSA modules that are free."""
+    network = _network(epsa_fused.FusedPSAModule)(depth)
+    for part in network.modules():
+        if type(part) is epsa_fused.FusedPSAModule:
+            part.__class__ = _Sampled
+    return network
+
+
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
@@ -127,6 +144,14 @@ def contenders(level: str, mode: str, with_compile: bool) -> dict[str, Callable]
     if with_compile:
         names |= {"seed compiled": seed, "rewrite compiled": plain}
     return names
+
+
+def limits(level: str, with_compile: bool) -> dict[str, Callable]:
+    """Name -> what builds a module that is faster than any with PSA can be."""
+    if level != "network":
+        return {}
+    names = {"without PSA": _without_psa}
+    return names | ({"without PSA compiled": _without_psa} if with_compile else {})
 
 
 @dataclass

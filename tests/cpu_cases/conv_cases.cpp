@@ -593,6 +593,36 @@ void run_tiles(Isa isa) {
   }
 }
 
+// Images of the width of a tile, whose padding is left out; with several vectors of
+// channels, and rows that are reduced together.
+void run_whole_rows(Isa isa) {
+  const int lanes = lanes_of(isa);
+  for (int pixels : {7, 14}) {
+    for (int block : {1, 2}) {
+      for (int64_t kernel : {3, 5, 7, 9}) {
+        for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
+          for (const ConvMethod method : {ConvMethod::broadcast, ConvMethod::dot}) {
+            if (!fits(pixels, block, lanes)) {
+              continue;
+            }
+            const bool dot = method == ConvMethod::dot;
+            Case k;
+            k.name = std::string("rows of ") + (dot ? "dot" : "broadcast") +
+                " kernel " + std::to_string(kernel) + " stride " +
+                std::to_string(stride);
+            const int64_t oc = dot ? block : block * lanes;
+            const int64_t ic = dot ? 2 * lanes : lanes + 3;
+            k.conv = make_conv(
+                2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1,
+                stride * 6 - 1, stride * pixels);
+            run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -610,6 +640,7 @@ int main() {
     }
   }
   run_tiles(isa);
+  run_whole_rows(isa);
   std::printf("%s: %d left to the library\n", name(isa).c_str(), library);
   std::printf("%d cases, %d failed\n", cases, failed);
   return failed != 0;
