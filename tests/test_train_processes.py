@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from training import (
+    LIMIT,
     command_line,
     differences,
     environment,
@@ -43,7 +44,7 @@ def pair(tmp_path_factory):
     """The run of two processes."""
     out = tmp_path_factory.mktemp("pair")
     process = start(out)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     return out
 
@@ -81,11 +82,11 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
     process = start(tmp_path)
     wait_for_steps(process, tmp_path, 4)
     process.send_signal(signal.SIGINT)  # torchrun passes it on
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=LIMIT)
     assert "interrupted and saved after" in output, output
     assert 4 <= saved(tmp_path)["steps_done"] < 24
     process = start(tmp_path, resume=True)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert differences(saved(tmp_path), saved(pair)) == []
     assert losses(tmp_path) == losses(pair)
@@ -109,6 +110,6 @@ def test_an_error_of_one_process_is_said(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output

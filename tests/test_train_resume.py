@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from training import (
+    LIMIT,
     STEPS,
     TRAIN,
     command_line,
@@ -141,14 +142,14 @@ def test_a_killed_run_loses_at_most_one_interval(tmp_path, uncut):
         # the row of a step comes before its checkpoint
         assert 0 <= killed_at[-1] - checkpoint.read(tmp_path / "checkpoint.pt")["steps_done"] <= 4
     process = start(tmp_path, **LONG, resume=True)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert "resumed after" in output
     assert_same_run(uncut, tmp_path)
 
 
 def assert_saved_and_ended(process: subprocess.Popen, out) -> None:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and "Traceback" not in output, output
     steps = saved(out)["steps_done"]
     assert 5 <= steps == len(losses(out)) < 12 * STEPS
@@ -246,7 +247,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, moment, second)
         target=save_and_die, args=(path, state(1), moment)
     )
     process.start()
-    process.join(120)
+    process.join(LIMIT)
     expected = signal.SIGXFSZ if isinstance(moment, int) else signal.SIGKILL
     assert process.exitcode == -expected
     assert whole(second)
