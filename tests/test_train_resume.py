@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 
 import numpy as np
@@ -105,6 +108,123 @@ def test_crops_go_on_bitwise_with_another_number_of_workers(tmp_path, monkeypatc
     assert_same_run(tmp_path / "uncut", tmp_path / "cut")
 
 
+def cut_off_in_the_evaluation(monkeypatch, config) -> None:
+    """Once its first images are read."""
+
+    def never(self, batch):
+        assert self.step == STEPS
+        raise CutOff
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        one_step = Training._one_step
+        check = Training._check_images
+
+        def step(self, *args):
+            with monkeypatch.context() as inside:
+                inside.setattr(Training, "_check_images", check)
+                return one_step(self, *args)
+
+        patch.setattr(Training, "_one_step", step)
+        patch.setattr(Training, "_check_images", never)
+        train(config)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("given", [{}, {"ema": 0.9, "dropout": 0.3, "workers": 1}], ids=str)
+def test_a_run_that_is_cut_off_in_an_evaluation_goes_on_bitwise(tmp_path, monkeypatch, given):
+    """With the evaluation: the epoch's steps were saved."""
+    torch.set_num_threads(1)
+    given = given | {"checkpoint_every": 1000}
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train(settings(uncut, **given))
+    cut_off_in_the_evaluation(monkeypatch, settings(cut, **given))
+    assert (saved(cut)["epoch"], saved(cut)["step"], len(losses(cut))) == (0, STEPS, STEPS)
+    torch.rand(7)
+    # again in it, and with its row written, but not saved
+    cut_off_in_the_evaluation(monkeypatch, settings(cut, **given, resume=True))
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(Training, "_save", lambda self: (_ for _ in ()).throw(CutOff))
+        train(settings(cut, **given, resume=True))
+    assert len(rows(cut, "epochs.csv")) == 1
+    train(settings(cut, **given, resume=True))
+    assert_same_run(uncut, cut)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch, capsys):
+    """Schedulers do not wait for the minutes that it may take."""
+    torch.set_num_threads(1)
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    given = {"batch": 8}  # three batches of held-out images
+    train(settings(uncut, **given))
+    batches = []
+    prepared = Training._prepared
+
+    def note(self, batch):
+        if not self.model.training:
+            batches.append(len(batch.labels))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepared(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_prepared", note)
+        result = train(settings(cut, **given))
+    assert batches == [8]
+    assert result.interrupted and result.steps == saved(cut)["step"] == 12
+    assert "interrupted and saved after 12 steps (epoch 1 of 2)" in capsys.readouterr().out
+    train(settings(cut, **given, resume=True))
+    assert_same_run(uncut, cut)
+
+
+def test_the_checkpoint_of_an_earlier_step_is_kept(tmp_path):
+    """Not the one that was saved before the evaluation, whose weights are the last one's."""
+    train(settings(tmp_path, epochs=1))
+    assert (saved(tmp_path)["epoch"], saved(tmp_path)["steps_done"]) == (1, 6)
+    assert saved(tmp_path, "checkpoint.previous.pt")["steps_done"] == 4
+
+
+def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
+    """After one of finite weights that are lost all the same."""
+    torch.set_num_threads(1)
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train(settings(uncut))
+    one_step = Training._one_step
+
+    def blows_up(self, *args):
+        loss = one_step(self, *args)
+        if self.steps_done == 9:  # in the tenth step, which step 12's checkpoint is to hold
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(1e30)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_one_step", blows_up)
+        given = {"log_every": 1000, "checkpoint_every": 5}
+        with pytest.raises(InputError, match=r"checkpoint.pt is the last .*, .*previous.pt one of"):
+            train(settings(cut, **given))
+    assert saved(cut)["state_dict"]["conv1.weight"].max() > 1e29  # and so lost
+    shutil.copy(cut / "checkpoint.previous.pt", cut / "checkpoint.pt")
+    train(settings(cut, resume=True))
+    assert differences(saved(uncut), saved(cut)) == []
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, name):
+    """The loss does not show them before the next step."""
+    one_step = Training._one_step
+
+    def then_nan(self, *args):
+        loss = one_step(self, *args)
+        if self.steps_done == 3:
+            next(v for k, v in self.model.state_dict().items() if k.endswith(name)).fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(Training, "_one_step", then_nan)
+    with pytest.raises(InputError, match=r"step 4: expected finite weights and statistics"):
+        train(settings(tmp_path))
+    assert saved(tmp_path)["steps_done"] == 0
+    assert len(losses(tmp_path)) == 4  # all finite
+
+
 def start(out, **given) -> subprocess.Popen:
     return subprocess.Popen(
         [*TRAIN, *command_line(out, **given)],
@@ -183,7 +303,7 @@ def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
     torch.save(best | {"format": saved(tmp_path)["format"]}, path)
     with pytest.raises(InputError, match="expected a checkpoint to resume from, got weights alone"):
         train(settings(tmp_path, epochs=1, resume=True))
-    torch.save({"format": 1, "args": argparse.Namespace()}, path)
+    torch.save({"format": checkpoint.FORMAT, "args": argparse.Namespace()}, path)
     with pytest.raises(InputError, match="holds more than tensors and plain values"):
         train(settings(tmp_path, epochs=1, resume=True))
 
@@ -191,7 +311,7 @@ def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
 # ---- files ----
 
 
-def save_and_die(path, state, moment) -> None:
+def save_and_die(path, previous, state, moment) -> None:
     """Save, and be killed before or after one of the calls, or once so many bytes are written."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if isinstance(moment, int):
@@ -212,7 +332,7 @@ def save_and_die(path, state, moment) -> None:
             return result
 
         setattr(os, name, dies)
-    checkpoint.write(path, state)
+    checkpoint.write(path, state, previous)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +344,10 @@ def save_and_die(path, state, moment) -> None:
         (4_000_000, 0),
         (("before", "fsync", 1), 0),
         (("after", "fsync", 1), 0),
+        (("before", "unlink", 1), 0),
+        (("after", "unlink", 1), 0),
+        (("before", "link", 1), 0),
+        (("after", "link", 1), 0),
         (("before", "replace", 1), 0),
         (("after", "replace", 1), 1),
         (("before", "fsync", 2), 1),
@@ -231,29 +355,78 @@ def save_and_die(path, state, moment) -> None:
     ids=str,
 )
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, moment, second):
-    """The one before or, from the renaming on, the new one; and the next save works."""
-    path = tmp_path / "checkpoint.pt"
+    """The one before or, from the renaming on, the new one; and the next save works. What has the
+    previous one's name, if there is something, is whole and not newer."""
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
 
     def state(i):
         # by numpy: torch's threads do not survive the fork
-        return {"format": 1, "first": torch.from_numpy(np.full(10**6, i)), "second": i}
+        return {
+            "format": checkpoint.FORMAT,
+            "first": torch.from_numpy(np.full(10**6, i)),
+            "second": i,
+        }
 
-    def whole(i):
+    def whole(path):
         saved = checkpoint.read(path)
-        return saved["second"] == i and (saved["first"] == i).all()
+        assert (saved["first"] == saved["second"]).all()
+        return saved["second"]
 
-    checkpoint.write(path, state(0))
+    checkpoint.write(path, state(-1), previous)
+    checkpoint.write(path, state(0), previous)
+    assert (whole(path), whole(previous)) == (0, -1)
     process = multiprocessing.get_context("fork").Process(
-        target=save_and_die, args=(path, state(1), moment)
+        target=save_and_die, args=(path, previous, state(1), moment)
     )
     process.start()
     process.join(LIMIT)
     expected = signal.SIGXFSZ if isinstance(moment, int) else signal.SIGKILL
     assert process.exitcode == -expected
-    assert whole(second)
-    checkpoint.write(path, state(2))
-    assert whole(2)
+    assert whole(path) == second
+    assert not previous.exists() or whole(previous) <= second
+    checkpoint.write(path, state(2), previous)
+    assert (whole(path), whole(previous)) == (2, second)
+    assert sorted(tmp_path.iterdir()) == [previous, path]
+
+
+def no_hard_links(*_):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_the_previous_one_is_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
+    monkeypatch.setattr(os, "link", no_hard_links)
+    for i in range(3):
+        checkpoint.write(path, {"format": checkpoint.FORMAT, "i": i}, previous)
+    assert (checkpoint.read(path)["i"], checkpoint.read(previous)["i"]) == (2, 1)
+
+    # and a disk that is full by then loses neither the last one nor its name to half a copy
+    def full(source, target):
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(InputError, match=r"No space left on device; the last one .* is untouched"):
+        checkpoint.write(path, {"format": checkpoint.FORMAT, "i": 3}, previous)
+    assert checkpoint.read(path)["i"] == 2
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_cannot_be_forced_to_the_disk(tmp_path, monkeypatch):
+    """By then the new checkpoint is in place; the message may not say otherwise."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write(path, {"format": checkpoint.FORMAT, "i": 0})
+    fsync = os.fsync
+
+    def fails_for_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_folders)
+    with pytest.raises(InputError, match=r"checkpoint.pt: saved, but .*disk: Input/output error"):
+        checkpoint.write(path, {"format": checkpoint.FORMAT, "i": 1})
+    assert checkpoint.read(path)["i"] == 1
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):

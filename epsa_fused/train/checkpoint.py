@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from .errors import InputError
 FORMAT = 1
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
-    """Save `state` so that a kill or a full disk at any moment leaves the file that was there.
+def write(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
+    """Save `state` so that a kill or a full disk at any moment leaves a whole file at `path`.
 
     It is written beside it, forced to the disk, and renamed over it; only then is the rename itself
-    forced to the disk.
+    forced to the disk. With `keep`, what was at `path` gets that name.
 
     Raises:
-        InputError: where it cannot be written, saying why; what was written of it is removed.
+        InputError: where it cannot be written, saying why and what there is now.
     """
     # In memory first: torch.save into a full disk ends in messages that do not name it.
     buffer = io.BytesIO()
@@ -37,12 +38,9 @@ def write(path: Path, state: dict[str, Any]) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            _name_too(path, keep)
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -50,6 +48,39 @@ def write(path: Path, state: dict[str, Any]) -> None:
         raise InputError(
             f"{path}: cannot save {buffer.getbuffer().nbytes:,} bytes: {error.strerror}; {kept}"
         ) from error
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"{path}: saved, but its folder cannot be forced to the disk: {error.strerror}; if the "
+            "machine stops now, the one before it may be there instead"
+        ) from error
+
+
+def _name_too(path: Path, other: Path) -> None:
+    """Give the file `other` as a second name, in place of what had it; `path` stays what it is.
+
+    A kill in between costs `other` its file (where there are no hard links it may leave half a
+    copy, which :func:`read` refuses), never `path`.
+    """
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:  # not every file system has hard links
+        try:
+            shutil.copyfile(path, other)
+        except OSError:  # a full disk: no half of a checkpoint under a checkpoint's name
+            other.unlink(missing_ok=True)
+            raise
+
+
+def _sync(folder: Path) -> None:
+    """Force its names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any]:

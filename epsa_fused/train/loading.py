@@ -98,6 +98,8 @@ class EvaluationBatches(Sampler[list[Key]]):
     def __init__(self, images: int, size: int, *, rank: int, processes: int) -> None:
         self.own = range(rank, images, processes)
         self.size = size
+        # The number of batches of the process that has the most.
+        self.longest = -(-len(range(0, images, processes)) // size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for first in range(0, len(self.own), self.size):

@@ -46,6 +46,8 @@ class CsvLog:
 class Logs:
     """steps.csv, epochs.csv and, where asked for, TensorBoard's events, in one folder.
 
+    They go on after `step`, and after the epoch that ended with step `evaluated`.
+
     Raises:
         InputError: where TensorBoard is asked for and not installed.
     """
@@ -61,7 +63,7 @@ class Logs:
     )
     EPOCHS = ("step", "epoch", "lr", "loss", "held_out_loss", "top1", "top5", "seconds")
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, step: int, evaluated: int, tensorboard: bool) -> None:
         self.board = None
         if tensorboard:
             required("tensorboard", "--tensorboard", "tensorboard")
@@ -69,7 +71,7 @@ class Logs:
 
             self.board = SummaryWriter(str(folder), purge_step=step + 1)
         self.steps = CsvLog(folder / "steps.csv", self.STEPS, step)
-        self.epochs = CsvLog(folder / "epochs.csv", self.EPOCHS, step)
+        self.epochs = CsvLog(folder / "epochs.csv", self.EPOCHS, evaluated)
 
     def step(self, row: Mapping[str, float | int]) -> None:
         self.steps.write(row)

@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from .log import Logs
 from .networks import MODELS
 from .processes import Processes
 
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.previous.pt", "best.pt"
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,9 +53,11 @@ class Result:
 def train(config: Config) -> Result:
     """Train as `config` says, alone or as one of the processes that torchrun started.
 
-    Writes into `config.out`: checkpoint.pt at the start, every `checkpoint_every` steps and after
-    every epoch; best.pt, the weights of the epoch with the best top-1; steps.csv and epochs.csv.
-    Ctrl-C (or SIGTERM) saves after the step that is running and returns.
+    Writes into `config.out`: checkpoint.pt at the start, every `checkpoint_every` steps, and before
+    and after the evaluation that ends an epoch; checkpoint.previous.pt, the one of an earlier step;
+    best.pt, the weights of the epoch with the best top-1; steps.csv and epochs.csv.
+    Ctrl-C, SIGTERM and SIGHUP save after the step that is running and return; an evaluation that is
+    running is left for the resumed run. Outside the main thread signals are left alone.
 
     Raises:
         InputError: for data, settings or a checkpoint that cannot be used, an unreadable image
@@ -102,13 +105,15 @@ class Training:
             raise InputError(
                 f"--batch: expected at most the {images} training images, got {config.batch}"
             )
-        self.path = config.folder / CHECKPOINT
+        self.path, self.previous = config.folder / CHECKPOINT, config.folder / PREVIOUS
         saved = self._checkpoint()
         self._build(parts)
         self.epoch = self.step = self.steps_done = 0
         self.best_top1 = -1.0
         self.accuracy: Accuracy | None = None
         self.seconds = 0.0
+        self.last_speed = "resumed for the evaluation"
+        self.saved_at = -1  # steps done at the last checkpoint
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         if saved is not None:
             self._restore(saved)
@@ -116,7 +121,8 @@ class Training:
         if processes.first:
             try:
                 config.folder.mkdir(parents=True, exist_ok=True)
-                self.logs = Logs(config.folder, self.steps_done, config.tensorboard)
+                evaluated = self.steps_done - self.step
+                self.logs = Logs(config.folder, self.steps_done, evaluated, config.tensorboard)
             except OSError as error:
                 raise InputError(f"--out: cannot write to {config.out}: {error}") from error
         if saved is None:
@@ -161,8 +167,8 @@ class Training:
             len(data.train.labels), config.batch, parts, seed=config.seed, **place
         )
         self.loader = loader(data.train, self.batches, config.workers, pin)
-        held_out = EvaluationBatches(len(data.held_out.labels), self.micro_batch, **place)
-        self.held_out_loader = loader(data.held_out, held_out, config.workers, pin)
+        self.held_out = EvaluationBatches(len(data.held_out.labels), self.micro_batch, **place)
+        self.held_out_loader = loader(data.held_out, self.held_out, config.workers, pin)
         self.named: set[str] = set()  # the corrupt images that were
 
     # ---- running ----
@@ -171,12 +177,11 @@ class Training:
         config = self.config
         stopped = False
         while self.epoch < config.epochs and not stopped:
-            stopped = self._steps(interrupts)
-            if self.step == self.batches.steps:
-                self._end_epoch()
-            else:
-                self._save()
-            stopped = stopped or self.processes.any(interrupts.pending)
+            # none are left where the run was cut off in the evaluation
+            if self.step < self.batches.steps:
+                stopped = self._steps(interrupts)
+            if not stopped:
+                stopped = self._end_epoch(interrupts)
         unfinished = self.epoch < config.epochs
         if unfinished:
             self._say(
@@ -191,7 +196,7 @@ class Training:
         return Result(self.accuracy, self.steps_done, self.seconds, unfinished)
 
     def _steps(self, interrupts: Interrupts) -> bool:
-        """To the epoch's end; or to an interrupt, which is what it returns."""
+        """To the epoch's end or to an interrupt, which is what it returns; saved is either."""
         self.parallel.train()
         self.batches.start_at(self.epoch, self.step)
         batches = iter(self.loader)
@@ -215,13 +220,14 @@ class Training:
                     bar.set_postfix_str(self._log_step(loss, speed))
                     self.seconds += speed.seconds
                     speed.reset()
-                if self.processes.any(interrupts.pending):
-                    self.seconds += speed.seconds
-                    return True
-                if not ends and self.steps_done % config.checkpoint_every == 0:
+                stopped = self.processes.any(interrupts.pending)
+                # at the end too: the evaluation that follows may take long
+                if stopped or ends or self.steps_done % config.checkpoint_every == 0:
                     self.seconds += speed.seconds
                     self._save()
                     speed.reset()
+                if stopped:
+                    return True
         return False
 
     def _one_step(self, batches: Any, speed: Speed) -> Tensor:
@@ -256,12 +262,18 @@ class Training:
         self.loss_sum += total
         return total
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, interrupts: Interrupts) -> bool:
+        """Evaluate and save; or leave that to the resumed run at an interrupt, which it returns."""
+        result = self._evaluate(interrupts)
+        if result is None:
+            return True
         lr = self.scheduler.get_last_lr()[0]
         loss = self._finite_mean_loss()
-        self.scheduler.step()
-        self.accuracy = result = self._evaluate()
+        with warnings.catch_warnings():  # without a step since resuming it warns of the order
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self._check_loss(result.loss)  # of the weights that would be saved
+        self.accuracy = result
         self.epoch += 1
         if self.logs is not None:
             self.logs.epoch(
@@ -288,17 +300,25 @@ class Training:
             if self.processes.first:
                 checkpoint.write(self.config.folder / BEST, self._best())
         self._save()
+        return self.processes.any(interrupts.pending)
 
     @torch.no_grad()
-    def _evaluate(self) -> Accuracy:
+    def _evaluate(self, interrupts: Interrupts) -> Accuracy | None:
+        """On the held-out images; None at an interrupt."""
         model = self.model if self.ema is None else self.ema.module
         self.processes.share_buffers(model)
         model.eval()
         # loss, top 1, top 5, images
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for batch in self.tqdm(
-            self.held_out_loader, "held out", leave=False, disable=self.hide_bars
+        batches = iter(self.held_out_loader)
+        for _ in self.tqdm(
+            range(self.held_out.longest), "held out", leave=False, disable=self.hide_bars
         ):
+            if self.processes.any(interrupts.pending):
+                return None
+            batch = next(batches, None)  # some processes have one less
+            if batch is None:
+                continue
             self._check_images(batch)
             if not len(batch.labels):
                 continue
@@ -377,10 +397,14 @@ class Training:
 
     def _check_loss(self, loss: float) -> None:
         if not abs(loss) < float("inf"):
-            raise InputError(
-                f"step {self.steps_done}: expected a finite loss, got {loss}; the checkpoint that "
-                f"was saved before is kept (--lr is {self.config.lr})"
-            )
+            self._stop_for(f"expected a finite loss, got {loss}")
+
+    def _stop_for(self, reason: str) -> NoReturn:
+        """InputError that says which checkpoints there are."""
+        kept = f"{self.path} is the last checkpoint"
+        if self.previous.exists():
+            kept += f", {self.previous} one of an earlier step"
+        raise InputError(f"step {self.steps_done}: {reason} (--lr is {self.config.lr}); {kept}")
 
     # ---- saving and resuming ----
 
@@ -414,13 +438,17 @@ class Training:
         """Together: every process takes part."""
         # never over a good one, as far as can be seen without another step
         self._finite_mean_loss()
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            self._check_loss(float("nan"))
+        if not all(bool(values.isfinite().all()) for values in self.model.state_dict().values()):
+            self._stop_for("expected finite weights and statistics, got others")
         own = {
             "random": checkpoint.random_state(self.device),
             "loss_sum": self.loss_sum.cpu(),
         }
         every = self.processes.gather(own)
+        # The one before stays too: weights may be finite when they are saved, and lost all the
+        # same. A save without a step in between replaces the last one alone.
+        keep = self.previous if self.steps_done > self.saved_at else None
+        self.saved_at = self.steps_done
         if not self.processes.first:
             return
         checkpoint.write(
@@ -441,6 +469,7 @@ class Training:
                 "scaler": self.scaler.state_dict(),
                 "processes": every,
             },
+            keep,
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -452,6 +481,7 @@ class Training:
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.steps_done, self.seconds = saved["steps_done"], saved["seconds"]
+        self.saved_at = self.steps_done
         self.best_top1 = saved["best_top1"]
         self.accuracy = saved["accuracy"] and Accuracy(**saved["accuracy"])
         own = saved["processes"][self.processes.rank]
