@@ -3,15 +3,27 @@ have files of their own."""
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from optional import optional
-from training import CLASSES, command_line, evaluated, image_folder, rows, saved, settings
+from training import (
+    CLASSES,
+    command_line,
+    environment,
+    evaluated,
+    image_folder,
+    rows,
+    saved,
+    settings,
+)
 
 from epsa_fused.train import Config, InputError, train
 from epsa_fused.train.__main__ import main
@@ -69,6 +81,13 @@ def test_a_folder_gets_the_papers_recipe_and_digits_their_own(tmp_path):
 def test_settings_out_of_their_limits(given, message):
     with pytest.raises(InputError, match=message):
         Config(**given)
+
+
+def test_resume_may_stand_alone():
+    given = {(): "no", ("--resume",): "yes", ("--resume", "auto"): "auto"}
+    for arguments, resume in given.items():
+        config = Config.of_command_line([*arguments, "--lr", "0.5"])
+        assert (config.resume, config.lr) == (resume, 0.5)
 
 
 def test_the_command_line_refuses_without_a_traceback(tmp_path, capsys):
@@ -147,11 +166,14 @@ def test_evaluation_takes_the_same_crop_every_time(tmp_path):
 
 
 def cifar10(folder, images=5, **other):
+    """A folder in the format of the published one, which holds 10,000 images in each file."""
     random = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         data = random.integers(0, 256, (images, 3072)).astype(np.uint8)
-        content = {b"data": data, b"labels": [1, 2, 3, 4, 9][:images], b"batch_label": b"x"}
-        (folder / name).write_bytes(pickle.dumps(content | other, protocol=3))
+        content = {"data": data, "labels": [1, 2, 3, 4, 9][:images], "batch_label": "x"} | other
+        content = {key.encode(): value for key, value in content.items()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=3))
     return data
 
 
@@ -165,9 +187,31 @@ def test_cifar10_is_read_by_planes(tmp_path):
     assert Config.of(str(tmp_path)).schedule == "cosine"
 
 
+def test_cifar10_is_trained_on(tmp_path):
+    cifar10(tmp_path / "cifar-10-batches-py")
+    out = tmp_path / "out"
+    data = str(tmp_path / "cifar-10-batches-py")
+    given = {"epochs": 1, "batch": 5, "workers": 0, "log_every": 1}
+    result = train(Config.of(data, out=str(out), **given))
+    assert (result.steps, len(rows(out))) == (5, 5)
+    assert result.accuracy.top1 * 5 % 1 == 0
+    best = saved(out, "best.pt")
+    assert best["state_dict"]["fc.weight"].shape[0] == 10
+    with pytest.raises(InputError, match=r"training digest: \w+ in the checkpoint, now"):
+        cifar10(tmp_path / "cifar-10-batches-py", labels=[1, 2, 3, 4, 8])
+        train(Config.of(data, out=str(out), **given, resume="yes"))
+
+
 class Evil:
     def __reduce__(self):
         return print, ("run",)
+
+
+BROKEN_PICKLES = {
+    "AttributeError": b"cnumpy\n_reconstruct\n.",
+    "TypeError": b"cnumpy\nndarray\n)R.",
+    "OverflowError": b"\x8e" + 7 * b"\xff" + b"\x7f.",
+}
 
 
 @pytest.mark.parametrize(
@@ -175,13 +219,33 @@ class Evil:
     [
         pytest.param(pickle.dumps(Evil()), r"a pickle .* holds a builtins.print", id="code"),
         pytest.param(b"\x80\x04K", r"data_batch_3: expected a pickle", id="cut short"),
+        *(
+            pytest.param(
+                content, rf"data_batch_3: expected a pickle of CIFAR-10; {error}: ", id=error
+            )
+            for error, content in BROKEN_PICKLES.items()
+        ),
         pytest.param(
-            pickle.dumps({b"data": np.zeros((2, 5))}),
-            r"expected .* \[N, 3072\], .* \(2, 5\)",
+            pickle.dumps({b"data": np.zeros((2, 5), np.uint8)}),
+            r"expected .* uint8 \[N, 3072\], .* uint8 \(2, 5\)",
             id="shape",
         ),
         pytest.param(
-            pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [1]}),
+            pickle.dumps({b"data": np.zeros((2, 3072))}), r"got dict .* float64", id="dtype"
+        ),
+        pytest.param(pickle.dumps({b"data": "x" * 99}), r"got dict with b'data' 'xxx", id="text"),
+        pytest.param(
+            pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}),
+            r"got dict .* \(0, 3072\)",
+            id="none",
+        ),
+        pytest.param(
+            pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": 7}),
+            r"expected b'labels', a list of int, got 7",
+            id="label list",
+        ),
+        pytest.param(
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}),
             r"expected 2 b'labels', got 1",
             id="labels",
         ),
@@ -283,6 +347,7 @@ BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
     "text": lambda file: file.write_text("not an image"),
     "missing": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 
 
@@ -297,6 +362,56 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, how):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
+def test_a_failing_disk_is_fatal_even_where_corrupt_images_are_not(
+    tmp_path, monkeypatch, number, workers
+):
+    """The image is named, without a traceback from a loading process."""
+    from PIL import Image
+
+    open_image = Image.open
+
+    def fails(path):
+        if path.parts[-2:] == ("bee", "2.JPEG"):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_image(path)
+
+    data = str(image_folder(tmp_path / "data"))
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(InputError) as error:
+        train(settings(tmp_path, data=data, batch=8, corrupt="skip", workers=workers))
+    assert re.fullmatch(
+        rf"\S*/bee/2\.JPEG: cannot be read: {os.strerror(number)}", str(error.value)
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL], ids=errno.errorcode.get)
+def test_a_file_that_the_system_refuses_is_a_corrupt_image(tmp_path, monkeypatch, number):
+    """EINVAL: of a seek to a place that a broken file names."""
+    from PIL import Image
+
+    def fails(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    source = open_data(str(image_folder(tmp_path)), 16).train
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(CorruptImageError, match=r"train/ant/0\.JPEG: \w+: "):
+        source.image(0, None)
+
+
+def test_memory_that_runs_out_is_no_corrupt_image(tmp_path, monkeypatch):
+    from PIL import Image
+
+    def fails(*_):
+        raise MemoryError
+
+    data = str(image_folder(tmp_path / "data"))
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MemoryError):
+        train(settings(tmp_path, data=data, batch=8, corrupt="skip"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_images_are_fatal_or_left_out(tmp_path, capsys, workers):
     folder = image_folder(tmp_path / "data")
     for part in ("train", "val"):
@@ -308,7 +423,7 @@ def test_corrupt_images_are_fatal_or_left_out(tmp_path, capsys, workers):
     assert saved(out)["epoch"] == 0
     capsys.readouterr()
     # the choice is free to change when the run goes on
-    result = train(settings(out, **given, corrupt="skip", resume=True))
+    result = train(settings(out, **given, corrupt="skip", resume="yes"))
     errors = capsys.readouterr().err
     assert errors.count("train/cat/0.JPEG") == 1 and errors.count("val/cat/0.JPEG") == 1
     assert result.steps == 6
@@ -409,6 +524,25 @@ def test_tensorboard_that_is_missing(tmp_path, monkeypatch):
         InputError, match=r"--tensorboard needs the package tensorboard, .*pip inst"
     ):
         train(settings(tmp_path, tensorboard=True))
+
+
+@pytest.mark.parametrize("code", ["import epsa_fused.train", "from epsa_fused.train import train"])
+def test_numpy_that_is_missing(code):
+    """The package imports without it; training asks for it."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.modules['numpy'] = None; import epsa_fused; {code}",
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    last = result.stderr.splitlines()[-1]
+    assert last.endswith(
+        "InputError: training needs the package numpy, which is not installed: pip install numpy"
+    )
 
 
 @pytest.mark.parametrize(

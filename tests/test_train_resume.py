@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import multiprocessing
 import os
+import pty
 import resource
 import shutil
 import signal
 import stat
 import subprocess
+import sys
+import termios
+import threading
 
 import numpy as np
 import pytest
@@ -33,6 +38,8 @@ from training import (
 )
 
 from epsa_fused.train import InputError, checkpoint, train
+from epsa_fused.train.data import open_data
+from epsa_fused.train.interrupts import SIGNALS, Interrupts
 from epsa_fused.train.log import CsvLog
 from epsa_fused.train.networks import MODELS
 from epsa_fused.train.training import Training
@@ -85,13 +92,13 @@ def test_a_run_that_is_cut_off_goes_on_bitwise(tmp_path, monkeypatch, given):
     cut_off_after(monkeypatch, 5, settings(cut, **given))
     assert (saved(cut)["steps_done"], len(losses(cut))) == (4, 5)
     torch.rand(7)  # what a new process starts from is another state
-    cut_off_after(monkeypatch, STEPS, settings(cut, **given, resume=True))
+    cut_off_after(monkeypatch, STEPS, settings(cut, **given, resume="yes"))
     assert (saved(cut)["epoch"], saved(cut)["step"]) == (1, 0)
-    result = train(settings(cut, **given, resume=True))
+    result = train(settings(cut, **given, resume="yes"))
     assert result.steps == 2 * STEPS and not result.interrupted
     assert_same_run(uncut, cut)
     # a run that is done does nothing more
-    again = train(settings(cut, **given, resume=True))
+    again = train(settings(cut, **given, resume="yes"))
     assert (again.steps, again.accuracy) == (2 * STEPS, result.accuracy)
     assert_same_run(uncut, cut)
 
@@ -104,7 +111,7 @@ def test_crops_go_on_bitwise_with_another_number_of_workers(tmp_path, monkeypatc
     # the data may have moved
     (tmp_path / "data").rename(tmp_path / "moved")
     given["data"] = str(tmp_path / "moved")
-    train(settings(tmp_path / "cut", **given, workers=1, resume=True))
+    train(settings(tmp_path / "cut", **given, workers=1, resume="yes"))
     assert_same_run(tmp_path / "uncut", tmp_path / "cut")
 
 
@@ -141,12 +148,12 @@ def test_a_run_that_is_cut_off_in_an_evaluation_goes_on_bitwise(tmp_path, monkey
     assert (saved(cut)["epoch"], saved(cut)["step"], len(losses(cut))) == (0, STEPS, STEPS)
     torch.rand(7)
     # again in it, and with its row written, but not saved
-    cut_off_in_the_evaluation(monkeypatch, settings(cut, **given, resume=True))
+    cut_off_in_the_evaluation(monkeypatch, settings(cut, **given, resume="yes"))
     with monkeypatch.context() as patch, pytest.raises(CutOff):
         patch.setattr(Training, "_save", lambda self: (_ for _ in ()).throw(CutOff))
-        train(settings(cut, **given, resume=True))
+        train(settings(cut, **given, resume="yes"))
     assert len(rows(cut, "epochs.csv")) == 1
-    train(settings(cut, **given, resume=True))
+    train(settings(cut, **given, resume="yes"))
     assert_same_run(uncut, cut)
 
 
@@ -171,7 +178,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkey
     assert batches == [8]
     assert result.interrupted and result.steps == saved(cut)["step"] == 12
     assert "interrupted and saved after 12 steps (epoch 1 of 2)" in capsys.readouterr().out
-    train(settings(cut, **given, resume=True))
+    train(settings(cut, **given, resume="yes"))
     assert_same_run(uncut, cut)
 
 
@@ -203,7 +210,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
             train(settings(cut, **given))
     assert saved(cut)["state_dict"]["conv1.weight"].max() > 1e29  # and so lost
     shutil.copy(cut / "checkpoint.previous.pt", cut / "checkpoint.pt")
-    train(settings(cut, resume=True))
+    train(settings(cut, resume="yes"))
     assert differences(saved(uncut), saved(cut)) == []
 
 
@@ -253,7 +260,7 @@ def uncut(tmp_path_factory):
 def test_a_killed_run_loses_at_most_one_interval(tmp_path, uncut):
     killed_at = []
     for steps in (5, 30):
-        process = start(tmp_path, **LONG, **({"resume": True} if killed_at else {}))
+        process = start(tmp_path, **LONG, **({"resume": "yes"} if killed_at else {}))
         wait_for_steps(process, tmp_path, steps)
         process.kill()
         process.communicate()
@@ -261,7 +268,7 @@ def test_a_killed_run_loses_at_most_one_interval(tmp_path, uncut):
         killed_at.append(len(losses(tmp_path)))
         # the row of a step comes before its checkpoint
         assert 0 <= killed_at[-1] - checkpoint.read(tmp_path / "checkpoint.pt")["steps_done"] <= 4
-    process = start(tmp_path, **LONG, resume=True)
+    process = start(tmp_path, **LONG, resume="yes")
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert "resumed after" in output
@@ -283,7 +290,7 @@ def test_ctrl_c_saves_the_step_and_ends_the_run(tmp_path, uncut):
     os.killpg(process.pid, signal.SIGINT)
     assert_saved_and_ended(process, tmp_path)
     torch.set_num_threads(1)
-    train(settings(tmp_path, **LONG, resume=True))
+    train(settings(tmp_path, **LONG, resume="yes"))
     assert_same_run(uncut, tmp_path)
 
 
@@ -296,16 +303,97 @@ def test_sigterm_does_too(tmp_path):
     assert_saved_and_ended(process, tmp_path)
 
 
+def test_a_terminal_that_is_closed_does_too(tmp_path):
+    """SIGHUP reaches every process in it, and what they write fails."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [*TRAIN, *command_line(tmp_path, **LONG | {"checkpoint_every": 1000, "workers": 1})],
+        env=environment(),
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    reader = threading.Thread(target=read_until, args=(terminal, b"epoch 2/12"))
+    reader.start()  # a terminal that nobody reads stops who writes to it
+    reader.join(LIMIT)
+    os.close(terminal)
+    assert process.wait(LIMIT) != 0
+    steps = saved(tmp_path)["steps_done"]
+    assert 6 <= steps == len(losses(tmp_path)) < 12 * STEPS
+
+
+def read_until(terminal, text):
+    seen = b""
+    while text not in seen:
+        seen += os.read(terminal, 10_000)
+
+
+def test_an_error_with_loading_processes_ends_the_program(tmp_path):
+    """One that is not foreseen: they ignore the signal by which Python ends its processes."""
+    arguments = command_line(tmp_path, **LONG | {"workers": 2})
+    code = f"""
+from epsa_fused.train.__main__ import main
+from epsa_fused.train.training import Training
+one_step = Training._one_step
+def fails(self, batches, speed):
+    if self.steps_done == 3:
+        raise RuntimeError("not foreseen")
+    return one_step(self, batches, speed)
+Training._one_step = fails
+main({arguments})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert result.returncode == 1 and "RuntimeError: not foreseen" in result.stderr
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupts.pending
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.pending
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_training_outside_the_main_thread(tmp_path):
+    """Signals are the main thread's alone, and stay as they are."""
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def run():
+        result = train(settings(tmp_path, batch=96, epochs=1))
+        seen.append((result.steps, [signal.getsignal(number) for number in SIGNALS]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(1, handlers)]
+
+
 def test_files_that_are_no_checkpoint_to_resume_from(tmp_path):
     train(settings(tmp_path, epochs=1))
     path = tmp_path / "checkpoint.pt"
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     torch.save(best | {"format": saved(tmp_path)["format"]}, path)
     with pytest.raises(InputError, match="expected a checkpoint to resume from, got weights alone"):
-        train(settings(tmp_path, epochs=1, resume=True))
+        train(settings(tmp_path, epochs=1, resume="yes"))
     torch.save({"format": checkpoint.FORMAT, "args": argparse.Namespace()}, path)
     with pytest.raises(InputError, match="holds more than tensors and plain values"):
-        train(settings(tmp_path, epochs=1, resume=True))
+        train(settings(tmp_path, epochs=1, resume="yes"))
 
 
 # ---- files ----
@@ -444,7 +532,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert saved(tmp_path)["steps_done"] == 0
     assert not list(tmp_path.glob("*.partial"))
-    result = train(settings(tmp_path, resume=True))
+    result = train(settings(tmp_path, resume="yes"))
     assert result.steps == 2 * STEPS
 
 
@@ -489,7 +577,7 @@ def done(tmp_path_factory):
 
 def test_a_checkpoint_of_other_arguments_says_which(done):
     before = (done / "checkpoint.pt").read_bytes()
-    other = settings(done, epochs=1, batch=48, lr=0.2, psa="reference", log_every=3, resume=True)
+    other = settings(done, epochs=1, batch=48, lr=0.2, psa="reference", log_every=3, resume="yes")
     with pytest.raises(InputError) as error:
         train(other)
     assert str(error.value).endswith(
@@ -507,7 +595,30 @@ def test_a_checkpoint_of_other_data_says_so(done, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training, "open_data", lambda *_: data)
         with pytest.raises(InputError, match=r"training images: 96 in the checkpoint, now 97"):
-            train(settings(done, epochs=1, batch=96, resume=True))
+            train(settings(done, epochs=1, batch=96, resume="yes"))
+
+
+def test_a_checkpoint_of_as_many_other_files_says_so(tmp_path):
+    """Their contents it does not see."""
+    folder = image_folder(tmp_path / "data")
+    given = {"data": str(folder), "batch": 24, "epochs": 1}
+    train(settings(tmp_path, **given))
+    (folder / "train" / "ant" / "0.JPEG").write_bytes((folder / "val/ant/0.JPEG").read_bytes())
+    train(settings(tmp_path, **given, resume="yes"))
+    (folder / "train" / "ant" / "0.JPEG").rename(folder / "train" / "ant" / "00.JPEG")
+    with pytest.raises(InputError, match=r"training: training digest: \w{16} in .*, now \w{16}$"):
+        train(settings(tmp_path, **given, resume="yes"))
+
+
+def test_the_digest_is_of_images_and_labels(tmp_path):
+    data = open_data("digits", 0).train
+    digests = [data.digest(), open_data("digits", 0).train.digest()]
+    assert digests[0] == digests[1]
+    data.images[5, 3, 3] += 1
+    digests.append(data.digest())
+    data.labels[5] += 1
+    digests.append(data.digest())
+    assert len(set(digests)) == 3
 
 
 def test_a_run_is_not_overwritten(done):
@@ -517,9 +628,47 @@ def test_a_run_is_not_overwritten(done):
     assert (done / "checkpoint.pt").read_bytes() == before
 
 
+def test_auto_resumes_where_there_is_a_run_and_else_starts(tmp_path, monkeypatch):
+    """So that a scheduler can repeat one command."""
+    torch.set_num_threads(1)
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train(settings(uncut))
+    config = settings(cut, resume="auto")
+    cut_off_after(monkeypatch, 5, config)
+    assert train(config).steps == train(config).steps == 2 * STEPS
+    assert_same_run(uncut, cut)
+    # nor does it start anew where something is left of a run
+    (cut / "checkpoint.pt").unlink()
+    for resume in ("auto", "no"):
+        with pytest.raises(InputError, match=r"previous.pt and no checkpoint.pt; expected a copy"):
+            train(settings(cut, resume=resume))
+    (cut / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="a file of 0 bytes that is cut short"):
+        train(config)
+
+
+def test_a_run_goes_on_to_more_epochs_as_one_that_began_with_them(tmp_path):
+    torch.set_num_threads(1)
+    two, more = tmp_path / "two", tmp_path / "more"
+    given = {"decay_every": 1}
+    train(settings(two, **given, epochs=2))
+    train(settings(more, **given, epochs=1))
+    result = train(settings(more, **given, epochs=2, resume="yes"))
+    assert result.steps == 2 * STEPS
+    assert_same_run(two, more)
+    with pytest.raises(InputError, match=r"--epochs: expected at least the 2 .* has done, got 1"):
+        train(settings(more, **given, epochs=1, resume="yes"))
+
+
+def test_the_cosine_belongs_to_its_number_of_epochs(tmp_path):
+    train(settings(tmp_path, schedule="cosine", epochs=1, batch=96))
+    with pytest.raises(InputError, match=r"epochs: 1 in the checkpoint, now 2"):
+        train(settings(tmp_path, schedule="cosine", epochs=2, batch=96, resume="yes"))
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(InputError, match=r"expected a checkpoint to resume from, there is no such"):
-        train(settings(tmp_path, resume=True))
+        train(settings(tmp_path, resume="yes"))
 
 
 @pytest.mark.parametrize(
@@ -538,10 +687,10 @@ def test_a_damaged_checkpoint(tmp_path, done, damage, message):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(damage((done / "checkpoint.pt").read_bytes()))
     with pytest.raises(InputError, match=message):
-        train(settings(tmp_path, epochs=1, batch=96, resume=True))
+        train(settings(tmp_path, epochs=1, batch=96, resume="yes"))
 
 
 def test_a_file_of_another_kind(tmp_path):
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match=r"expected a checkpoint of format 1, got None"):
-        train(settings(tmp_path, resume=True))
+    with pytest.raises(InputError, match=r"expected a checkpoint of format 2, got None"):
+        train(settings(tmp_path, resume="yes"))

@@ -56,8 +56,8 @@ def settings(out: Path, **given: Any) -> Config:
 
 def command_line(out: Path, **given: Any) -> list[str]:
     """The same as arguments of `python -m epsa_fused.train`."""
-    words = ["--data", images(), "--out", str(out)]
-    for name, value in (SHORT | given).items():
+    words = ["--out", str(out)]
+    for name, value in ({"data": images()} | SHORT | given).items():
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [flag, str(value)]
     return words

@@ -1,7 +1,10 @@
 """Training on images: `python -m epsa_fused.train`, or :func:`train` with a :class:`Config`."""
 
-from .config import Config
-from .errors import InputError
-from .training import Accuracy, Result, train
+from .errors import InputError, required
+
+required("numpy", "training", "numpy")  # the package does without
+
+from .config import Config  # noqa: E402
+from .training import Accuracy, Result, train  # noqa: E402
 
 __all__ = ["Accuracy", "Config", "InputError", "Result", "train"]

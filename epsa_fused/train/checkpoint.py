@@ -17,7 +17,7 @@ import torch
 
 from .errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:

@@ -43,11 +43,13 @@ def _option(
     choices: Sequence[str] | None = None,
     least: float | None = None,
     below: float | None = None,
+    alone: str | None = None,
     free: bool = False,
 ) -> Any:
-    """A field with a value in [least, below); `free` ones may change when a run goes on."""
-    limits = {"help": help, "choices": choices, "least": least, "below": below, "free": free}
-    return field(default=default, metadata=limits)
+    """A field with a value in [least, below), on the command line `alone` where the value is left
+    out; `free` ones may change when a run goes on."""
+    limits = {"choices": choices, "least": least, "below": below}
+    return field(default=default, metadata={"help": help, "alone": alone, "free": free} | limits)
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,24 @@ class Config:
         free=True,  # it may have moved: its contents are compared instead
     )
     out: str = _option("run", "folder of the checkpoints and logs", free=True)
-    resume: bool = _option(False, "go on with the run in --out, bitwise as if uncut", free=True)
+    resume: str = _option(
+        "no",
+        "go on with the run in --out, bitwise as if uncut; auto: where there is one, else start",
+        choices=("no", "yes", "auto"),
+        alone="yes",
+        free=True,
+    )
 
     model: str = _option("epsanet50", "the network", choices=tuple(MODELS))
     psa: str = _option("fused", "the PSA modules", choices=("fused", "reference"))
     dropout: float = _option(0.0, "dropout in front of the classifier", least=0, below=1)
     image_size: int = _option(224, "height and width that a folder's images are cut to", least=1)
 
-    epochs: int = _option(120, "passes over the training images", least=1)
+    epochs: int = _option(
+        120,
+        "passes over the training images; with the step schedule a run may go on to more",
+        least=1,
+    )
     batch: int = _option(256, "images per step, of all processes together", least=1)
     accumulate: int = _option(1, "micro-batches per step, one after another", least=1)
     lr: float = _option(0.1, "learning rate of SGD at the start", least=0)
@@ -133,6 +145,8 @@ class Config:
     def binding(self) -> dict[str, Any]:
         """What must stay the same when a run goes on."""
         free = {option.name for option in fields(self) if option.metadata["free"]}
+        if self.schedule == "step":
+            free.add("epochs")  # more of them begin as fewer do; the cosine would have another arc
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -178,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for option in fields(Config):
         help = f"{option.metadata['help']} [{option.default}]"
+        alone = option.metadata["alone"]
         if isinstance(option.default, bool):
             parser.add_argument(_flag(option), action=argparse.BooleanOptionalAction, help=help)
         else:
@@ -186,5 +201,6 @@ def _parser() -> argparse.ArgumentParser:
                 type=type(option.default),
                 choices=option.metadata["choices"],
                 help=help,
+                **({} if alone is None else {"nargs": "?", "const": alone}),
             )
     return parser

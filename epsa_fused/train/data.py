@@ -7,6 +7,8 @@ but the seed, the epoch and the image.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import pickle
 from dataclasses import dataclass
@@ -36,7 +38,11 @@ class Source(Protocol):
 
         Raises:
             CorruptImageError: where it cannot be read.
+            InputError: where reading failed for a reason that is not this image's.
         """
+
+    def digest(self) -> str:
+        """Equal for equal data, so far as telling takes no reading of files."""
 
 
 @dataclass
@@ -58,7 +64,18 @@ class Data:
             "classes": self.classes,
             "training images": len(self.train.labels),
             "held-out images": len(self.held_out.labels),
+            "training digest": self.train.digest(),
+            "held-out digest": self.held_out.digest(),
         }
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of their types, shapes and values."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.dtype.str}{array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).view(np.uint8))
+    return sha.hexdigest()[:16]
 
 
 def kind_of_data(data: str) -> str:
@@ -104,6 +121,9 @@ class ArraySource:
         image = self._padded[index, top : top + height, left : left + width]
         return image[:, ::-1] if self.flip and generator.random() < 0.5 else image
 
+    def digest(self) -> str:
+        return _digest(self.images, self.labels)
+
 
 def _digits() -> Data:
     """scikit-learn's 1797 handwritten digits, 8x8 with values 0 to 16; a quarter, the same for
@@ -148,18 +168,27 @@ def _cifar10(folder: Path) -> Data:
         try:
             with path.open("rb") as file:
                 content = _ArraysOnly(file, encoding="bytes").load()
-        except (OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise InputError(f"{path}: expected a pickle of CIFAR-10; {error}") from None
-        shape = np.shape(content.get(b"data")) if isinstance(content, dict) else None
-        if shape is None or len(shape) != 2 or shape[1] != 3072:
+        except Exception as error:  # a broken pickle may call for anything
             raise InputError(
-                f"{path}: expected a pickled dict with b'data' of shape [N, 3072], "
-                f"got {type(content).__name__} with b'data' of shape {shape}"
-            )
-        if len(content.get(b"labels", ())) != shape[0]:
+                f"{path}: expected a pickle of CIFAR-10; {type(error).__name__}: {error}"
+            ) from None
+        data = content.get(b"data") if isinstance(content, dict) else None
+        if (
+            not isinstance(data, np.ndarray)
+            or data.dtype != np.uint8
+            or data.shape[1:] != (3072,)
+            or not len(data)
+        ):
+            got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else repr(data)[:60]
             raise InputError(
-                f"{path}: expected {shape[0]} b'labels', got {len(content.get(b'labels', ()))}"
+                f"{path}: expected a pickled dict with b'data', uint8 [N, 3072], "
+                f"got {type(content).__name__} with b'data' {got}"
             )
+        labels = content.get(b"labels")
+        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+            raise InputError(f"{path}: expected b'labels', a list of int, got {labels!r:.60}")
+        if len(labels) != len(data):
+            raise InputError(f"{path}: expected {len(data)} b'labels', got {len(labels)}")
         return content
 
     def source(names: tuple[str, ...], shift: int, flip: bool) -> ArraySource:
@@ -185,6 +214,19 @@ def _cifar10(folder: Path) -> Data:
 
 
 # ---- files ----
+
+
+# What is wrong with one file when the system refuses it; a decoder's own errors have no number, or
+# that of a place to seek to which a broken file names. Others (EIO, EMFILE) are not the file's.
+_OF_ONE_FILE = (
+    None,
+    errno.EINVAL,
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ELOOP,
+)
 
 
 class FolderSource:
@@ -224,13 +266,22 @@ class FolderSource:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
+        except MemoryError:
+            raise
         except Exception as error:  # a decoder may raise anything for a broken file
+            if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
+                # to leave it out would be to train on what a failing disk still gives
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             raise CorruptImageError(f"{path}: {type(error).__name__}: {error}") from error
         box = self._centre(*image.size)
         if generator is not None:
             box = self._random_box(*image.size, generator)
         pixels = np.asarray(image.resize((self.size,) * 2, Image.Resampling.BILINEAR, box=box))
         return pixels[:, ::-1] if generator is not None and generator.random() < 0.5 else pixels
+
+    def digest(self) -> str:
+        """Of the names and labels: the contents of ImageNet's files would take minutes to read."""
+        return _digest(self.files, self.labels)
 
     def _centre(self, width: int, height: int) -> tuple[float, float, float, float]:
         side = min(width, height) * self.CENTRE

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import CorruptImageError, Source
+from .errors import InputError
+from .interrupts import SIGNALS
 
 # What begins each generator's seed: NumPy takes (1, 2) and (1, 2, 0) for the same one.
 _ORDER, _CROP = 1, 2
@@ -21,11 +23,15 @@ Key = tuple[int, int, int]  # seed, epoch, image; for evaluation -1, -1, image
 
 
 class Batch(NamedTuple):
-    """Images and labels, less the images that could not be read, which `corrupt` names."""
+    """Images and labels, less the images that could not be read, which `corrupt` names.
+
+    `failed`: an InputError's message. Raised in a loading process it would come with a traceback.
+    """
 
     images: Tensor  # uint8 [N, C, H, W], in channels_last as they were stacked
     labels: Tensor  # int64 [N]
     corrupt: list[str]
+    failed: str
     seconds: float  # that reading and cutting them took one process
 
 
@@ -37,13 +43,16 @@ class Images(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         start = time.perf_counter()
-        images, labels, corrupt = [], [], []
+        images, labels, corrupt, failed = [], [], [], ""
         for seed, epoch, index in keys:
             random = None if epoch < 0 else np.random.default_rng((_CROP, seed, epoch, index))
             try:
                 images.append(self.source.image(index, random))
             except CorruptImageError as error:
                 corrupt.append(str(error))
+            except InputError as error:
+                failed = str(error)
+                break
             else:
                 labels.append(self.source.labels[index])
         pixels = np.stack(images) if images else np.empty((0, 1, 1, 1), np.uint8)
@@ -51,6 +60,7 @@ class Images(Dataset):
             torch.from_numpy(pixels).permute(0, 3, 1, 2),
             torch.tensor(np.array(labels, dtype=np.int64)),
             corrupt,
+            failed,
             time.perf_counter() - start,
         )
 
@@ -130,9 +140,9 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, torchrun's SIGTERM every one of a session; the
+    """Ctrl-C reaches every process of a terminal, a scheduler's SIGTERM every one of a job; the
     parent still needs batches to end well, and ends its workers without a signal."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

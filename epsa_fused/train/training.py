@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -106,6 +107,12 @@ class Training:
                 f"--batch: expected at most the {images} training images, got {config.batch}"
             )
         self.path, self.previous = config.folder / CHECKPOINT, config.folder / PREVIOUS
+        # what a resumed run must have in common with the checkpoint's
+        self.binding = config.binding() | {
+            "device": self.device.type,  # what "auto" came to
+            "processes": processes.count,
+            **self.data.description(),
+        }
         saved = self._checkpoint()
         self._build(parts)
         self.epoch = self.step = self.steps_done = 0
@@ -352,11 +359,18 @@ class Training:
     # ---- what is said and checked ----
 
     def _say(self, line: str) -> None:
-        if self.processes.first:
+        if not self.processes.first:
+            return
+        try:
             self.tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that was closed: nobody is there to read
+                raise
 
     def _check_images(self, batch: Batch) -> None:
+        if batch.failed:
+            raise InputError(batch.failed)
         for message in batch.corrupt:
             if self.config.corrupt == "fail":
                 raise InputError(
@@ -408,29 +422,34 @@ class Training:
 
     # ---- saving and resuming ----
 
-    def _binding(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the checkpoint's."""
-        return self.config.binding() | {
-            "device": self.device.type,  # what "auto" came to
-            "processes": self.processes.count,
-            **self.data.description(),
-        }
-
     def _checkpoint(self) -> dict[str, Any] | None:
         """The one to go on from, checked; None for a new run."""
-        if self.config.resume:
+        config = self.config
+        # all go on where one sees it: where the others cannot, they say so
+        exists = self.processes.any(self.path.exists())
+        if config.resume == "yes" or (config.resume == "auto" and exists):
             saved = checkpoint.read(self.path)
             if "optimizer" not in saved:
                 raise InputError(
                     f"{self.path}: expected a checkpoint to resume from, got weights alone, "
                     "as best.pt holds them"
                 )
-            checkpoint.check_same(self.path, saved["run"], self._binding())
+            checkpoint.check_same(self.path, saved["run"], self.binding)
+            if saved["epoch"] > config.epochs:
+                raise InputError(
+                    f"--epochs: expected at least the {saved['epoch']} that the run in "
+                    f"{config.out} has done, got {config.epochs}"
+                )
             return saved
-        if self.path.exists():
+        if exists:
             raise InputError(
-                f"--out: {self.config.out} holds a run already ({self.path}); "
+                f"--out: {config.out} holds a run already ({self.path}); "
                 "expected --resume to go on with it, or another --out"
+            )
+        if self.previous.exists():
+            raise InputError(
+                f"--out: {config.out} holds {self.previous} and no {CHECKPOINT}; "
+                f"expected a copy of it as {CHECKPOINT} to go on from it, or another --out"
             )
         return None
 
@@ -455,7 +474,7 @@ class Training:
             self.path,
             {
                 "format": checkpoint.FORMAT,
-                "run": self._binding(),
+                "run": self.binding,
                 "epoch": self.epoch,
                 "step": self.step,
                 "steps_done": self.steps_done,
@@ -494,7 +513,7 @@ class Training:
         model = self.model if self.ema is None else self.ema.module
         return {
             "format": checkpoint.FORMAT,
-            "run": self._binding(),
+            "run": self.binding,
             "epoch": self.epoch,
             "top1": self.best_top1,
             "state_dict": model.state_dict(),
@@ -505,3 +524,8 @@ class Training:
     def close(self) -> None:
         if self.logs is not None:
             self.logs.close()
+        for images in (self.loader, self.held_out_loader):
+            # After an error its traceback keeps them, and at its end Python would wait for them for
+            # ever: it sends SIGTERM, which they leave to their parent.
+            if images._iterator is not None:
+                images._iterator._shutdown_workers()
