@@ -14,6 +14,7 @@ from training import (
     differences,
     environment,
     evaluated,
+    image_folder,
     losses,
     rows,
     saved,
@@ -31,12 +32,18 @@ GIVEN = {"epochs": 4}  # 24 steps
 
 def start(out, **given) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN, **given)],
+        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN | given)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def ended(process: subprocess.Popen) -> tuple[str, int]:
+    """What it printed, and its exit code."""
+    output, _ = process.communicate(timeout=LIMIT)
+    return output, process.returncode
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +92,59 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
     output, _ = process.communicate(timeout=LIMIT)
     assert "interrupted and saved after" in output, output
     assert 4 <= saved(tmp_path)["steps_done"] < 24
-    process = start(tmp_path, resume=True)
+    process = start(tmp_path, resume="yes")
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert differences(saved(tmp_path), saved(pair)) == []
     assert losses(tmp_path) == losses(pair)
     with pytest.raises(InputError, match=r"processes: 2 in the checkpoint, now 1"):
-        train(settings(pair, **GIVEN, resume=True))
+        train(settings(pair, **GIVEN, resume="yes"))
+
+
+def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
+    """The gradients of the first ones wait for the last one's, and go to the others with them."""
+    torch.set_num_threads(1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(settings(one, **GIVEN, batch=96, accumulate=4))
+    output, code = ended(start(two, batch=96, accumulate=2))
+    assert code == 0, output
+    values = [torch.tensor([float(row["loss"]) for row in rows(out)]) for out in (one, two)]
+    assert len(values[0]) == 4 and values[0][0] - values[0][-1] > 0.1  # they went somewhere
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-5)
+    weights = saved(two)["state_dict"]
+    for name, weight in saved(one)["state_dict"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_everything_at_once_is_ended_by_sigterm_and_goes_on_bitwise(tmp_path):
+    """Average, dropout, bfloat16, crops by loading processes; and 9 held-out images, of which one
+    process has a batch more than the other. torchrun passes SIGTERM on, and ends with 1 itself."""
+    given = {
+        "data": str(image_folder(tmp_path / "data", train=16, held_out=3)),
+        "batch": 8,
+        "ema": 0.9,
+        "dropout": 0.3,
+        "amp": "bf16",
+        "workers": 1,
+        "checkpoint_every": 1000,
+    }
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    output, code = ended(start(uncut, **given))
+    assert code == 0, output
+    process = start(cut, **given)
+    wait_for_steps(process, cut, 8)
+    process.terminate()
+    output, code = ended(process)
+    assert code == 1 and "SIGKILL" not in output, output
+    assert "interrupted and saved after" in output
+    steps = saved(cut)["steps_done"]
+    assert 8 <= steps == len(losses(cut)) < 24
+    output, code = ended(start(cut, **given, resume="auto"))
+    assert code == 0 and f"resumed after {steps} steps" in output, output
+    assert differences(saved(cut), saved(uncut)) == []
+    assert differences(saved(cut, "best.pt"), saved(uncut, "best.pt")) == []
+    assert losses(cut) == losses(uncut)
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypatch):
@@ -101,15 +154,21 @@ def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypa
         Training(config, Processes("cpu"))
 
 
-def test_an_error_of_one_process_is_said(tmp_path):
+def test_an_error_of_all_processes_is_said(tmp_path):
     """Without a traceback, and nobody waits for ever."""
-    process = subprocess.Popen(
-        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(tmp_path, batch=63)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode != 0
+    output, code = ended(start(tmp_path, batch=63))
+    assert code != 0
     assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_error_of_one_process_is_said(tmp_path, part):
+    """In a step, and in the evaluation, of which each image has one process."""
+    folder = image_folder(tmp_path / "data")
+    (folder / part / "ant" / "1.png").write_bytes(b"")
+    output, code = ended(start(tmp_path, data=str(folder), batch=8))
+    assert code != 0
+    assert output.count("error: an image cannot be read: ") == 1
+    assert f"{part}/ant/1.png" in output
+    assert "SIGKILL" not in output  # the other one did not have to be stopped
+    assert saved(tmp_path)["steps_done"] == (3 if part == "val" else 0)
