@@ -8,17 +8,18 @@ Every network is trained from the seeds 0, 1, ... by epsa_fused.train with its r
 and its accuracy on the held-out images is that of its last epoch, not of its best. The trained PSA
 networks are then evaluated by the other implementation too, and the two that began with one seed
 are compared image by image. What was interrupted goes on when the same command runs again. Writes
-a CSV with one row per training.
+a CSV with one row per training, with the commit and the date at which it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import epsa_fused
-from epsa_fused.train import Config, InputError, train
+from epsa_fused.train import Config, InputError, Result, train
 from epsa_fused.train.data import Data, kind_of_data, open_data
 from epsa_fused.train.networks import MODELS
 from epsa_fused.train.training import CHECKPOINT
@@ -40,6 +41,7 @@ NETWORKS = {
     "PSA, fused": {"model": "small_epsanet", "psa": "fused"},
 }
 EVALUATED_AT_ONCE = 256
+MEASURED = "measured.json"  # beside a training's checkpoint
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -62,10 +64,15 @@ def settings(options: argparse.Namespace, network: str, seed: int) -> Config:
     folder = network.lower().replace(", ", "-") + f"-{seed}"
     given = {} if options.epochs is None else {"epochs": options.epochs}
     out = Path(options.runs, Path(options.data).name, folder)
-    config = Config.of(
-        options.data, seed=seed, out=str(out), channels_last=True, **NETWORKS[network], **given
+    return Config.of(
+        options.data,
+        seed=seed,
+        out=str(out),
+        channels_last=True,
+        resume="auto",
+        **NETWORKS[network],
+        **given,
     )
-    return replace(config, resume=(out / CHECKPOINT).exists())
 
 
 @torch.no_grad()
@@ -91,29 +98,52 @@ def run(options: argparse.Namespace) -> list[dict] | None:
             f"--data: expected 'digits' or CIFAR-10's folder with data_batch_1, got {options.data}"
         )
     data = open_data(options.data, 0)
-    labels = torch.from_numpy(data.held_out.labels)
     for seed in range(options.seeds):
-        answers: dict[str, Tensor] = {}
+        answers = {}
         for network in NETWORKS:
             print(f"\n{network}, seed {seed}", flush=True)
             config = settings(options, network, seed)
             result = train(config)
             if result.interrupted:
                 return None
-            row = {"network": network, "seed": seed, "top1": result.accuracy.top1}
-            row |= {"loss": result.accuracy.loss, "seconds": round(result.seconds, 1)}
-            row["images_per_s"] = images_per_second(config)
-            row |= {"epochs": config.epochs, "parameters": parameters(config, data)}
-            if "PSA" in network:
-                other = "reference" if config.psa == "fused" else "fused"
-                own, others = (logits(config, data, psa) for psa in (config.psa, other))
-                answers[network] = own.argmax(1)
-                row["top1_in_other"] = (others.argmax(1) == labels).double().mean().item()
-                row["logits_error"] = ((own - others).abs().max() / own.abs().max()).item()
-            rows.append(row)
-        reference, fused = answers.values()
-        rows[-1]["same_answers"] = (reference == fused).double().mean().item()
+            # Kept: a training that is found done was measured then, not now.
+            file = config.folder / MEASURED
+            if not file.exists():
+                row = {"network": network, "seed": seed}
+                measured = measure(config, data, row, result)
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(measured))
+                os.replace(partial, file)
+            measured = json.loads(file.read_text())
+            answers[config.model, config.psa] = measured["answers"]
+            rows.append(measured["row"])
+        reference, fused = (answers["small_epsanet", psa] for psa in ("reference", "fused"))
+        rows[-1]["same_answers"] = statistics.mean(
+            float(a == b) for a, b in zip(reference, fused, strict=True)
+        )
     return rows
+
+
+def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
+    """The row of a training that is done, and what its network answers to each held-out image."""
+    row = row | {"top1": result.accuracy.top1, "loss": result.accuracy.loss}
+    row |= {"seconds": round(result.seconds, 1), "images_per_s": images_per_second(config)}
+    row |= {"epochs": config.epochs, "parameters": parameters(config, data)}
+    own = logits(config, data, config.psa)
+    if config.model == "small_epsanet":
+        labels = torch.from_numpy(data.held_out.labels)
+        others = logits(config, data, "reference" if config.psa == "fused" else "fused")
+        row["top1_in_other"] = (others.argmax(1) == labels).double().mean().item()
+        row["logits_error"] = ((own - others).abs().max() / own.abs().max()).item()
+    row |= {
+        "device": device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "epsa_fused": epsa_fused.__version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return {"row": row, "answers": own.argmax(1).tolist()}
 
 
 def images_per_second(config: Config) -> float:
@@ -129,20 +159,12 @@ def parameters(config: Config, data: Data) -> int:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    about = {
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "epsa_fused": epsa_fused.__version__,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
     # the last row has every column
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[-1], *about])
+        writer = csv.DictWriter(file, [*rows[-1]])
         writer.writeheader()
-        writer.writerows(row | about for row in rows)
+        writer.writerows(rows)
 
 
 def summarize(rows: list[dict]) -> None:
