@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,8 @@ def train(config: Config) -> Result:
     """
     with Processes(config.device) as processes, _algorithms(config.deterministic):
         training = Training(config, processes)
-        with contextlib.closing(training), Interrupts() as interrupts:
+        # to the end: SIGTERM may come twice
+        with Interrupts() as interrupts, contextlib.closing(training):
             return training.run(interrupts)
 
 
@@ -359,11 +360,13 @@ class Training:
     # ---- what is said and checked ----
 
     def _say(self, line: str) -> None:
-        if not self.processes.first:
-            return
+        if self.processes.first:
+            self._write(line, sys.stdout)
+
+    def _write(self, line: str, file: TextIO) -> None:
         try:
-            self.tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            self.tqdm.write(line, file=file)
+            file.flush()
         except OSError as error:
             if error.errno != errno.EIO:  # of a terminal that was closed: nobody is there to read
                 raise
@@ -378,7 +381,7 @@ class Training:
                 )
             if message not in self.named:
                 self.named.add(message)
-                self.tqdm.write(f"left out, cannot be read: {message}", file=sys.stderr)
+                self._write(f"left out, cannot be read: {message}", sys.stderr)
 
     def _log_step(self, loss: Tensor, speed: Speed) -> str:
         """Writes the row; returns what the progress bar shows."""
