@@ -244,6 +244,8 @@ def start(out, **given) -> subprocess.Popen:
 
 
 LONG = {"epochs": 12, "ema": 0.9, "dropout": 0.1}  # 72 steps
+# Until a signal ends it, however late that comes.
+ENDLESS = LONG | {"epochs": 10_000, "checkpoint_every": 1000, "workers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -279,24 +281,27 @@ def assert_saved_and_ended(process: subprocess.Popen, out) -> None:
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and "Traceback" not in output, output
     steps = saved(out)["steps_done"]
-    assert 5 <= steps == len(losses(out)) < 12 * STEPS
+    assert 5 <= steps == len(losses(out))
     assert f"interrupted and saved after {steps} steps" in output
 
 
 def test_ctrl_c_saves_the_step_and_ends_the_run(tmp_path, uncut):
     """A terminal sends it to the loading process too."""
-    process = start(tmp_path, **LONG | {"checkpoint_every": 1000, "workers": 1})
+    process = start(tmp_path, **ENDLESS)
     wait_for_steps(process, tmp_path, 5)
     os.killpg(process.pid, signal.SIGINT)
     assert_saved_and_ended(process, tmp_path)
     torch.set_num_threads(1)
-    train(settings(tmp_path, **LONG, resume="yes"))
+    epochs = max(LONG["epochs"], saved(tmp_path)["epoch"] + 1)
+    train(settings(tmp_path, **LONG | {"epochs": epochs}, resume="yes"))
+    if epochs > LONG["epochs"]:  # the machine had stopped before the signal was sent
+        train(settings(uncut, **LONG | {"epochs": epochs}, resume="yes"))
     assert_same_run(uncut, tmp_path)
 
 
 def test_sigterm_does_too(tmp_path):
     """Sent to the loading process as well, and twice: by a scheduler and by torchrun."""
-    process = start(tmp_path, **LONG | {"checkpoint_every": 1000, "workers": 1})
+    process = start(tmp_path, **ENDLESS)
     wait_for_steps(process, tmp_path, 5)
     os.killpg(process.pid, signal.SIGTERM)
     process.terminate()
@@ -307,7 +312,7 @@ def test_a_terminal_that_is_closed_does_too(tmp_path):
     """SIGHUP reaches every process in it, and what they write fails."""
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        [*TRAIN, *command_line(tmp_path, **LONG | {"checkpoint_every": 1000, "workers": 1})],
+        [*TRAIN, *command_line(tmp_path, **ENDLESS)],
         env=environment(),
         stdin=end,
         stdout=end,
@@ -316,13 +321,13 @@ def test_a_terminal_that_is_closed_does_too(tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(end)
-    reader = threading.Thread(target=read_until, args=(terminal, b"epoch 2/12"))
+    reader = threading.Thread(target=read_until, args=(terminal, b"epoch 2/"))
     reader.start()  # a terminal that nobody reads stops who writes to it
     reader.join(LIMIT)
     os.close(terminal)
     assert process.wait(LIMIT) == 130
     steps = saved(tmp_path)["steps_done"]
-    assert 6 <= steps == len(losses(tmp_path)) < 12 * STEPS
+    assert 6 <= steps == len(losses(tmp_path))
 
 
 def read_until(terminal, text):
