@@ -20,7 +20,8 @@ struct Image {
   int64_t channel_stride, pixel_stride, row_stride;
 };
 
-// Weights [groups][oc][ic][kernel_h * kernel_w] in memory, strides in elements.
+// Weights [groups][oc][ic][kernel_h * kernel_w] in memory, strides in elements: that
+// of the taps or of the tensor's second dimension is 1.
 struct ConvWeights {
   void* data;
   int64_t group_stride, out_stride, in_stride, tap_stride;

@@ -188,8 +188,20 @@ void pack_dot(
         if (weights.tap_stride != 1) {
           for (int64_t j = 0; j < taps; ++j) {
             const int64_t tap = weights.turned ? taps - 1 - j : j;
+            float* line_to = to + j * plan.block * L;
+            if (weights.in_stride == 1) {  // a group's channels are dense
+              for (int i = 0; i < L; i += lanes.run) {
+                Memory<float>::store(
+                    line_to + i,
+                    rows[i] ? Memory<T>::load(
+                                  rows[i] + tap * weights.tap_stride, lanes.run)
+                            : V{},
+                    lanes.run);
+              }
+              continue;
+            }
             for (int i = 0; i < L; ++i) {
-              to[j * plan.block * L + i] = rows[i]
+              line_to[i] = rows[i]
                   ? Memory<T>::load(rows[i] + tap * weights.tap_stride, 1)[0]
                   : 0.0f;
             }

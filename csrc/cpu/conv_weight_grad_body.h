@@ -167,6 +167,19 @@ void unpack_weight_grad(
               (u.vector * L + i % u.lanes.run) * to.in_stride
           : nullptr;
     }
+    if (to.tap_stride != 1) {  // a group's channels are dense
+      for (int64_t j = 0; j < taps; ++j) {
+        const float* line_of = sums + j * pitch + b * L;
+        for (int i = 0; i < L; i += u.lanes.run) {
+          if (rows[i]) {
+            Memory<T>::store(
+                rows[i] + j * to.tap_stride,
+                Memory<float>::load(line_of + i, u.lanes.run), u.lanes.run);
+          }
+        }
+      }
+      continue;
+    }
     for (int64_t j = 0; j < taps; j += L) {
       const int64_t n = lesser(L, taps - j);
       V v[L];
@@ -180,13 +193,7 @@ void unpack_weight_grad(
         if (!rows[i]) {
           continue;
         }
-        if (to.tap_stride != 1) {
-          for (int64_t k = 0; k < n; ++k) {
-            V one{};
-            one[0] = v[i][k];
-            Memory<T>::store(rows[i] + (j + k) * to.tap_stride, one, 1);
-          }
-        } else if (n < L) {
+        if (n < L) {
           Memory<T>::store(rows[i] + j, v[i], n);
         } else {
           Memory<T>::store(rows[i] + j, v[i]);
