@@ -573,6 +573,27 @@ def test_a_log_on_a_full_disk(tmp_path):
     log.close()
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(b"3,0.1", id="in the last column"),
+        pytest.param(b"3", id="in the first"),
+        pytest.param(200_000 * b"\0", id="zeros"),
+        pytest.param(b"\xff,\xfe\r\n", id="bytes"),
+        pytest.param(b'",1\r\n', id="a quote"),
+    ],
+)
+def test_a_log_forgets_what_is_no_row(tmp_path, end):
+    """The checkpoint is forced to the disk, the log is not: after a power cut its end may be cut or
+    anything, and the run goes on all the same."""
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"step,loss\r\n1,0.5\r\n2,0.25\r\n" + end)
+    log = CsvLog(path, ["step", "loss"], 3)
+    log.write({"step": 4, "loss": 0.0625})
+    log.close()
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "4,0.0625"]
+
+
 def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("step,loss\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n4")  # killed in the middle of a row

@@ -13,16 +13,20 @@ from .errors import InputError, required
 class CsvLog:
     """A CSV file of numbers, a row per call of :meth:`write`; its first column is "step".
 
-    Rows of steps behind `step` are dropped, and so is a last row that a kill cut short: a run that
-    is resumed there writes them again.
+    Rows of steps behind `step` are dropped: a run that is resumed there writes them again. So is a
+    last row that was cut short, and what is no row, as a machine that stopped may leave them.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], step: int) -> None:
         kept = []
         if path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(columns)]
-            kept = [row for row in rows[1:] if int(row[0]) <= step]
+            lines = path.read_bytes().decode("ascii", "replace").splitlines(keepends=True)
+            rows = [line.rstrip("\r\n").split(",") for line in lines if line.endswith("\n")]
+            kept = [
+                row
+                for row in rows[1:]
+                if len(row) == len(columns) and row[0].isdecimal() and int(row[0]) <= step
+            ]
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *kept])
