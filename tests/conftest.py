@@ -28,6 +28,7 @@ TRAINING = ("numpy", "tqdm", "sklearn", "PIL")
 NEEDED = {
     "test_properties.py": ("hypothesis",),
     "test_train.py": TRAINING,
+    "test_train_accuracy.py": (*TRAINING, "matplotlib"),
     "test_train_processes.py": TRAINING,
     "test_train_resume.py": TRAINING,
 }

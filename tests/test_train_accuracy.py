@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from optional import optional
 from training import ROOT
 
 from epsa_fused.train import train
@@ -17,8 +16,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 @pytest.fixture
 def accuracy(monkeypatch):
-    for package in ("sklearn", "matplotlib"):  # the timing benchmark beside it draws
-        optional(package)
     import accuracy
 
     for network, given in accuracy.NETWORKS.items():
