@@ -140,7 +140,7 @@ CPP = "run_package.cpp"
 TRAIN = [
     "python -m epsa_fused.train --out runs/digits",
     "python -m epsa_fused.train --out runs/digits --resume",
-    "torchrun --nproc-per-node 2 -m epsa_fused.train --out runs/pair",
+    "torchrun --standalone --nproc-per-node 2 -m epsa_fused.train --out runs/pair",
 ]
 SHORT = " --epochs 1 --batch 512"  # two steps
 
@@ -171,7 +171,7 @@ def test_the_trainings(tmp_path):
             env=environment() | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
         assert "done: 2 steps" in result.stdout
