@@ -342,6 +342,24 @@ def test_a_terminal_that_is_closed_does_too(tmp_path):
     assert 6 <= steps == len(losses(tmp_path))
 
 
+def test_a_pipe_whose_reader_ended_does_not_matter(tmp_path):
+    """As with `| tee log`, where Ctrl-C ends tee too."""
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [*TRAIN, *command_line(tmp_path, **ENDLESS)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    assert process.stdout.readline().startswith(b"epoch 1/")
+    process.stdout.close()
+    wait_for_steps(process, tmp_path, 5 * STEPS)  # more such lines
+    process.send_signal(signal.SIGINT)
+    assert process.wait(LIMIT) == 130
+    assert (tmp_path / "errors").read_text() == ""
+    assert 5 * STEPS <= saved(tmp_path)["steps_done"] == len(losses(tmp_path))
+
+
 def read_until(terminal, text):
     seen = b""
     while text not in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,5 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _forget_unread() -> None:
+    """What could not be written to a reader that is gone: Python would try again at the end, fail,
+    and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _forget_unread()
+    sys.exit(code)

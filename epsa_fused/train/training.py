@@ -368,7 +368,9 @@ class Training:
             self.tqdm.write(line, file=file)
             file.flush()
         except OSError as error:
-            if error.errno != errno.EIO:  # of a terminal that was closed: nobody is there to read
+            # of a terminal that was closed, or of a pipe whose reader ended, as Ctrl-C ends tee:
+            # nobody is there to read
+            if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
 
     def _check_images(self, batch: Batch) -> None:
