@@ -712,8 +712,16 @@ def test_a_run_goes_on_to_more_epochs_as_one_that_began_with_them(tmp_path):
     result = train(settings(more, **given, epochs=2, resume="yes"))
     assert result.steps == 2 * STEPS
     assert_same_run(two, more)
-    with pytest.raises(InputError, match=r"--epochs: expected at least the 2 .* has done, got 1"):
+    with pytest.raises(InputError, match=r"--epochs: expected at least the 2 .* has begun, got 1"):
         train(settings(more, **given, epochs=1, resume="yes"))
+
+
+def test_a_run_does_not_end_before_the_epoch_that_it_is_in(tmp_path, monkeypatch):
+    """Its weights are behind those of the epoch before."""
+    cut_off_after(monkeypatch, STEPS + 5, settings(tmp_path))
+    assert (saved(tmp_path)["epoch"], saved(tmp_path)["step"]) == (1, 2)
+    with pytest.raises(InputError, match=r"--epochs: expected at least the 2 .* has begun, got 1"):
+        train(settings(tmp_path, epochs=1, resume="yes"))
 
 
 def test_the_cosine_belongs_to_its_number_of_epochs(tmp_path):

@@ -440,10 +440,11 @@ class Training:
                     "as best.pt holds them"
                 )
             checkpoint.check_same(self.path, saved["run"], self.binding)
-            if saved["epoch"] > config.epochs:
+            begun = saved["epoch"] + (saved["step"] > 0)
+            if begun > config.epochs:
                 raise InputError(
-                    f"--epochs: expected at least the {saved['epoch']} that the run in "
-                    f"{config.out} has done, got {config.epochs}"
+                    f"--epochs: expected at least the {begun} that the run in {config.out} has "
+                    f"begun, got {config.epochs}"
                 )
             return saved
         if exists:
