@@ -156,7 +156,7 @@ def test_the_self_check():
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
