@@ -278,7 +278,8 @@ def print_table_row(rows: list[dict]) -> None:
 
 
 def print_header(case: Case, names: list[str]) -> None:
-    for long, short in (("compiled", "comp."), ("rewrite", "rewr."), ("fused ", "")):
+    shorter = {"compiled": "comp.", "rewrite": "rewr.", "fused ": "", "without PSA": "no PSA"}
+    for long, short in shorter.items():
         names = [name.replace(long, short) for name in names]
     print(f"\n{case.level}, {case.mode}, {case.layout}, {case.dtype}: median microseconds")
     print(
