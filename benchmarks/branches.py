@@ -1,10 +1,12 @@
-"""Each convolution of EPSANet alone: this package's kernels against torch's, in GFLOP/s.
+"""The convolutions of EPSANet: this package's kernels against torch's, in GFLOP/s.
 
     python benchmarks/branches.py [--rounds 5] [--out DIR] [--name NAME]
 
-What the plan (epsa_fused._C.conv_plan) rests on: a convolution for which it names a kernel should
-be faster here than in torch, contiguous or channels_last. The peak beside it is that of a large
-matrix product on the same threads. Padding is counted as work for both.
+Each alone, and the branches of each stage's module in one call ("all"). What the plan
+(epsa_fused._C.conv_plan) rests on: a convolution for which it names a kernel should be faster here
+than in torch, contiguous or channels_last. The limit beside it is the rate of a large matrix
+product on the same threads; `of_peak` is the rate over that of a product timed in turn with the
+row, as the machine's clock changes. Padding is counted as work, and 36 products for Winograd's 16.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import csv
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ from latency import commit, device_name
 from measure import Timing, settle_allocator, time_in_turn
 
 BATCH = 8
+PRODUCT = 1536  # rows and columns of the matrices that the peak is taken from
 # planes and input size of the stages; the first block of a stage halves the size
 STAGES = [(64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 14, 1), (512, 14, 2), (512, 7, 1)]
 NETWORKS = {
@@ -35,76 +39,91 @@ NETWORKS = {
 }
 
 
-def cases() -> list[tuple[str, int, int, int, int, int]]:
+Branch = tuple[int, int]  # kernel, groups
+Case = tuple[str, int, int, int, tuple[Branch, ...]]  # network, planes, size, stride
+
+
+def cases() -> list[Case]:
     return [
-        (network, scale * planes, size, stride, kernel, groups)
+        (network, scale * planes, size, stride, some)
         for network, (scale, branches) in NETWORKS.items()
         for planes, size, stride in STAGES
-        for kernel, groups in branches
+        for some in (*((branch,) for branch in branches), branches)
     ]
 
 
-def measure(case: tuple, threads: int, rounds: int) -> dict:
-    network, planes, size, stride, kernel, groups = case
+def measure(case: Case, product: Callable[[], object], threads: int, rounds: int) -> dict:
+    network, planes, size, stride, branches = case
     channels = planes // 4
     x = torch.randn(BATCH, planes, size, size)
-    w = torch.randn(channels, planes // groups, kernel, kernel) * 0.1
+    weights = [torch.randn(channels, planes // g, k, k) * 0.1 for k, g in branches]
     last = torch.channels_last
-    x_last, w_last = x.contiguous(memory_format=last), w.contiguous(memory_format=last)
-    options = (None, stride, kernel // 2, 1, groups)
+    x_last = x.contiguous(memory_format=last)
+    weights_last = [w.contiguous(memory_format=last) for w in weights]
+    groups, padding = [g for _, g in branches], [k // 2 for k, _ in branches]
 
-    def ours() -> torch.Tensor:
-        return epsa_fused.convolution.spc_conv(
-            x, [w], [groups], stride=stride, padding=[kernel // 2]
-        )[0][0]
+    def ours() -> list[torch.Tensor]:
+        return epsa_fused.convolution.spc_conv(x, weights, groups, stride=stride, padding=padding)[
+            0
+        ]
+
+    def torchs(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            F.conv2d(x, w, None, stride, p, 1, g)
+            for w, p, g in zip(weights, padding, groups, strict=True)
+        ]
 
     runs = {
         "ours": ours,
-        "torch": lambda: F.conv2d(x, w, *options),
-        "torch channels_last": lambda: F.conv2d(
-            x_last, w_last, None, stride, kernel // 2, 1, groups
-        ),
+        "torch": lambda: torchs(x, weights),
+        "torch channels_last": lambda: torchs(x_last, weights_last),
+        "product": product,
     }
-    expected = runs["torch"]()
-    error = (ours() - expected).abs().max() / expected.abs().max()
-    if not error < 1e-4:
-        raise SystemExit(f"{case}: error {error:.1e}, expected below 1e-4")
-    flops = 2 * expected.numel() * (planes // groups) * kernel**2
+    flops = 0
+    for actual, expected, (kernel, g) in zip(ours(), torchs(x, weights), branches, strict=True):
+        error = (actual - expected).abs().max() / expected.abs().max()
+        if not error < 1e-4:
+            raise SystemExit(f"{case}: error {error:.1e}, expected below 1e-4")
+        flops += 2 * expected.numel() * (planes // g) * kernel**2
     timings = time_in_turn(runs, threads, rounds, 0.05)
-    plan = _C.conv_plan(
-        in_channels=planes,
-        out_channels=channels,
-        groups=groups,
-        kernel=(kernel, kernel),
-        height=size,
-        width=size,
-        stride=stride,
-        padding=kernel // 2,
-    )
+    methods = {
+        _C.conv_plan(
+            in_channels=planes,
+            out_channels=channels,
+            groups=g,
+            kernel=(kernel, kernel),
+            height=size,
+            width=size,
+            stride=stride,
+            padding=kernel // 2,
+        )["method"]
+        for kernel, g in branches
+    }
+    alone = len(branches) == 1
 
     def rate(timing: Timing) -> float:
         return round(flops / timing.median / 1e9, 1)
 
+    product_rate = 2 * PRODUCT**3 / timings["product"].median / 1e9
     return {
         "network": network,
         "planes": planes,
         "size": size,
         "stride": stride,
-        "kernel": kernel,
-        "groups": groups,
-        "method": plan["method"],
+        "kernel": branches[0][0] if alone else "all",
+        "groups": branches[0][1] if alone else "all",
+        "method": methods.pop() if alone else "",
+        "ms": round(1e3 * timings["ours"].median, 3),
         "gflops": rate(timings["ours"]),
         "torch_gflops": rate(timings["torch"]),
         "torch_channels_last_gflops": rate(timings["torch channels_last"]),
+        "of_peak": round(rate(timings["ours"]) / product_rate, 2),
     }
 
 
-def peak(threads: int, rounds: int) -> float:
-    """GFLOP/s of a large matrix product."""
-    size = 1536
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    timing = time_in_turn({"mm": lambda: a @ b}, threads, rounds, 0.2)["mm"]
-    return 2 * size**3 / min(timing.times) / 1e9
+def matrix_product() -> Callable[[], object]:
+    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    return lambda: a @ b
 
 
 def main() -> None:
@@ -119,8 +138,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     settle_allocator()
     device = device_name("cpu")
+    product = matrix_product()
+    timing = time_in_turn({"product": product}, options.threads, options.rounds, 0.2)["product"]
     facts = {
-        "peak_gflops": round(peak(options.threads, options.rounds), 1),
+        "peak_gflops": round(2 * PRODUCT**3 / min(timing.times) / 1e9, 1),
         "device": device,
         "threads": options.threads,
         "isa": _C.cpu_isa(),
@@ -132,16 +153,16 @@ def main() -> None:
     print(
         f"{'':>8}{'planes':>7}{'H':>4}{'stride':>7}{'kernel':>7}{'groups':>7}{'method':>11}", end=""
     )
-    print(f"{'GFLOP/s':>9}{'torch':>8}{'ch.last':>9}")
+    print(f"{'ms':>8}{'GFLOP/s':>9}{'torch':>8}{'ch.last':>9}{'of peak':>9}")
     rows = []
     for case in cases():
-        row = measure(case, options.threads, options.rounds)
+        row = measure(case, product, options.threads, options.rounds)
         rows.append(row)
-        network, planes, size, stride, kernel, groups = case
         print(
-            f"{network:>8}{planes:>7}{size:>4}{stride:>7}{kernel:>7}{groups:>7}{row['method']:>11}"
+            f"{row['network']:>8}{row['planes']:>7}{row['size']:>4}{row['stride']:>7}"
+            f"{row['kernel']:>7}{row['groups']:>7}{row['method']:>11}{row['ms']:>8.2f}"
             f"{row['gflops']:>9.0f}{row['torch_gflops']:>8.0f}"
-            f"{row['torch_channels_last_gflops']:>9.0f}",
+            f"{row['torch_channels_last_gflops']:>9.0f}{row['of_peak']:>9.2f}",
             flush=True,
         )
     options.out.mkdir(parents=True, exist_ok=True)

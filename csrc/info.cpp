@@ -228,6 +228,7 @@ py::dict conv_plan(
   py::dict result;
   result["method"] = plan.method == cpu::ConvMethod::broadcast ? "broadcast"
       : plan.method == cpu::ConvMethod::dot                    ? "dot"
+      : plan.method == cpu::ConvMethod::winograd               ? "winograd"
                                                                : "library";
   result["pixels"] = plan.pixels;
   result["block"] = plan.block;
@@ -274,10 +275,12 @@ PYBIND11_MODULE(_C, m) {
       "conv_plan", &conv_plan,
       "How the CPU computes one branch's grouped convolution in spc_conv. "
       "method: 'broadcast' (lanes are output channels), 'dot' (lanes are input "
-      "channels) or 'library' (torch's convolution: no kernel here fits). Of "
-      "the first two also the pixels and the vectors (broadcast) or output "
-      "channels (dot) of a register tile, the units that the output channels "
-      "make, the channels of one and its rows at a time. A pure function; isa: "
+      "channels), 'winograd' (F(2 x 2, 3 x 3), arXiv 1509.09308: lanes are "
+      "output channels of 16 products in place of 36) or 'library' (torch's "
+      "convolution: no kernel here fits). Of all but the last also the pixels "
+      "(winograd: transforms) and the vectors (dot: output channels) of a "
+      "register tile, the units that the output channels make, the channels of "
+      "one and its rows at a time. A pure function; isa: "
       "'baseline', 'avx2' or 'avx512', None for the one in use.",
       py::kw_only(), py::arg("in_channels"), py::arg("out_channels"),
       py::arg("groups"), py::arg("kernel"), py::arg("height"),

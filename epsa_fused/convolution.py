@@ -41,8 +41,11 @@ def spc_conv(
             ``torch.ops.epsa_fused.psa_attention(..., pooled=)``. float32 (float64 for float64);
             for half-precision maps the means of the unrounded values. Not differentiable.
 
-    Sums are accumulated in float32 (float64 for float64). Branches for which there is no kernel
-    (see ``epsa_fused._C.conv_plan``) are computed by torch's convolution inside the call.
+    Sums are accumulated in float32 (float64 for float64). 3x3 kernels of stride 1 are computed by
+    Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308) where that is faster: its errors are those of
+    direct convolution, but where an infinity in x reaches there may be a NaN. Branches for which
+    there is no kernel are computed by torch's convolution inside the call.
+    ``epsa_fused._C.conv_plan`` tells which is which.
 
     Raises:
         ValueError: shapes, counts or settings that do not fit, or an output that would be empty.

@@ -147,6 +147,10 @@ CALLS = (
     Call("dilated", 3, 32, 32, 15, 13, (same(3, 1, 2), same(5, 4, 3), same(7, 8, 2))),
     # rows so long that a tile buffer holds one of them
     Call("wide", 1, 16, 48, 4, 301, (same(3, 1), same(5, 4))),
+    # Winograd's: odd sizes, groups, more channels and tiles in a row than are taken at a time
+    Call("winograd", 3, 96, 96, 15, 13, (same(3, 1), same(3, 3), same(3, 6))),
+    Call("winograd_wide", 1, 32, 24, 5, 301, (same(3, 1),)),
+    Call("winograd_padding", 2, 32, 40, 6, 9, (Branch((3, 3), 1, 4),)),
     Call("many_channels", 1, 520, 264, 3, 5, (same(3, 1), same(3, 8), same(1, 4))),
 )  # fmt: skip
 BY_NAME = {call.name: call for call in CALLS}

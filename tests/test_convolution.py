@@ -90,7 +90,7 @@ def test_every_kind_of_branch_and_every_image(kernel, layout, dtype):
 
 def test_the_sweep_meets_every_method_and_tile():
     """On each instruction set, so the tests above are tests of all kernels."""
-    calls = [call for kernel in KERNELS + FLAT_KERNELS for call in sweep(kernel)]
+    calls = [call for kernel in KERNELS + FLAT_KERNELS for call in sweep(kernel)] + list(CALLS)
     for isa in _C.build_info()["cpu_isas"]:
         plans = [
             _C.conv_plan(
@@ -108,7 +108,7 @@ def test_the_sweep_meets_every_method_and_tile():
             for call in calls
             for b in call.branches
         ]
-        assert {p["method"] for p in plans} == {"broadcast", "dot", "library"}
+        assert {p["method"] for p in plans} == {"broadcast", "dot", "winograd", "library"}
         for method in ("broadcast", "dot"):
             for part, least in (("pixels", 5), ("block", 2)):
                 assert len({p[part] for p in plans if p["method"] == method}) >= least

@@ -47,7 +47,36 @@ def test_no_branch_of_epsanet_goes_to_the_library(call, isa):
             # wide groups in lanes of outputs, narrow ones in lanes of inputs
             outputs = call.channels // b.groups
             expected = "broadcast" if outputs >= LANES[isa] else "dot"
+            transformed = 16 * call.in_channels * outputs  # weights
+            if b.kernel == (3, 3) and call.stride == 1 and transformed <= 2**18:
+                expected = "winograd"
             assert chosen["method"] == expected, (b, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("change", "method"),
+    (
+        ({}, "winograd"),
+        ({"groups": 2}, "winograd"),
+        ({"stride": 2}, "broadcast"),
+        ({"dilation": 2, "padding": 2}, "broadcast"),
+        ({"kernel": (3, 5)}, "broadcast"),
+        ({"kernel": (5, 5)}, "broadcast"),
+        ({"in_channels": 66, "groups": 2}, "broadcast"),  # 33: not whole vectors
+        # too few outputs: more products than there are pairs of pixels and taps
+        ({"height": 3, "width": 3}, "broadcast"),
+        ({"height": 56, "width": 1}, "broadcast"),
+        ({"height": 6, "width": 6}, "winograd"),
+        # transformed weights of 1 MiB, and of more
+        ({"in_channels": 512}, "winograd"),
+        ({"in_channels": 528}, "broadcast"),
+    ),
+    ids=str,
+)
+def test_where_winograd_pays(change, method, isa):
+    wide = {"out_channels": 32, "groups": 1, "kernel": (3, 3), "padding": 1}
+    assert plan(isa=isa, **(wide | change))["method"] == method
 
 
 @pytest.mark.parametrize("isa", ISAS)

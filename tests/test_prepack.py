@@ -64,6 +64,19 @@ def test_maps_of_another_size(size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("packed_for", "used_for"), ((14, 3), (3, 14)))
+def test_maps_for_which_another_method_is_planned(packed_for, used_for):
+    """The weights' own is used: 3x3 kernels are Winograd's where the map is not too small."""
+    module, _ = make("stage3")
+    x = torch.randn(3, 256, used_for, used_for)
+    expected = module(x)
+    module.prepack(packed_for, packed_for)
+    actual = module(x)
+    assert not torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected)
+
+
+@torch.no_grad()
 def test_the_packed_weights_are_what_is_read():
     """Seen by the one change that cannot be noticed."""
     module, x = make()
@@ -369,9 +382,11 @@ def test_bytes_of_something_else():
     refused(r"modulo 64, expected 0", torch.cat([packed[:8], packed])[8:])
     refused("does not hold what spc_prepack returned", torch.zeros_like(packed))
     refused(rf"packed has {len(packed) - 4} bytes, expected {len(packed)}", packed[:-4])
-    block = packed.clone()
-    block[40] = 77
-    refused(r"packed has blocks of 77 for weights\[0\]", block)
+    method, block = packed.clone(), packed.clone()
+    method[40] = 77
+    refused(r"packed has method 77 and blocks of \d for weights\[0\]", method)
+    block[44] = 77
+    refused(r"packed has method 0 and blocks of 77 for weights\[0\]", block)
     branches = packed.clone()
     branches[16:20] = torch.tensor([0, 0, 1, 0], dtype=torch.uint8)
     refused("packed was made for .* expected .*; prepack again", branches)

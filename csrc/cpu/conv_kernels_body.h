@@ -195,10 +195,16 @@ ReduceRow reduce_row_of(int64_t run) {
   }
 }
 
+#include "conv_winograd_body.h"
+
 int64_t convolve(
     const Conv& conv, const ConvPlan& plan, const Scratch& s,
     const float* packed, int64_t unit, int64_t c, int64_t begin, int64_t end,
     const Sums& sums, float* lane_sums) {
+  if (plan.method == ConvMethod::winograd) {
+    return convolve_winograd(
+        conv, plan, s, packed, unit, c, begin, end, sums, lane_sums);
+  }
   const TileFunction tile = tile_function(conv, plan);
   const int64_t ic = conv.ic(), oc = conv.oc();
   const int64_t column = column_width(conv, plan);
@@ -264,12 +270,27 @@ int64_t convolve(
 }
 
 int64_t lane_floats(const Conv& conv, const ConvPlan& plan) {
-  return plan.method == ConvMethod::dot
-      ? (greater(kColumn, column_width(conv, plan)) + L) * plan.block * L
-      : 0;
+  switch (plan.method) {
+    case ConvMethod::dot:
+      return (greater(kColumn, column_width(conv, plan)) + L) * plan.block * L;
+    case ConvMethod::winograd:
+      return winograd_floats(conv, plan);
+    default:
+      return 0;
+  }
 }
 
 #include "conv_weight_grad_body.h"
+
+template <class T>
+void pack_weights(
+    const Conv& conv, const ConvPlan& plan, const ConvWeights& weights,
+    int64_t unit, float* packed) {
+  (plan.method == ConvMethod::dot             ? pack_dot<T>
+       : plan.method == ConvMethod::winograd ? pack_winograd<T>
+                                             : pack_broadcast<T>)(
+      conv, plan, weights, unit, packed);
+}
 
 template <class T>
 const ConvKernels& kernels_of() {

@@ -221,14 +221,6 @@ void pack_dot(
   }
 }
 
-template <class T>
-void pack_weights(
-    const Conv& conv, const ConvPlan& plan, const ConvWeights& weights,
-    int64_t unit, float* packed) {
-  (plan.method == ConvMethod::dot ? pack_dot<T> : pack_broadcast<T>)(
-      conv, plan, weights, unit, packed);
-}
-
 // ---- from the tile buffer to the output ----
 
 // Channels [c, c + n) of `pixels` pixels, `pitch` floats apart, to planes.

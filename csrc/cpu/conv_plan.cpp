@@ -23,6 +23,59 @@ double tile_cycles(int pixels, int block) {
   return busiest > 4 ? busiest : 4;  // the latency of an FMA
 }
 
+// Pairs of an output row (or column) and one of a 3 x 3 kernel that meet in the image.
+double meetings(int64_t out, int64_t padding, int64_t size) {
+  int64_t count = 0;
+  for (int64_t k = 0; k < 3; ++k) {
+    const int64_t first = std::max<int64_t>(0, padding - k);
+    count += std::max<int64_t>(0, std::min(out, size + padding - k) - first);
+  }
+  return static_cast<double>(count);
+}
+
+int64_t winograd_strip(const Conv& conv) {
+  const int64_t rows =
+      2 * std::max<int64_t>(1, kWinogradTiles / pieces(conv.out_width, 2));
+  return std::min(rows, conv.out_height);
+}
+
+// Transforms cost about as much as a quarter of their products, and weights that
+// leave a core's own cache with them more time than the products save.
+bool winograd_pays(const Conv& conv) {
+  constexpr double kCacheFloats = 1 << 18;
+  const double direct =
+      meetings(conv.out_height, conv.padding_h, conv.height) *
+      meetings(conv.out_width, conv.padding_w, conv.width);
+  const double transformed = kWinogradPoints *
+      static_cast<double>(pieces(conv.out_height, 2)) *
+      static_cast<double>(pieces(conv.out_width, 2));
+  const double weights = kWinogradPoints * static_cast<double>(conv.ic()) *
+      static_cast<double>(conv.oc());
+  return direct > 1.25 * transformed && weights <= kCacheFloats;
+}
+
+// Cycles of a row of the output per tap and channel.
+double row_cycles(const Conv& conv, int pixels, int block) {
+  return tile_cycles(pixels, block) *
+      static_cast<double>(pieces(conv.out_width, pixels));
+}
+
+// Cycles of a strip's transforms, which each unit makes for itself, and of their
+// products, per input channel. The last products are in smaller tiles.
+double winograd_cycles(const Conv& conv, int pixels, int block) {
+  constexpr double kTransform = 4;
+  const int64_t tiles = pieces(winograd_strip(conv), 2) *
+      std::min(kWinogradTiles, pieces(conv.out_width, 2));
+  double cycles =
+      tile_cycles(pixels, block) * static_cast<double>(tiles / pixels);
+  for (int64_t rest = tiles % pixels; rest > 0;) {
+    const int piece = largest_tile(rest);
+    cycles += tile_cycles(piece, block);
+    rest -= piece;
+  }
+  return kWinogradPoints * cycles + kTransform * static_cast<double>(tiles);
+}
+
 }  // namespace
 
 Conv make_conv(
@@ -38,7 +91,8 @@ Conv make_conv(
       width, out_size(height, kernel_h), out_size(width, kernel_w)};
 }
 
-ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int only_block) {
+ConvPlan plan_conv(
+    const Conv& conv, bool in_double, Isa isa, const Packing& packed) {
   if (in_double || conv.stride > kMaxStride) {
     return {};
   }
@@ -48,19 +102,28 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int only_block) {
   if (!dot && vectors * lanes > 2 * conv.oc()) {
     return {};
   }
+  ConvMethod method = dot ? ConvMethod::dot : ConvMethod::broadcast;
+  if (!dot && is_winograd(conv, lanes) &&
+      (packed.block ? packed.method == ConvMethod::winograd
+                    : winograd_pays(conv))) {
+    method = ConvMethod::winograd;
+  }
+  const bool winograd = method == ConvMethod::winograd;
   int best_pixels = 0, best_block = 0;
   double best = 0;
   for (int block : kBlocks) {
     if ((dot ? conv.oc() : vectors) % block ||
-        (only_block && block != only_block)) {
+        (packed.block && block != packed.block)) {
       continue;
     }
     for (int pixels : kPixels) {
-      if (!fits(pixels, block, lanes)) {
+      // winograd: units enough for all threads
+      if (!fits(pixels, block, lanes) || (winograd && block * lanes > 32)) {
         continue;
       }
-      const double cost = tile_cycles(pixels, block) *
-          static_cast<double>(pieces(conv.out_width, pixels)) / block;
+      const double cost = (winograd ? winograd_cycles(conv, pixels, block)
+                                    : row_cycles(conv, pixels, block)) /
+          block;
       if (best_block == 0 || cost < best) {
         best = cost;
         best_block = block;
@@ -68,9 +131,9 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int only_block) {
       }
     }
   }
-  return best_block == 0 ? ConvPlan() : tile_plan(
-      conv, dot ? ConvMethod::dot : ConvMethod::broadcast, best_pixels,
-      best_block, isa);
+  return best_block == 0
+      ? ConvPlan()
+      : tile_plan(conv, method, best_pixels, best_block, isa);
 }
 
 ConvPlan tile_plan(
@@ -91,9 +154,16 @@ ConvPlan tile_plan(
   } else {
     plan.unit_channels = block * lanes;
     plan.units = conv.groups * (pieces(conv.oc(), lanes) / block);
-    plan.unit_weights = conv.ic() * conv.taps() * plan.unit_channels;
+    plan.unit_weights = method == ConvMethod::winograd
+        ? winograd_weights(plan, conv.ic(), lanes)
+        : conv.ic() * conv.taps() * plan.unit_channels;
   }
   plan.unit_pitch = pieces(plan.unit_channels, lanes) * lanes;
+  if (method == ConvMethod::winograd) {
+    plan.buffer_width = pieces(conv.out_width, 2) * 2;
+    plan.strip = winograd_strip(conv);
+    return plan;
+  }
   plan.buffer_width = pieces(conv.out_width, pixels) * pixels;
   // a tile buffer as large as half of a small first-level cache
   constexpr int64_t kBufferFloats = 4096;

@@ -34,6 +34,9 @@ enum class ConvMethod {
   broadcast,
   // Lanes are input channels; the lanes of a group are summed at the end.
   dot,
+  // Broadcast over Winograd's transforms F(2 x 2, 3 x 3) of image and weights
+  // (Lavin and Gray, arXiv 1509.09308): 16 products for 36.
+  winograd,
   // No kernel here fits: at::conv2d.
   library,
 };
@@ -42,7 +45,8 @@ enum class ConvMethod {
 // rows. Its sums stand in a tile buffer [rows][buffer_width][unit_pitch].
 struct ConvPlan {
   ConvMethod method = ConvMethod::library;
-  int pixels = 0;  // of a tile: what registers hold of an output row
+  // of a tile: what registers hold of an output row; winograd: of its transforms
+  int pixels = 0;
   int block = 0;  // vectors of output channels (broadcast) or channels (dot)
   int64_t unit_channels = 0;  // output channels of a unit; the last may lack some
   int64_t units = 0;  // runs of output channels
@@ -56,9 +60,15 @@ struct ConvPlan {
   }
 };
 
-// in_double: float64, for which there are no kernels here. block: that of weights
-// that are packed already; 0 where it is free.
-ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, int block = 0);
+// How weights are packed already, for an image of whatever size; block 0: not yet.
+struct Packing {
+  ConvMethod method = ConvMethod::library;
+  int block = 0;
+};
+
+// in_double: float64, for which there are no kernels here.
+ConvPlan plan_conv(
+    const Conv& conv, bool in_double, Isa isa, const Packing& packed = {});
 
 // The plan of given tiles, of those that fit. Blocks divide a group's vectors of
 // output channels (broadcast) or its output channels (dot).
@@ -158,7 +168,36 @@ constexpr int kMaxStride = 2;
 constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
 constexpr int kBlocks[] = {1, 2, 4, 8};
 
+// The largest tile of at most so many pixels.
+constexpr int largest_tile(int64_t pixels) {
+  int largest = 1;
+  for (const int p : kPixels) {
+    largest = p <= pixels ? p : largest;
+  }
+  return largest;
+}
+
 constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
+
+// What Winograd's method can compute.
+constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
+  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
+      conv.dilation == 1 && conv.ic() % lanes == 0;
+}
+
+constexpr int kWinogradPoints = 16;  // of a transform
+constexpr int64_t kWinogradChannels = 64;  // of the input, at a time
+// Tiles of 2 x 2 outputs at a time: enough to fetch the weights seldom, few enough
+// for a core's own cache.
+constexpr int64_t kWinogradTiles = 64;
+
+// Floats of a unit's weights up to those of input channel c, with a line after each
+// point's.
+constexpr int64_t winograd_weights(
+    const ConvPlan& plan, int64_t c, int64_t lanes) {
+  const int64_t calls = (c + kWinogradChannels - 1) / kWinogradChannels;
+  return kWinogradPoints * (c * plan.unit_channels + calls * lanes);
+}
 
 // Do a tile's sums and operands fit into the registers?
 constexpr bool fits(int pixels, int block, int lanes) {

@@ -13,7 +13,7 @@ struct PrepackHeader {
   int32_t isa, dtype, branches, in_channels, channels;
   struct Branch {
     int32_t groups, kernel_h, kernel_w;
-    int32_t block;  // the plan's; 0: a branch without kernels, that is not here
+    Packing packing;  // the plan's; `library`: a branch that is not here
   } branch[kMaxBranches];
   // The weights that were packed: where they lie, and how often they were changed.
   struct Source {
@@ -29,7 +29,7 @@ struct PrepackHeader {
       const SpcProblem& p, const std::vector<Conv>& convs,
       at::TensorList weights, Isa instructions)
       : PrepackHeader() {
-    std::memcpy(magic, "EPSASPC1", sizeof(magic));
+    std::memcpy(magic, "EPSASPC2", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
     dtype = static_cast<int32_t>(p.dtype);
     branches = static_cast<int32_t>(p.S);
@@ -44,11 +44,11 @@ struct PrepackHeader {
     }
   }
 
-  // Are the convolutions the same, whatever their blocks?
+  // Are the convolutions the same, however packed?
   bool same_convolutions(const PrepackHeader& other) const {
     PrepackHeader a = *this, b = other;
     for (int s = 0; s < kMaxBranches; ++s) {
-      a.branch[s].block = b.branch[s].block = 0;
+      a.branch[s].packing = b.branch[s].packing = {};
     }
     return std::memcmp(&a, &b, offsetof(PrepackHeader, source)) == 0;
   }

@@ -175,6 +175,9 @@ class InputGrad {
     part.row = width * part.pitch;
     constexpr int64_t kBufferFloats = 8192;
     part.strip = std::clamp<int64_t>(kBufferFloats / part.row, 1, part.rows);
+    if (part.strip > 1 && part.strip < part.rows) {
+      part.strip -= part.strip % 2;  // winograd makes pairs of rows
+    }
     part.strips = (part.rows + part.strip - 1) / part.strip;
     buffer_ = std::max(buffer_, part.strip * part.row);
     tasks_ += part.strips * part.ranges;

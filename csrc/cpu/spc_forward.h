@@ -28,12 +28,16 @@ class ForwardBank {
     for (int64_t s = 0; s < p.S; ++s) {
       const Tensor& w = weights[s];
       const Conv& conv = convs_[s];
-      int32_t& block = header_.branch[s].block;
-      const ConvPlan plan = plan_conv(conv, p.dtype == at::kDouble, isa_, block);
+      Packing& packing = header_.branch[s].packing;
+      const ConvPlan plan =
+          plan_conv(conv, p.dtype == at::kDouble, isa_, packing);
       TORCH_CHECK_VALUE(
-          !use_packed || plan.block == block, op, ": packed has blocks of ",
-          block, " for weights[", s, "], expected one of this convolution's");
-      block = plan.block;
+          !use_packed ||
+              (plan.block == packing.block && plan.method == packing.method),
+          op, ": packed has method ", static_cast<int>(packing.method),
+          " and blocks of ", packing.block, " for weights[", s,
+          "], expected one of this convolution's");
+      packing = {plan.method, plan.block};
       plans_.push_back(plan);
       weights_.push_back(use_packed ? w : evenly(w));
       first_sums_.push_back(sums_);

@@ -623,6 +623,53 @@ void run_whole_rows(Isa isa) {
   }
 }
 
+// Each tile of winograd's products, with channels of several calls, units that lack
+// some, an odd row and column, and more tiles in a row than are made at a time; then the
+// gradient of x, where the plan is winograd's.
+void run_winograd(Isa isa) {
+  const int lanes = lanes_of(isa);
+  constexpr int64_t kMaps[][2] = {{5, 7}, {1, 1}, {4, 2 * kWinogradTiles + 5}, {18, 14}};
+  int64_t turn = 0;
+  for (int block : kBlocks) {
+    for (int pixels : kPixels) {
+      if (!fits(pixels, block, lanes)) {
+        continue;
+      }
+      Case k;
+      const auto& [height, width] = kMaps[turn % 4];
+      const int64_t padding = 1 + turn / 4 % 4;
+      const int64_t ic = turn % 3 == 0 ? kWinogradChannels + lanes : lanes;
+      k.conv = make_conv(
+          2 * ic, 2 * (block * lanes - turn % 2), 2, 3, 3, 1, padding, 1, height,
+          width);
+      k.from = static_cast<Order>(turn % 4);
+      k.weights = static_cast<WeightOrder>(turn / 2 % 4);
+      k.more_border = turn % 3;
+      k.name = "winograd " + std::to_string(height) + "x" + std::to_string(width) +
+          " padding " + std::to_string(padding) + " weights " +
+          kWeightOrders[static_cast<int>(k.weights)];
+      run_case(
+          k, tile_plan(k.conv, ConvMethod::winograd, pixels, block, isa), isa);
+      ++turn;
+    }
+  }
+  for (const WeightOrder order :
+       {WeightOrder::taps_inside, WeightOrder::channels_inside, WeightOrder::gaps,
+        WeightOrder::taps_apart}) {
+    Case k;
+    k.name = std::string("winograd weights ") + kWeightOrders[static_cast<int>(order)];
+    k.conv = make_conv(4 * lanes, 4 * lanes, 2, 3, 3, 1, 1, 1, 9, 12);
+    k.weights = order;
+    const Conv phase = grad_input_phase(k.conv, 0, 0).conv;
+    if (plan_grad_input(phase, false, isa).method != ConvMethod::winograd) {
+      fail(k, {}, "not planned", 0);
+    }
+    check_gradients<Float>(k, isa);
+    check_gradients<Bfloat16>(k, isa);
+    check_gradients<Float16>(k, isa);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -641,6 +688,7 @@ int main() {
   }
   run_tiles(isa);
   run_whole_rows(isa);
+  run_winograd(isa);
   std::printf("%s: %d left to the library\n", name(isa).c_str(), library);
   std::printf("%d cases, %d failed\n", cases, failed);
   return failed != 0;
