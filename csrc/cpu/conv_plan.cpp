@@ -42,7 +42,6 @@ int64_t winograd_strip(const Conv& conv) {
 // Transforms cost about as much as a quarter of their products, and weights that
 // leave a core's own cache with them more time than the products save.
 bool winograd_pays(const Conv& conv) {
-  constexpr double kCacheFloats = 1 << 18;
   const double direct =
       meetings(conv.out_height, conv.padding_h, conv.height) *
       meetings(conv.out_width, conv.padding_w, conv.width);
@@ -51,7 +50,7 @@ bool winograd_pays(const Conv& conv) {
       static_cast<double>(pieces(conv.out_width, 2));
   const double weights = kWinogradPoints * static_cast<double>(conv.ic()) *
       static_cast<double>(conv.oc());
-  return direct > 1.25 * transformed && weights <= kCacheFloats;
+  return direct > 1.25 * transformed && weights <= static_cast<double>(kCacheFloats);
 }
 
 // Cycles of a row of the output per tap and channel.

@@ -164,6 +164,9 @@ constexpr int lanes_of(Isa isa) {  // floats of a register
   return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
 }
 
+// Of a core's own cache: weights beyond leave it before the next sample needs them.
+constexpr int64_t kCacheFloats = 1 << 18;
+
 constexpr int kMaxStride = 2;
 constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
 constexpr int kBlocks[] = {1, 2, 4, 8};

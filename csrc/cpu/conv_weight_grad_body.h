@@ -1,11 +1,48 @@
 // The gradient of the weights: a part of conv_kernels_body.h (no include guard).
 
-// One row of pixels times K taps of a kernel's row: sums[k][b] += x (L channels)
-// under tap k, times the gradient of output channel b of the lanes' groups. The
-// gradient's pixel holds those channels side by side: where all lanes are of one
-// group, channel b is broadcast; else `lanes[b]` says where each lane finds its
-// own.
-template <int K, int B, int S, bool kShared>
+// acc[k][b] += x (L channels) under tap k of [kFrom, kTo), times the gradient of
+// output channel b of the lanes' groups. The gradient's pixel holds those channels
+// side by side: where all lanes are of one group, channel b is broadcast; else
+// `lanes[b]` says where each lane finds its own.
+template <int kFrom, int kTo, int K, int B, bool kShared>
+EPSA_FN void add_pixel(
+    V (&acc)[K][B], const float* x, const float* grad, const Lanes* lanes) {
+  V value[B];
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    value[b] =
+        kShared ? __builtin_shuffle(line(grad), lanes[b]) : splat(grad[b]);
+  }
+#pragma GCC unroll 9
+  for (int k = kFrom; k < kTo; ++k) {
+    V tap = line(x + k * L);
+    if constexpr (B > 1) {
+      pin(tap);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      acc[k][b] += tap * value[b];
+    }
+  }
+}
+
+// A row of P pixels of the gradient of an image S times as wide, from pixel w on:
+// none outside of the image is multiplied.
+template <int P, int w, int S, int K, int B, bool kShared>
+EPSA_FN void add_whole_row(
+    V (&acc)[K][B], const float* x, const float* grad, const Lanes* lanes) {
+  if constexpr (w < P) {
+    constexpr int kFrom = clamp(K / 2 - S * w, 0, K);
+    constexpr int kTo = clamp(S * (P - w) + K / 2, 0, K);
+    add_pixel<kFrom, kTo, K, B, kShared>(
+        acc, x + w * S * L, grad + w * L, lanes);
+    add_whole_row<P, w + 1, S, K, B, kShared>(acc, x, grad, lanes);
+  }
+}
+
+// Rows of pixels times K taps of a kernel's row -> sums[k][b]. P: the pixels of a
+// row where they are known ahead, or 0.
+template <int K, int B, int S, bool kShared, int P>
 void weight_grad_tile(
     const float* x, int64_t x_row, const float* grad, int64_t grad_row,
     int64_t rows, int64_t width, const Lanes* lanes, float* sums) {
@@ -18,25 +55,13 @@ void weight_grad_tile(
     }
   }
   for (int64_t h = 0; h < rows; ++h, x += x_row, grad += grad_row) {
-    const float* under = x;
-    const float* g = grad;
-    for (int64_t w = 0; w < width; ++w, under += S * L, g += L) {
-      V value[B];
-#pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) {
-        value[b] =
-            kShared ? __builtin_shuffle(line(g), lanes[b]) : splat(g[b]);
-      }
-#pragma GCC unroll 9
-      for (int k = 0; k < K; ++k) {
-        V tap = line(under + k * L);
-        if constexpr (B > 1) {
-          pin(tap);
-        }
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) {
-          acc[k][b] += tap * value[b];
-        }
+    if constexpr (P > 0) {
+      add_whole_row<P, 0, S, K, B, kShared>(acc, x, grad, lanes);
+    } else {
+      const float* under = x;
+      const float* g = grad;
+      for (int64_t w = 0; w < width; ++w, under += S * L, g += L) {
+        add_pixel<0, K, K, B, kShared>(acc, under, g, lanes);
       }
     }
   }
@@ -56,7 +81,7 @@ using WeightGradTile = void (*)(
 template <int K, int B, int S, bool kShared>
 constexpr WeightGradTile weight_grad_tile_if_fits() {
   if constexpr (fits(K, B, L)) {
-    return weight_grad_tile<K, B, S, kShared>;
+    return weight_grad_tile<K, B, S, kShared, 0>;
   } else {
     return nullptr;
   }
@@ -76,6 +101,38 @@ const WeightGradTile kWeightGradTiles[kMaxStride][2][4][5] = {
     {EPSA_BLOCKS(2, false), EPSA_BLOCKS(2, true)}};
 #undef EPSA_BLOCKS
 #undef EPSA_TAPS
+
+// The largest block of channels for K taps.
+constexpr int weight_grad_block(int K) {
+  int block = 1;
+  for (const int b : kBlocks) {
+    block = fits(K, b, L) ? b : block;
+  }
+  return block;
+}
+
+// Those of whole kernels and rows of EPSANet's last two stages.
+#define EPSA_TILE(K, S, P) weight_grad_tile<K, weight_grad_block(K), S, false, P>
+#define EPSA_KERNELS(S, P)                                                 \
+  {EPSA_TILE(3, S, P), EPSA_TILE(5, S, P), EPSA_TILE(7, S, P),             \
+   EPSA_TILE(9, S, P)}
+const WeightGradTile kWeightGradRows[kMaxStride][2][4] = {
+    {EPSA_KERNELS(1, 7), EPSA_KERNELS(1, 14)},
+    {EPSA_KERNELS(2, 7), EPSA_KERNELS(2, 14)}};
+#undef EPSA_KERNELS
+#undef EPSA_TILE
+
+// The tile for rows without padding, if there is one.
+WeightGradTile whole_row_tile(
+    const Conv& conv, const WeightGradPlan& plan, bool shared) {
+  const int kernel = place(kRowKernels, conv.kernel_w);
+  const int pixels = place(kRowPixels, conv.out_width);
+  const bool known = !shared && kernel < 4 && pixels < 2 &&
+      plan.block == weight_grad_block(kRowKernels[kernel]) &&
+      conv.width == conv.stride * conv.out_width &&
+      conv.padding_w == conv.kernel_w / 2;
+  return known ? kWeightGradRows[conv.stride - 1][pixels][kernel] : nullptr;
+}
 
 // A unit's lanes and output channels.
 struct WeightGradUnit {
@@ -118,6 +175,7 @@ void weight_grad(
        x.border - conv.padding_w) * L;
   const int64_t x_row = conv.stride * x.width * L, g_row = grad.width * L;
   const int block = place(kBlocks, plan.block);
+  const WeightGradTile whole_row = whole_row_tile(conv, plan, shared);
   // Rows at a time: those of the image and of the gradient stay in the first
   // cache while the kernel's rows pass over them.
   constexpr int64_t kCacheFloats = 6144;
@@ -142,7 +200,10 @@ void weight_grad(
         while (kTaps[taps] > conv.kernel_w - kx) {
           ++taps;
         }
-        kWeightGradTiles[conv.stride - 1][shared][block][taps](
+        const WeightGradTile tile = whole_row
+            ? whole_row
+            : kWeightGradTiles[conv.stride - 1][shared][block][taps];
+        tile(
             under + kx * L, x_row, g + first * g_row, g_row, last - first,
             out_w, lanes, row + kx * plan.block * L);
         kx += kTaps[taps];

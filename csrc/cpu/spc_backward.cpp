@@ -91,6 +91,13 @@ class InputGrad {
   int64_t buffer_floats() const { return buffer_; }
   int64_t lane_floats() const { return lane_floats_; }
   int64_t tasks() const { return tasks_; }  // of one sample
+  int64_t weight_floats() const {  // packed
+    int64_t floats = 0;
+    for (const Part& part : parts_) {
+      floats += part.packed.floats;
+    }
+    return floats;
+  }
 
   // grads(s): the scratch of branch s's gradient of this sample
   template <class Grads>
@@ -247,6 +254,9 @@ class Backward {
     if (input_) {
       input_grad_.pack(threads);
     }
+    // A task's weights, not a sample's gradients, stay in the cache from one of the
+    // input's tasks to the next.
+    const bool task_first = input_grad_.weight_floats() > kCacheFloats;
     // Several samples at a time: each thread has one, and the weights' sums are
     // fetched seldom. They are made in the samples' order, whoever makes them.
     constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
@@ -312,9 +322,10 @@ class Backward {
             }
             continue;
           }
-          const int64_t n = (i - weight_tasks) / input_tasks;
+          const int64_t k = i - weight_tasks;
+          const int64_t n = task_first ? k % count : k / input_tasks;
           input_grad_.run(
-              (i - weight_tasks) % input_tasks, n0 + n,
+              task_first ? k / count : k % input_tasks, n0 + n,
               [&](int64_t s) { return grad(n, s); }, grad_x, buffer.get(),
               lane_sums.get());
         }

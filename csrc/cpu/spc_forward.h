@@ -110,6 +110,7 @@ class ForwardBank {
           PrepackHeader::kBytes);
       call.packed = &packed;
     }
+    // beyond the cache the weights, not the images, should be read once
     if (weight_floats_ > kCacheFloats &&
         (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
       by_unit(call, threads, done);
@@ -127,10 +128,6 @@ class ForwardBank {
   }
 
  private:
-  // Weights beyond this leave a core's own cache before the next sample needs them:
-  // then they, not the images, should be read once.
-  static constexpr int64_t kCacheFloats = 1 << 18;
-
   // A piece of work: one unit, one strip.
   struct Task {
     int branch;

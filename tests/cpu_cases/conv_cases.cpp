@@ -594,10 +594,23 @@ void run_tiles(Isa isa) {
 }
 
 // Images of the width of a tile, whose padding is left out; with several vectors of
-// channels, and rows that are reduced together.
+// channels, and rows that are reduced together. Then the gradient of the weights.
 void run_whole_rows(Isa isa) {
   const int lanes = lanes_of(isa);
   for (int pixels : {7, 14}) {
+    for (int64_t kernel : {3, 5, 7, 9}) {
+      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
+        Case k;
+        k.name = "gradients of rows of " + std::to_string(pixels) + " kernel " +
+            std::to_string(kernel) + " stride " + std::to_string(stride);
+        k.conv = make_conv(
+            4 * lanes, 16, 2, kernel, kernel, stride, kernel / 2, 1,
+            stride * 6 - 1, stride * pixels);
+        check_weight_grad<Float>(k, isa);
+        check_weight_grad<Bfloat16>(k, isa);
+        check_weight_grad<Float16>(k, isa);
+      }
+    }
     for (int block : {1, 2}) {
       for (int64_t kernel : {3, 5, 7, 9}) {
         for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
