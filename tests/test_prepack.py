@@ -90,6 +90,18 @@ def test_the_packed_weights_are_what_is_read():
     assert torch.equal(module.unpack()(x), after)
 
 
+@torch.no_grad()
+def test_packed_bytes_are_those_of_the_weights_alone():
+    """Nothing of what was in the memory before."""
+    weights, settings = [torch.randn(32, 32, 3, 3)], ([1], 1, [1], [1])
+    x = torch.empty(1, 32, 14, 14)
+    packed = PREPACK(x, weights, *settings)
+    for value in (0, 170, 255):
+        used = [torch.full_like(packed, value) for _ in range(4)]
+        del used  # the allocator may give their memory to the next call
+        assert torch.equal(PREPACK(x, weights, *settings), packed)
+
+
 def replace_layer(module):
     module.conv_1 = copy.deepcopy(module.conv_1)
     module.conv_1.weight.data.mul_(2)

@@ -74,7 +74,8 @@ class ForwardBank {
          weight_floats_ * static_cast<int64_t>(sizeof(float))},
         at::kByte, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
     char* data = static_cast<char*>(bytes.mutable_data_ptr());
-    std::memset(data, 0, PrepackHeader::kBytes);
+    // also what the kernels leave between the weights
+    std::memset(data, 0, bytes.numel());
     std::memcpy(data, static_cast<const void*>(&header_), sizeof(header_));
     Packed(plans_).fill(
         k_, convs_, plans_, conv_weights(), usable_threads(),
