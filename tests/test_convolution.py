@@ -114,6 +114,37 @@ def test_the_sweep_meets_every_method_and_tile():
                 assert len({p[part] for p in plans if p["method"] == method}) >= least
 
 
+@pytest.mark.parametrize("seed", (2838, 4009))
+def test_few_pixels_under_a_kernel(seed):
+    """In a corner Winograd's sums hold more than the products that are left."""
+    call = Call("corner", 1, 16, 32, 8, 8, (Branch((3, 3), 1, 2),))
+    check(call, make_inputs(call, seed=seed), everything(call))
+    call = Call("corner of the gradient", 1, 16, 32, 8, 8, (Branch((3, 3), 1, 0),))
+    check(call, make_inputs(call, seed=seed), everything(call))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize(
+    ("stride", "branches"),
+    (
+        (1, (same(3, 1), same(3, 2), same(5, 2))),
+        (2, (Branch((5, 5), 1, 2), Branch((6, 6), 2, 2))),  # with gradients of 3x3 kernels
+    ),
+    ids=("stride_1", "stride_2"),
+)
+def test_values_of_very_different_sizes(dtype, stride, branches):
+    call = Call("sizes", 2, 32, 64, 12, 10, branches, stride)
+    inputs = make_inputs(call)
+    generator = torch.Generator().manual_seed(0)
+
+    def spread(t):
+        scale = torch.randn(t.shape, generator=generator, dtype=torch.float64).clamp(-1, 1)
+        return (t * 10 ** (2 * scale)).to(dtype)
+
+    inputs = inputs.map(spread)
+    check(call, inputs, everything(call))
+
+
 # two branches with kernels of each method, and one that goes to the library
 LAYOUT_CALLS = (
     Call("layouts", 3, 16, 32, 7, 9, (same(3, 1), same(5, 4), same(3, 16), same(1, 2))),
