@@ -114,6 +114,16 @@ def test_the_sweep_meets_every_method_and_tile():
                 assert len({p[part] for p in plans if p["method"] == method}) >= least
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_gradient_of_pixels_that_no_kernel_meets(dtype):
+    call = Call("between", 2, 64, 32, 1, 1, (Branch((1, 1), 1, 1),), 2)
+    inputs = make_inputs(call, dtype)
+    for _ in range(5):
+        used = [torch.full_like(inputs.x, torch.nan) for _ in range(4)]
+        del used  # the allocator may give their memory to the next call
+        check(call, inputs, everything(call))
+
+
 @pytest.mark.parametrize("seed", (2838, 4009))
 def test_few_pixels_under_a_kernel(seed):
     """In a corner Winograd's sums hold more than the products that are left."""

@@ -30,8 +30,8 @@ class InputGrad {
       const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
       Isa isa, bool wanted)
       : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
-    if (!wanted) {
-      return;
+    if (!wanted || p.dtype == at::kDouble) {
+      return;  // also where no phase has a tap, of which plans would tell
     }
     for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
       for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {
