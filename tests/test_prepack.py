@@ -91,6 +91,19 @@ def test_the_packed_weights_are_what_is_read():
 
 
 @torch.no_grad()
+def test_a_dilation_that_was_changed_since():
+    """Winograd's weights are of no use then; those of other methods still are."""
+    module, x = make("stage3")
+    module.prepack(14, 14)
+    for i, kernel in enumerate((3, 5, 7, 9)):
+        conv = getattr(module, f"conv_{i + 1}")
+        conv.dilation, conv.padding = (2, 2), (kernel - 1, kernel - 1)
+    with pytest.raises(ValueError, match=r"packed has method \d.*weights\[0\].*; prepack again"):
+        module(x)
+    assert torch.equal(module.prepack(14, 14)(x), module.unpack()(x))
+
+
+@torch.no_grad()
 def test_packed_bytes_are_those_of_the_weights_alone():
     """Nothing of what was in the memory before."""
     weights, settings = [torch.randn(32, 32, 3, 3)], ([1], 1, [1], [1])

@@ -36,7 +36,7 @@ class ForwardBank {
               (plan.block == packing.block && plan.method == packing.method),
           op, ": packed has method ", static_cast<int>(packing.method),
           " and blocks of ", packing.block, " for weights[", s,
-          "], expected one of this convolution's");
+          "], expected one of this convolution's; prepack again");
       packing = {plan.method, plan.block};
       plans_.push_back(plan);
       weights_.push_back(use_packed ? w : evenly(w));
