@@ -36,6 +36,12 @@ def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module
             f"{name} is a {type(module).__name__} with a forward of its own, "
             f"expected that of {expected.__name__}"
         )
+    # what Conv2d.forward calls: weight standardisation and other paddings are put there
+    if isinstance(module, nn.Conv2d) and (
+        type(module)._conv_forward is not nn.Conv2d._conv_forward
+        or "_conv_forward" in module.__dict__
+    ):
+        return f"{name} is a {type(module).__name__} with a _conv_forward of its own"
     return None
 
 

@@ -427,6 +427,42 @@ def test_a_patched_forward_is_refused(layer):
         module(x)
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """Weight standardisation, where Conv2d.forward calls it."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def standardise(layer, patched):
+    if patched:
+        conv = layer._conv_forward
+        layer._conv_forward = lambda x, weight, bias: conv(
+            x, weight - weight.mean((1, 2, 3), keepdim=True), bias
+        )
+    else:
+        layer.__class__ = StandardisedConv2d
+
+
+@pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))
+def test_a_conv_forward_of_its_own_is_called(patched):
+    module, reference = small(), small(PSAModule)
+    reference.load_state_dict(module.state_dict())
+    for m in (module, reference):
+        standardise(m.conv_2, patched)
+    x = torch.randn(2, 16, 6, 6)
+    torch.testing.assert_close(module(x), reference(x))
+
+
+@pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))
+@pytest.mark.parametrize("layer", ("se.fc1", "se.fc2"))
+def test_a_conv_forward_of_its_own_is_refused_in_the_se(layer, patched):
+    module, x = small(), torch.randn(2, 16, 6, 6)
+    standardise(module.get_submodule(layer), patched)
+    with pytest.raises(RuntimeError, match=rf"{layer} is a .* with a _conv_forward of its own"):
+        module(x)
+
+
 @pytest.mark.parametrize("layer", LAYERS[1:])
 def test_a_missing_layer_is_refused(layer):
     module, x = small(), torch.randn(2, 16, 6, 6)
