@@ -37,6 +37,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# What every module has: its state, which is not what its class computes with.
+_STATE = vars(nn.Module()).keys()
 # Largest relative difference in float64 of two formulations of the same thing.
 _ROUNDING = 1e-9
 
@@ -334,15 +336,25 @@ def _check(
     why = kind.why_not(module)
     if why is not None:
         raise _MisfitError(why)
-    if type(module) is PSAModule and type(module.se) is SEWeight:
+    if (
+        type(module) is PSAModule
+        and type(module.se) is SEWeight
+        and "attention" not in module.__dict__
+    ):
         return module.branch_order, False
     # equal classes, settings and SE shapes compute the same
-    settings = {k: repr(v) for k, v in vars(module).items() if not k.startswith("_")}
-    settings.pop("training")
+    convs = kind.convs(module)
+    settings = [
+        (name, key, id(value) if isinstance(value, torch.Tensor) else repr(value))
+        for name, m in module.named_modules()
+        if m not in convs  # whose place another one takes
+        for key, value in sorted(vars(m).items())
+        if key not in _STATE
+    ]
     shapes = [
         p.shape for m in kind.left_out(module) for p in m._parameters.values() if p is not None
     ]
-    key = (*(type(m) for m in module.modules()), *sorted(settings.items()), *shapes)
+    key = (*(type(m) for m in module.modules()), *settings, *shapes)
     if key not in checks:
         checks[key] = _run(module, kind)
     return checks[key]

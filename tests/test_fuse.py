@@ -259,6 +259,40 @@ def test_each_kind_is_run_once(monkeypatch):
     assert len(runs) == 4
 
 
+class Scaled(published.SEWeightModule):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+class Flagged(published.PSAModule):
+    _doubled = False
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self._doubled else 1)
+
+
+UNEQUAL = {
+    "private": (Flagged, lambda m: setattr(m, "_doubled", True)),
+    "se": (published.PSAModule, lambda m: setattr(m.se, "scale", 3.0)),
+    "softmax": (published.PSAModule, lambda m: setattr(m.softmax, "dim", 2)),
+}
+
+
+@pytest.mark.parametrize("setting", UNEQUAL)
+def test_two_of_one_class_and_unequal_settings_are_each_run(setting):
+    cls, change = UNEQUAL[setting]
+    model = nn.Sequential(published_psa(cls), published_psa(cls))
+    if setting == "se":
+        for m in model:
+            m.se = Scaled(16)
+    change(model[1])
+    with pytest.warns(UserWarning, match=r"left alone 1 .*1 \(its forward computes something else"):
+        fused = fuse(model)
+    assert [type(m) for m in fused] == [FusedPSAModule, cls]
+
+
 # ---- what is kept ----
 
 
@@ -452,6 +486,10 @@ MISFITS = {
     "patched_reference": (
         lambda: changed(PSAModule(64, 64), set_forward),
         r"forward was replaced",
+    ),
+    "patched_attention_of_the_reference": (
+        lambda: changed(PSAModule(64, 64), lambda m: setattr(m, "attention", torch.stack)),
+        r"something else than PSA",
     ),
     "another_child": (
         lambda: changed(published_psa(), lambda m: m.add_module("bn", nn.BatchNorm2d(64))),
