@@ -78,7 +78,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     A class's module path and name do not matter. Each kind that is found is run on a small random
     input, with random weights of its own on the CPU, and must give what the fused module gives, in
-    one of the two branch orders. What does not is left alone.
+    one of the two branch orders, in training and in evaluation. What does not is left alone.
 
     The convolutions and SE layers are taken over as they are, so parameters, dtype, device,
     training flags, `requires_grad`, state_dict keys and optimizers stay; hooks on the PSA module
@@ -363,7 +363,8 @@ def _check(
 def _run(module: nn.Module, kind: _Kind) -> tuple[str, bool]:
     """As _check, by running a copy of `module` with random weights, in float64 on the CPU.
 
-    Its convolutions, which will be called as they are, have cheap ones of 1x1 in their place.
+    In training and in evaluation, since a dropout shows in one alone. Its convolutions, which will
+    be called as they are, have cheap ones of 1x1 in their place.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -389,20 +390,28 @@ def _run(module: nn.Module, kind: _Kind) -> tuple[str, bool]:
     parts = len(convs) if kind is _SPLIT else 1
     x = random((4, parts * in_channels, 3, 2))
     x /= x.std()
-    given = x.clone()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    givens = [x.clone(), x.clone()]
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
-            expected = twin(given)
+            expected = [
+                twin.train(training)(given)
+                for training, given in zip((True, False), givens, strict=True)
+            ]
             outs = {order: kind.build(twin, order)(x) for order in BRANCH_ORDERS}
         except Exception as error:
             raise _MisfitError(f"a trial on {list(x.shape)} failed: {error}") from None
     for order, out in outs.items():
-        if (
-            isinstance(expected, torch.Tensor)
-            and out.shape == expected.shape
-            and (out - expected).abs().max() <= _ROUNDING * expected.abs().max()
+        if all(
+            isinstance(other, torch.Tensor)
+            and out.shape == other.shape
+            and (out - other).abs().max() <= _ROUNDING * other.abs().max()
+            for other in expected
         ):
-            return order, not torch.equal(given, x)
+            return order, not all(torch.equal(given, x) for given in givens)
     raise _MisfitError("its forward computes something else than PSA, in either branch order")
 
 

@@ -77,6 +77,11 @@ class Sum(published.PSAModule):
         return sum(super().forward(x).chunk(4, 1))
 
 
+class WithDropout(published.PSAModule):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 class Failing(published.PSAModule):
     def forward(self, x):
         raise NotImplementedError("of no use")
@@ -240,14 +245,15 @@ def test_the_model_may_be_the_module():
 
 
 def test_the_random_generator_is_left_alone():
-    model = nn.Sequential(published_psa(), external_psa())
+    model = nn.Sequential(published_psa(), external_psa(), published_psa(WithDropout))
     state = torch.get_rng_state()
-    fuse(model)
+    with pytest.warns(UserWarning, match=r"left alone 1"):
+        fuse(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_kind_is_run_once(monkeypatch):
-    """EPSANet-101 has 33 modules of four widths."""
+    """In training and in evaluation. EPSANet-101 has 33 modules of four widths."""
     runs = []
     forward = published.PSAModule.forward
     monkeypatch.setattr(
@@ -256,7 +262,7 @@ def test_each_kind_is_run_once(monkeypatch):
     with torch.device("meta"):
         model = published.epsanet101()
     fuse(model)
-    assert len(runs) == 4
+    assert len(runs) == 2 * 4
 
 
 class Scaled(published.SEWeightModule):
@@ -482,6 +488,7 @@ MISFITS = {
     "no_relu": (lambda: published_psa(WithoutReLU), r"something else than PSA"),
     "another_shape": (lambda: published_psa(Sum), r"something else than PSA"),
     "failing": (lambda: published_psa(Failing), r"a trial on \[4, 16, 3, 2\] failed: of no use"),
+    "dropout": (lambda: published_psa(WithDropout).eval(), r"something else than PSA"),
     "patched": (lambda: changed(published_psa(), set_forward), r"forward was replaced"),
     "patched_reference": (
         lambda: changed(PSAModule(64, 64), set_forward),
