@@ -102,8 +102,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: `model` is no module.
         ValueError: `inplace`, and `model` is itself the module to be replaced.
         RuntimeError: hooks that cannot be kept, on the SE layers (a fused call leaves them out) or
-            around the PSA module's state_dict; DistributedDataParallel without `inplace`. The
-            model is then as it was.
+            around the PSA module's state_dict; without `inplace` DistributedDataParallel, and what
+            copy.deepcopy cannot copy. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
@@ -157,7 +157,14 @@ def _same_tensors_in_another_tree(model: nn.Module) -> nn.Module:
                 "before it is wrapped"
             )
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in tensors})
+    try:
+        return copy.deepcopy(model, {id(t): t for t in tensors})
+    except Exception as error:
+        raise RuntimeError(
+            f"fuse: {type(model).__name__} cannot be copied, use fuse(model, inplace=True). Where "
+            "it keeps a pruned or normalised weight or a result of its own, autograd has a part "
+            f"in that: {error}"
+        ) from error
 
 
 def _warn(model: nn.Module, report: FuseReport, already: int, overwriting: list[str]) -> None:
@@ -380,7 +387,10 @@ def _run(module: nn.Module, kind: _Kind) -> tuple[str, bool]:
         id(conv): nn.Conv2d(in_channels, out_channels, 1, bias=False, device="meta")
         for conv in convs
     }
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = copy.deepcopy(module, memo)
+    except Exception as error:  # it keeps a result that autograd has a part in, for one
+        raise _MisfitError(f"it cannot be copied for a trial: {error}") from None
     for m in twin.modules():
         for parameter, t in m._parameters.items():
             if t is not None:

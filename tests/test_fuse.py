@@ -10,7 +10,7 @@ import published
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from epsa_fused import EPSANet, FusedPSAModule, FusedSplitPSA, PSAModule, fuse
 
@@ -80,6 +80,14 @@ class Sum(published.PSAModule):
 class WithDropout(published.PSAModule):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Keeping(published.PSAModule):
+    """As visualisations of the attention do."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
 
 
 class Failing(published.PSAModule):
@@ -445,6 +453,27 @@ def test_hooks_on_a_split_modules_se_are_an_error():
     model[0].se_blocks[1][3].register_forward_hook(print)
     with pytest.raises(RuntimeError, match=r"0\.se_blocks\.1\.3 has hooks"):
         fuse(model)
+
+
+def test_a_model_that_cannot_be_copied():
+    model = nn.Sequential(published_psa())
+    prune.l1_unstructured(model[0].conv_1, "weight", 0.5)
+    x = torch.randn(2, 16, 6, 6)
+    expected = model(x).detach()
+    with pytest.raises(RuntimeError, match=r"fuse: Sequential cannot be copied, use .*inplace"):
+        fuse(model)
+    assert type(model[0]) is published.PSAModule
+    fused = fuse(model, inplace=True)
+    assert type(fused[0]) is FusedPSAModule
+    torch.testing.assert_close(fused(x).detach(), expected)
+
+
+def test_a_module_that_cannot_be_copied():
+    model = nn.Sequential(published_psa(), nn.Conv2d(64, 16, 1), published_psa(Keeping))
+    model(torch.randn(2, 16, 6, 6))
+    with pytest.warns(UserWarning, match=r"left alone 1 .*2 \(it cannot be copied for a trial"):
+        fuse(model, inplace=True)
+    assert [type(m) for m in model] == [FusedPSAModule, nn.Conv2d, Keeping]
 
 
 def test_a_thing_that_is_no_module():
