@@ -427,8 +427,18 @@ def _run(module: nn.Module, kind: _Kind) -> tuple[str, bool]:
 
 def _build(module: nn.Module, kind: _Kind, order: str) -> nn.Module:
     new = kind.build(module, order)
+    lost = _names_of_tensors(module) - _names_of_tensors(new)
+    if lost:
+        raise _MisfitError(
+            f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
+        )
     new.training = module.training
     return new
+
+
+def _names_of_tensors(module: nn.Module) -> set[str]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}
 
 
 def _hand_on(old: nn.Module, new: nn.Module) -> None:

@@ -541,6 +541,16 @@ MISFITS = {
         ),
         r"parameters or buffers of its own: scale",
     ),
+    "parameter_of_the_se": (
+        lambda: changed(published_psa(), lambda m: m.se.add_module("bn", nn.BatchNorm2d(16))),
+        r"the fused one has not: se\.bn\.bias, se\.bn\.num_batches_tracked",
+    ),
+    "buffer_of_the_softmax": (
+        lambda: changed(
+            published_psa(), lambda m: m.softmax.register_buffer("temperature", torch.ones(1))
+        ),
+        r"the fused one has not: softmax\.temperature",
+    ),
     "conv_bias": (
         lambda: changed(
             published_psa(),
