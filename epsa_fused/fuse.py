@@ -332,6 +332,10 @@ def _check(
 
     Raises _MisfitError, or RuntimeError for its hooks. `checks` holds what was seen of others.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise _MisfitError("it was compiled by torch.jit; fuse before that")
+    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
+        raise _MisfitError("its parameters are not initialised; run the model once before")
     own = [*module._parameters, *module._buffers]
     if own:
         raise _MisfitError(f"it has parameters or buffers of its own: {', '.join(own)}")

@@ -527,6 +527,16 @@ MISFITS = {
         lambda: changed(PSAModule(64, 64), lambda m: setattr(m, "attention", torch.stack)),
         r"something else than PSA",
     ),
+    "lazy": (
+        lambda: changed(
+            published_psa(), set_child("conv_1", lambda c: nn.LazyConv2d(16, 3, bias=False))
+        ),
+        r"its parameters are not initialised; run the model once",
+    ),
+    "lazy_se": (
+        lambda: changed(published_psa(), set_child("se.fc1", lambda c: nn.LazyConv2d(1, 1))),
+        r"its parameters are not initialised; run the model once",
+    ),
     "another_child": (
         lambda: changed(published_psa(), lambda m: m.add_module("bn", nn.BatchNorm2d(64))),
         r"other children too: bn",
@@ -638,6 +648,16 @@ def test_what_does_not_fit_is_left_alone_and_named(misfit, inplace):
     assert re.search(why, report.left["bad"])
     assert str(report).splitlines()[0] == "fuse: 1 replaced, 1 left alone"
     assert "  bad: left alone, " in str(report) and "  good: FusedPSAModule" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_traced_module_is_left_alone_and_named():
+    x = torch.randn(2, 16, 6, 6)
+    model = nn.ModuleDict({"good": published_psa(), "bad": torch.jit.trace(published_psa(), x)})
+    with pytest.warns(UserWarning, match=r"left alone 1 .*bad \(it was compiled by torch\.jit"):
+        fused = fuse(model)
+    assert list(fused.fuse_report.replaced) == ["good"]
+    assert torch.equal(fused["bad"](x), model["bad"](x))
 
 
 @pytest.mark.parametrize("inplace", (False, True))
