@@ -225,12 +225,15 @@ class EPSANet(nn.Module):
 
         Where every key begins with "module.", that is dropped. A state_dict of another
         architecture raises RuntimeError that says which keys and shapes differ, and unlike
-        nn.Module's loads nothing. As there, keys may differ without `strict`, shapes never.
+        nn.Module's loads nothing, unless there are load_state_dict_pre_hooks, which may still mend
+        it. As there, keys may differ without `strict`, shapes never.
         """
         if not isinstance(state_dict, Mapping):
             return super().load_state_dict(state_dict, strict, assign)  # says what it expects
         state_dict = _without_module_prefix(state_dict)
-        self._check_state_dict(state_dict, strict)
+        # hooks may rename keys or change shapes first
+        if not any(module._load_state_dict_pre_hooks for module in self.modules()):
+            self._check_state_dict(state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:

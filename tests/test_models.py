@@ -259,6 +259,19 @@ def test_without_strict_keys_may_differ_and_shapes_not():
         model.load_state_dict(backbone | {"extra": torch.ones(1)})
 
 
+def test_hooks_may_convert_a_checkpoint():
+    """As weight_norm's own does with the keys that its predecessor gave."""
+    model, state = tiny(), tiny().state_dict()
+    state["head.weight"] = state.pop("fc.weight")
+
+    def rename(module, state_dict, prefix, *args):
+        state_dict["fc.weight"] = state_dict.pop("head.weight")
+
+    model.register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(state)
+    assert torch.equal(model.fc.weight, state["head.weight"])
+
+
 def test_a_path_is_no_state_dict():
     with pytest.raises(TypeError, match=r"state_dict to be dict-like"):
         tiny().load_state_dict("epsanet50.pth")
