@@ -26,7 +26,7 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
 
     Raises:
         ValueError: if the call reached no FusedPSAModule; RuntimeError: in training mode; others
-            as the modules' own prepack raises them. No module is packed then.
+            as the modules' own prepack raises them. This call has packed no module then.
     """
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
