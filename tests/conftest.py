@@ -7,10 +7,19 @@ import os
 # make them ten times as slow on a busy machine. Read when torch loads OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import signal
+
 import pytest
 import torch
 
 from epsa_fused import _C
+
+# Started in the background or by nohup: the programs that tests start would inherit the ignored
+# signals, and those that are to be ended by one would go on.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        _default = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(_number, _default)
 
 # A library that puts the emulated CUDA kernels under the CPU key (test_simt_kernels.py): the tests
 # of the operator then check those.
