@@ -6,8 +6,9 @@
 
 For each case: the bytes that device memory must move (forward: maps in, maps out; backward:
 gradients and maps in, gradients out), the time that they take at the given bandwidth, and the
-launch plan's first choice: a device that is shared or partitioned may take a later one. The floor
-leaves out the launch itself and everything that does not overlap, so what is measured lies above.
+launch plan's first choice: a device that is shared or partitioned may take a later one ("held": of
+how many maps a block has a part in shared memory). The floor leaves out the launch itself and
+everything that does not overlap, so what is measured lies above.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def row(
         "floor_us": round(moved / bandwidth / 1e3, 3),
         "variant": plan["variant"],
         "cluster": plan["cluster"],
+        "pieces": plan["pieces"],
         "threads": plan["threads"],
         "blocks": plan["blocks"],
         "shared_bytes": plan["shared_bytes"],
@@ -112,16 +114,16 @@ def print_table(table: list[dict]) -> None:
             print(f"\n{', '.join(group)}")
             print(
                 f"{'(N,planes,H)':>15}{'MB':>9}{'floor us':>10}  {'variant':<10}{'cluster':>7}"
-                f"{'blocks':>8}{'x threads':>10}{'KiB':>7}{'per SM':>8}{'occupancy':>10}"
-                f"{'waves':>7}{'L2 MB':>8}  launches"
+                f"{'held':>6}{'blocks':>8}{'x threads':>10}{'KiB':>7}{'per SM':>8}"
+                f"{'occupancy':>10}{'waves':>7}{'L2 MB':>8}  launches"
             )
         shape = f"({r['n']}, {r['planes']}, {r['size']})"
         launches = "kernel + memset" if r["memsets"] else "kernel"
         print(
             f"{shape:>15}{r['bytes'] / 1e6:>9.2f}{r['floor_us']:>10.2f}  {r['variant']:<10}"
-            f"{r['cluster']:>7}{r['blocks']:>8}{r['threads']:>10}{r['shared_bytes'] / 1024:>7.1f}"
-            f"{r['blocks_per_sm']:>8}{r['occupancy']:>10.0%}{r['waves']:>7}"
-            f"{r['l2_bytes'] / 1e6:>8.2f}  {launches}"
+            f"{r['cluster']:>7}{r['pieces']:>6}{r['blocks']:>8}{r['threads']:>10}"
+            f"{r['shared_bytes'] / 1024:>7.1f}{r['blocks_per_sm']:>8}{r['occupancy']:>10.0%}"
+            f"{r['waves']:>7}{r['l2_bytes'] / 1e6:>8.2f}  {launches}"
         )
 
 

@@ -113,6 +113,7 @@ py::dict to_dict(const Problem& problem, const Plan& plan) {
       (resident ? "_resident" : "_streaming");
   result["variant"] = resident ? "resident" : "streaming";
   result["cluster"] = plan.cluster;
+  result["pieces"] = plan.pieces;
   result["threads"] = plan.threads;
   result["blocks"] = plan.blocks;
   result["shared_bytes"] = plan.shared_bytes;

@@ -107,8 +107,8 @@ def test_no_kernel_spills_or_has_more_registers_than_planned(build):
     assert "warning" not in build.log, build.log
 
 
-def instructions(cubin: Path) -> dict[Kernel, set[str]]:
-    """The names of each kernel's instructions."""
+def instructions(cubin: Path) -> dict[Kernel, list[str]]:
+    """Each kernel's instructions, without their predicates, and its labels."""
     tool = cuda_toolkit.find("nvdisasm")
     if tool is None:
         pytest.skip(
@@ -117,10 +117,30 @@ def instructions(cubin: Path) -> dict[Kernel, set[str]]:
         )
     text = cuda_toolkit.run(tool, "--print-code", "--no-dataflow", cubin)
     sections = re.split(r"^\t\.section\t\.text\.(\w+),.*$", text, flags=re.MULTILINE)[1:]
+    line = re.compile(r"^(\.L_.*):|\*/ +(?:@!?U?P\w+ +)?([A-Z].*?) *;", re.MULTILINE)
     return {
-        Kernel.of(symbol): set(re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code))
+        Kernel.of(symbol): [label or text for label, text in line.findall(code)]
         for symbol, code in zip(sections[::2], sections[1::2], strict=True)
     }
+
+
+def loads_in_flight(code: list[str]) -> int:
+    """The most loads of 128 bits from device memory that are issued before the first of them is
+    used, a label or a branch comes."""
+    most, awaited, flight = 0, set(), 0
+    for text in code:
+        name, _, operands = text.partition(" ")
+        used = {int(r) for r in re.findall(r"\bR(\d+)\b", operands)}
+        load = name.startswith("LDG.") and name.endswith(".128")
+        target = int(re.match(r"R(\d+)", operands)[1]) if load else None
+        addresses = used - {target} if load else used
+        if name.startswith((".L", "BRA", "EXIT")) or addresses & awaited:
+            awaited, flight = set(), 0
+        if load:
+            awaited |= set(range(target, target + 4))
+            flight += 1
+            most = max(most, flight)
+    return most
 
 
 @needs_nvcc
@@ -130,7 +150,8 @@ def test_aligned_kernels_access_128_bits(build):
         (cubin,) = build.folder.glob(f"*_{arch}.cubin")
         found = instructions(cubin)
         assert found.keys() == KERNELS
-        for kernel, names in found.items():
+        for kernel, code in found.items():
+            names = {text.split()[0] for text in code}
             wide = {name.split(".")[0] for name in names if name.endswith(".128")}
             expected = set()
             if kernel.vector > 1:
@@ -139,6 +160,17 @@ def test_aligned_kernels_access_128_bits(build):
                 expected |= {"LDGSTS"} if resident else {"LDG"}
                 expected |= {"LDG"} if backward else set()
             assert wide & {"LDG", "STG", "LDGSTS"} == expected, f"sm_{arch} {kernel}"
+
+
+@needs_nvcc
+def test_the_sums_wait_for_several_loads_at_once(build):
+    """1024 threads with one load of 16 bytes each are less than a multiprocessor must have under
+    way to use its share of the memory's speed."""
+    for arch in build.architectures:
+        (cubin,) = build.folder.glob(f"*_{arch}.cubin")
+        for kernel, code in instructions(cubin).items():
+            if kernel.vector > 1 and kernel.name != "forward_resident":
+                assert loads_in_flight(code) >= 2, f"sm_{arch} {kernel}"
 
 
 @needs_nvcc

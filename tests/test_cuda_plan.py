@@ -147,7 +147,7 @@ def needed_shared_bytes(problem: Problem, plan: dict) -> int:
     vectors = 4 * piece(problem.vector * acc)
     hidden = piece(problem.branches * problem.hidden * acc)
     tail = hidden if problem.pass_ == "forward" else 2 * hidden + message
-    return piece(piece_bytes(problem, plan["split"])) + meet + vectors + tail
+    return plan["pieces"] * piece(piece_bytes(problem, plan["split"])) + meet + vectors + tail
 
 
 def blocks_on_multiprocessor(device: _C.CudaDevice, problem: Problem, plan: dict) -> int:
@@ -186,8 +186,10 @@ def check_variant(problem: Problem, plan: dict) -> None:
     if plan["variant"] == "resident":
         assert plan["blocks"] == n * plan["cluster"] and parts == plan["cluster"]
         assert plan["split"]["chunks"] == 1
+        assert plan["pieces"] in ((1,) if problem.pass_ == "forward" else (1, 2))
     else:
         assert plan["cluster"] == 1 and 1 <= plan["lag"] <= n
+        assert plan["pieces"] == 0
         tickets = n * 2 * parts
         assert plan["blocks"] <= tickets < 2**31
 
@@ -236,7 +238,7 @@ def check(device: _C.CudaDevice, problem: Problem) -> list[dict]:
     found = plans(device, problem)
     assert found[-1]["variant"] == "streaming"
     assert all(plan["variant"] == "resident" for plan in found[:-1])
-    assert len({plan["cluster"] for plan in found[:-1]}) == len(found) - 1
+    assert len({(plan["cluster"], plan["pieces"]) for plan in found[:-1]}) == len(found) - 1
     for plan in found:
         try:
             check_limits(device, problem, plan)
@@ -352,6 +354,30 @@ def test_a_sample_is_read_once_where_a_cluster_can_hold_it(name):
         assert best["variant"] == "resident", problem
         sample = problem.vector * problem.pixels * SIZE[problem.dtype]
         assert best["cluster"] > 1 or sample < device.shared_per_block, problem
+
+
+@pytest.mark.parametrize("name", ("h100", "h200", "b200"))
+def test_a_backward_reads_no_rows_between_vectors_from_device_memory(name):
+    """Planes of 49 pixels: with the features in shared memory both maps are fetched by 16 bytes."""
+    for n, layout in itertools.product((1, 64, 256), LAYOUTS):
+        for dtype in ("float32", "bfloat16"):
+            best = plans(
+                DEVICES[name], stage(512, 7, 7, n, "backward", dtype=dtype, layout=layout)
+            )[0]
+            assert best["vector"] > 1
+            assert best["pieces"] == 2 or layout == "channels_last"
+
+
+def test_maps_are_held_twice_only_where_blocks_still_overlap():
+    """Stage 1 in float, 100 KB of each map a block by clusters of 8: the gradient alone is held,
+    for one block with both would have its multiprocessor to itself."""
+    problem = stage(64, 56, 56, 64, "backward")
+    device = DEVICES["h100"]
+    found = plans(device, problem)
+    assert (found[0]["cluster"], found[0]["pieces"]) == (16, 1)
+    held = next(plan for plan in found if plan["pieces"] == 2)
+    assert held["cluster"] == 16 and blocks_on_multiprocessor(device, problem, held) == 2
+    assert not [plan for plan in found if (plan["cluster"], plan["pieces"]) == (8, 2)]
 
 
 def test_stage_1_in_float_is_eight_blocks_of_a_hundred_kilobytes():

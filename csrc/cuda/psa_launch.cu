@@ -151,7 +151,8 @@ std::string describe(const Plan& plan) {
   const auto text = [](int64_t x) { return std::to_string(x); };
   return std::string(
              plan.variant == Variant::resident ? "resident" : "streaming") +
-      ", clusters of " + text(plan.cluster) + ", " + text(plan.blocks) +
+      ", clusters of " + text(plan.cluster) + ", " + text(plan.pieces) +
+      " pieces held, " + text(plan.blocks) +
       " blocks of " + text(plan.threads) + " threads, " +
       text(plan.shared_bytes) + " bytes of shared memory, vectors of " +
       text(plan.vector) + ", " + text(plan.split.parts) + " parts";

@@ -29,6 +29,7 @@ struct Params {
   bool weights_wanted;  // backward
 
   int cluster;
+  int pieces;
   int lag;
   int group;
   Split split;

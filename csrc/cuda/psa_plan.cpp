@@ -25,6 +25,9 @@ constexpr int kThreadsByRegisters = 1024;
 constexpr int64_t kPartBytes = 32 * 1024;
 // Shared memory that the system takes of each block.
 constexpr int64_t kSystemShared = 1024;
+// Blocks on a multiprocessor that keep its share of the memory busy: some read
+// while others wait for their cluster or write.
+constexpr int kOverlap = 3;
 // The maximum of CUDA's grids.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
@@ -100,6 +103,7 @@ Plan streaming_plan(const Problem& p, const Device& device) {
   Plan plan{};
   plan.variant = Variant::streaming;
   plan.cluster = 1;
+  plan.pieces = 0;
   plan.threads = kThreads;
   plan.vector = p.aligned ? full_vector(p.dtype) : 1;
   plan.group = group_of(p);
@@ -145,10 +149,11 @@ Plan streaming_plan(const Problem& p, const Device& device) {
   return plan;
 }
 
-Plan resident_plan(const Problem& p, int cluster) {
+Plan resident_plan(const Problem& p, int cluster, int pieces) {
   Plan plan{};
   plan.variant = Variant::resident;
   plan.cluster = cluster;
+  plan.pieces = pieces;
   plan.vector = p.aligned ? full_vector(p.dtype) : 1;
   plan.blocks = p.samples * cluster;
   plan.group = group_of(p);
@@ -160,7 +165,7 @@ Plan resident_plan(const Problem& p, int cluster) {
   split.units = units_of(p, split.planes);
   split.parts = cluster;
   plan.threads =
-      piece_elements(p, split) * element_size(p.dtype) > kLargePiece
+      pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
       ? kLargeThreads
       : kThreads;
   plan.shared_bytes = shared_bytes(p, plan);
@@ -226,31 +231,46 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
   struct Candidate {
     Plan plan;
     int busy;  // multiprocessors with work
-    int overlap;  // blocks on one, of which some read while others write
+    int overlap;  // blocks on one, as far as more of them help
+    bool short_loads;
   };
   std::vector<Candidate> resident;
   const bool possible = p.pass == Pass::forward ? !p.pooled_given
                                                 : p.grad_out_given;
+  const int most_pieces = p.pass == Pass::forward ? 1 : 2;
   for (int k = 1; possible && k <= largest_cluster(device); k *= 2) {
     if (int64_t{p.samples} * k > kMaxBlocks) {
       break;
     }
-    const Plan plan = resident_plan(p, k);
-    if (k > plan.split.units || plan.shared_bytes > device.shared_per_block) {
-      continue;
-    }
-    const int blocks = blocks_on_multiprocessor(p, plan, device);
-    if (blocks >= 1) {
-      resident.push_back(
-          {plan, std::min(plan.blocks, device.multiprocessors),
-           std::min(blocks, 3)});
+    for (int pieces = most_pieces; pieces >= 1; --pieces) {
+      const Plan plan = resident_plan(p, k, pieces);
+      if (k > plan.split.units ||
+          plan.shared_bytes > device.shared_per_block) {
+        continue;
+      }
+      const int blocks = blocks_on_multiprocessor(p, plan, device);
+      if (blocks >= 1) {
+        // What is not held is summed as it comes from device memory, where rows
+        // that begin between vectors are read by short loads.
+        const bool whole = p.layout == Layout::channels_last ||
+            p.pixels % plan.vector == 0;
+        // Where all blocks have room at once, smaller ones would not overlap more.
+        const bool one_wave =
+            plan.blocks <= int64_t{blocks} * device.multiprocessors;
+        resident.push_back(
+            {plan, std::min(plan.blocks, device.multiprocessors),
+             one_wave ? kOverlap : std::min(blocks, kOverlap),
+             pieces < most_pieces && !whole});
+      }
     }
   }
+  // Of equals the first, which holds more, has more loads under way.
   std::stable_sort(
       resident.begin(), resident.end(),
       [](const Candidate& a, const Candidate& b) {
-        return std::tuple(-a.busy, -a.overlap, a.plan.cluster) <
-            std::tuple(-b.busy, -b.overlap, b.plan.cluster);
+        return std::tuple(
+                   -a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
+            std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
       });
   // One block alone on its multiprocessor leaves the memory idle while it waits
   // for its cluster. With several waves of such blocks streaming is faster.
@@ -272,7 +292,7 @@ int64_t shared_bytes(const Problem& p, const Plan& plan) {
   if (plan.variant == Variant::streaming) {
     return message + meet;
   }
-  const int64_t piece =
+  const int64_t piece = plan.pieces *
       round_up(piece_elements(p, plan.split) * element_size(p.dtype), 16);
   const int64_t vector = round_up(p.vector() * acc, 16);
   const int64_t hidden = round_up(p.branches * p.hidden * acc, 16);
@@ -329,6 +349,7 @@ void set_plan(
   params.feats_wanted = p.feats_wanted;
   params.weights_wanted = p.weights_wanted;
   params.cluster = plan.cluster;
+  params.pieces = plan.pieces;
   params.lag = plan.lag;
   params.group = plan.group;
   params.split = plan.split;

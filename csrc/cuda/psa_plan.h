@@ -82,6 +82,9 @@ struct Split {
 struct Plan {
   Variant variant;
   int cluster;  // blocks that share a sample (resident)
+  // resident: whose parts a block holds. 1: of the maps, backward of their
+  // gradients; 2, backward: of both.
+  int pieces;
   int threads;  // of a block
   int blocks;
   int64_t shared_bytes;  // dynamic shared memory of a block

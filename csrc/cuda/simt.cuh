@@ -1,8 +1,8 @@
 // What the kernels need of the machine, each behind a name of its own: threads,
 // barriers, clusters, device-wide arrivals, asynchronous copies, 16-bit floats.
 //
-// Nothing else in psa_kernels.cuh is special to CUDA, so that the same source
-// runs on a CPU: with EPSA_EMULATED the bodies come from tests/simt.
+// Nothing else in the kernels (psa_*.cuh) is special to CUDA, so that the same
+// source runs on a CPU: with EPSA_EMULATED the bodies come from tests/simt.
 #pragma once
 
 #include <cstdint>
@@ -110,9 +110,11 @@ EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 // Adds one; returns how many had arrived before. What any of them wrote before
 // it arrived is seen by those who arrive later.
 EPSA_DEVICE unsigned arrive(unsigned* counter) {
-  __threadfence();
-  const unsigned before = atomicAdd(counter, 1u);
-  __threadfence();
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(1u)
+               : "memory");
   return before;
 }
 

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+ELEMENTS = "csrc/cuda/psa_elements.cuh"
+SUMS = "csrc/cuda/psa_sums.cuh"
+PARTS = "csrc/cuda/psa_parts.cuh"
+GATE = "csrc/cuda/psa_gate.cuh"
+WEIGHT_GRADS = "csrc/cuda/psa_weight_grads.cuh"
 KERNELS = "csrc/cuda/psa_kernels.cuh"
 PLAN = "csrc/cuda/psa_plan.cpp"
 SIMT = "tests/simt/emulated_simt.h"
@@ -43,7 +48,7 @@ class Bug:
 BUGS = [
     # ---- order: barriers, arrivals, flags, copies ----
     Bug(
-        "no_barrier_after_copy_in",
+        "no_barrier_after_the_fetch",
         KERNELS,
         "  simt::copy_async_wait();\n  barrier();\n",
         "  simt::copy_async_wait();\n",
@@ -61,7 +66,7 @@ BUGS = [
     ),
     Bug(
         "no_barrier_before_the_arrival",
-        KERNELS,
+        ELEMENTS,
         "  barrier();\n  if (thread_id() == 0) {\n    message->last",
         "  if (thread_id() == 0) {\n    message->last",
         "--mode streaming odd/",
@@ -77,9 +82,9 @@ BUGS = [
     ),
     Bug(
         "no_barrier_before_meet_is_used_again",
-        KERNELS,
-        "    barrier();\n  }\n}\n\n// ---- the second pass",
-        "  }\n}\n\n// ---- the second pass",
+        PARTS,
+        "    barrier();\n  }\n}\n\n// Sums over the rows of a segment",
+        "  }\n}\n\n// Sums over the rows of a segment",
         "--mode streaming wide/",
         {"native": WRONG, "tsan": RACE},
     ),
@@ -94,9 +99,12 @@ BUGS = [
     ),
     Bug(
         "groups_arrive_without_release",
-        KERNELS,
-        "  if (!last_to_arrive(&p.groups_arrived[0], groups, message)) {\n    return;\n",
+        WEIGHT_GRADS,
+        "  if (groups == 1 || !last_to_arrive(&p.groups_arrived[0], groups, message)) {\n",
         """\
+  if (groups == 1) {
+    return;
+  }
   barrier();
   if (thread_id() == 0) {
     message->last = __atomic_fetch_add(&p.groups_arrived[0], 1u, __ATOMIC_RELAXED) + 1u ==
@@ -104,7 +112,6 @@ BUGS = [
   }
   barrier();
   if (!message->last) {
-    return;
 """,
         "--mode cluster2 odd/f32/contiguous/backward",
         {"tsan": RACE},
@@ -171,20 +178,8 @@ BUGS = [
     Bug(
         "reweight_before_pool",
         KERNELS,
-        """\
-      if (j < pools) {
-        pool(p.lag + n, j);
-      } else {
-        reweight(n, j - pools);
-      }
-""",
-        """\
-      if (j < reweights) {
-        reweight(p.lag + n, j);
-      } else {
-        pool(p.lag + n, j - reweights);
-      }
-""",
+        "      n += j < pools ? p.lag : 0;\n",
+        "      n += p.lag;\n      j = j < reweights ? pools + j : j - reweights;\n",
         "--mode streaming odd/",
         {"native": "livelock: "},
     ),
@@ -200,45 +195,59 @@ BUGS = [
     ),
     Bug(
         "last_plane_of_a_part_left_out",
-        KERNELS,
-        "  const int end = part_begin(split, part + 1);\n",
-        "  const int end = part_begin(split, part + 1) - 1;\n",
+        PARTS,
+        "plane + 1 : part_begin(split, part + 1);\n",
+        "plane + 1 : part_begin(split, part + 1) - 1;\n",
         "--mode streaming odd/",
         {"native": WRONG},
     ),
     Bug(
         "one_element_too_many",
-        KERNELS,
-        "i < rows * pixels; i += block_threads() * V",
-        "i <= rows * pixels; i += block_threads() * V",
+        PARTS,
+        "turns_of(thread_id() * V, rows * pixels, step)",
+        "turns_of(thread_id() * V, rows * pixels + 1, step)",
         "--mode streaming odd/",
         {"native": WRONG, "asan": OVERFLOW},
     ),
     Bug(
         "last_row_of_weight_sums_left_out",
-        KERNELS,
-        "  for (int row = 0; row < rows; ++row) {\n",
-        "  for (int row = 0; row < rows - 1; ++row) {\n",
+        WEIGHT_GRADS,
+        "    for (int row = first; row < last; ++row) {\n",
+        "    for (int row = first; row < last - 1; ++row) {\n",
         "--mode streaming odd/",
         {"native": WRONG},
     ),
     Bug(
+        "terms_that_lanes_share_rounded_down",
+        SUMS,
+        "const int run = (count + lanes - 1) / lanes;",
+        "const int run = count / lanes;",
+        "--mode resident batch_of_17/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "last_turn_left_out",
+        SUMS,
+        "static_cast<unsigned>(end - first + step - 1)",
+        "static_cast<unsigned>(end - first)",
+        "--mode resident odd/",
+        {"native": WRONG},
+    ),
+    Bug(
         "stride_of_the_first_map",
-        KERNELS,
-        "maps.pixel_stride[s]",
+        PARTS,
+        "maps.pixel_stride[deal.s]",
         "maps.pixel_stride[0]",
         "--mode streaming gaps/",
         {"native": WRONG},
-        count=2,
     ),
     Bug(  # of the case's four maps the last has the largest stride, which leads out of the others
         "stride_of_the_last_map",
-        KERNELS,
-        "maps.pixel_stride[s]",
+        PARTS,
+        "maps.pixel_stride[deal.s]",
         "maps.pixel_stride[3]",
         "--mode streaming gaps/",
         {"asan": OVERFLOW},
-        count=2,
     ),
     Bug(
         "vectors_where_nothing_is_aligned",
@@ -259,6 +268,14 @@ BUGS = [
         {"asan": OVERFLOW},
     ),
     Bug(
+        "room_for_one_of_two_pieces",
+        PLAN,
+        "  const int64_t piece = plan.pieces *\n",
+        "  const int64_t piece =\n",
+        "--mode resident odd/f32/contiguous/backward",
+        {"asan": OVERFLOW},
+    ),
+    Bug(
         "counters_of_groups_not_cleared",
         PLAN,
         "  w.cleared = next;\n",
@@ -269,7 +286,7 @@ BUGS = [
     # ---- maths ----
     Bug(
         "relu_passes_every_gradient",
-        KERNELS,
+        GATE,
         "grad_u[k] = relu_grad(sum, hidden[k]);",
         "grad_u[k] = sum;",
         "--mode resident batch_of_17/",
@@ -277,7 +294,7 @@ BUGS = [
     ),
     Bug(
         "pooled_gradient_not_divided",
-        KERNELS,
+        GATE,
         "grad_pooled[i] = sum / static_cast<A>(p.pixels);",
         "grad_pooled[i] = sum;",
         "--mode resident odd/",
@@ -285,9 +302,9 @@ BUGS = [
     ),
     Bug(
         "sums_of_the_last_group_left_out",
-        KERNELS,
-        "    for (int k = 0; k < groups; ++k) {\n",
-        "    for (int k = 0; k < groups - 1; ++k) {\n",
+        WEIGHT_GRADS,
+        "        for (int k = first; k < last; ++k) {\n",
+        "        for (int k = first; k < last - 1; ++k) {\n",
         "--mode resident odd/",
         {"native": WRONG},
     ),

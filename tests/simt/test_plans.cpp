@@ -16,6 +16,7 @@ void set_streaming(const Problem& p, Plan& plan, bool chunks) {
   Split& split = plan.split;
   plan.variant = Variant::streaming;
   plan.cluster = 1;
+  plan.pieces = 0;
   plan.blocks = 5;
   plan.lag = 1;
   if (chunks && p.layout == Layout::contiguous && p.pixels > 1) {
@@ -66,6 +67,7 @@ Plan test_plan(const Problem& p, const std::string& mode) {
     plan.variant = Variant::resident;
     plan.split.parts = plan.cluster = std::min(blocks, plan.split.units);
     plan.blocks = p.samples * plan.cluster;
+    plan.pieces = p.pass == Pass::backward && mode != "cluster2" ? 2 : 1;
   } else {
     set_streaming(p, plan, mode == "chunks");
   }
