@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all bench lint sdist-check clean
-.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench
+.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
 
 demo: $(VENV)/built
 	$(PY) benchmarks/demo.py
@@ -104,6 +104,12 @@ gpu-sanitize: $(GPU_BUILD)/cases
 gpu-bench: $(GPU_BUILD)/built
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
+# every launch plan of EPSANet's stages, timed without torch: is the best one ranked first?
+gpu-plans: $(GPU_BUILD)/plans
+	device=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | \
+	  tr '[:upper:] ' '[:lower:]-') && \
+	  $(GPU_BUILD)/plans "benchmarks/results/$$device-plans.csv"
+
 $(GPU_BUILD)/built: $(SOURCES)
 	mkdir -p $(GPU_BUILD)
 	rm -f $(VENV)/built
@@ -117,6 +123,11 @@ $(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/*)
 	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -lineinfo -arch=native -o $@ \
 	  tests/simt/case_program.cpp tests/simt/test_plans.cpp csrc/cuda/psa_plan.cpp \
 	  csrc/cuda/psa_launch.cu
+
+$(GPU_BUILD)/plans: $(SOURCES) benchmarks/plans.cu
+	mkdir -p $(GPU_BUILD)
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -arch=native -o $@ \
+	  benchmarks/plans.cu csrc/cuda/psa_plan.cpp csrc/cuda/psa_launch.cu
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info epsa_fused/*.so

@@ -174,6 +174,19 @@ def test_the_sums_wait_for_several_loads_at_once(build):
 
 
 @needs_nvcc
+@pytest.mark.parametrize(
+    "program", ["benchmarks/plans.cu", "tests/simt/case_program.cpp", "tests/simt/test_plans.cpp"]
+)
+def test_the_programs_for_a_gpu_compile(program, tmp_path):
+    """They need no torch, and a GPU only to run."""
+    log = cuda_toolkit.run(
+        *(NVCC, "-std=c++20", "-arch=sm_90", "-Xcompiler=-Wall", "-c"),
+        *("-o", tmp_path / "program.o", CUDA.parent.parent / program),
+    )
+    assert "warning" not in log, log
+
+
+@needs_nvcc
 def test_the_glue_compiles_against_the_installed_torch():
     """By the host's compiler, which needs the toolkit's headers alone; a torch for CPUs lacks the
     file that says how its CUDA half was built."""

@@ -40,10 +40,12 @@ cudaLaunchConfig_t configuration(
   return config;
 }
 
-// Lets the kernel have what the plan wants; false if this device can't hold it.
-bool admit(Kernel kernel, Plan& plan, const Device& device) {
+}  // namespace
+
+int admit(const Problem& problem, Plan& plan, const Device& device) {
   const std::string what = "preparing the kernel of " + describe(plan);
-  const auto* function = reinterpret_cast<const void*>(kernel);
+  const auto* function =
+      reinterpret_cast<const void*>(kernel_of(problem, plan));
   check(
       cudaFuncSetAttribute(
           function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -62,21 +64,24 @@ bool admit(Kernel kernel, Plan& plan, const Device& device) {
     if (cudaOccupancyMaxActiveClusters(&blocks, function, &config) !=
         cudaSuccess) {
       cudaGetLastError();
-      return false;
+      return 0;
     }
-    return blocks > 0;
+    return blocks * plan.cluster;
   }
   check(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &blocks, function, plan.threads,
           static_cast<size_t>(plan.shared_bytes)),
       what);
+  blocks *= device.multiprocessors;
   if (plan.variant == Variant::streaming) {
     // More blocks than fit would only start late and find no ticket.
-    plan.blocks = std::min(plan.blocks, blocks * device.multiprocessors);
+    plan.blocks = std::min(plan.blocks, blocks);
   }
-  return blocks > 0;
+  return blocks;
 }
+
+namespace {
 
 Plan first_admitted(const Problem& problem, int number) {
   const Device device = device_properties(number);
@@ -89,9 +94,8 @@ Plan first_admitted(const Problem& problem, int number) {
   }
   cudaFuncAttributes attributes;
   for (Plan plan : plans(problem, device)) {
-    const Kernel kernel = kernel_of(problem, plan);
     const cudaError_t found = cudaFuncGetAttributes(
-        &attributes, reinterpret_cast<const void*>(kernel));
+        &attributes, reinterpret_cast<const void*>(kernel_of(problem, plan)));
     if (found == cudaErrorNoKernelImageForDevice ||
         found == cudaErrorInvalidDeviceFunction) {
       cudaGetLastError();
@@ -100,7 +104,7 @@ Plan first_admitted(const Problem& problem, int number) {
           "; build it with TORCH_CUDA_ARCH_LIST naming that architecture");
     }
     check(found, "reading the kernels for " + what);
-    if (admit(kernel, plan, device)) {
+    if (admit(problem, plan, device) > 0) {
       return plan;
     }
   }

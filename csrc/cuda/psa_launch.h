@@ -18,6 +18,11 @@ Device device_properties(int device);
 // sm_80 or one that this library holds no kernels for.
 Plan choose_plan(const Problem& problem, int device);
 
+// How many blocks of a plan the device, which is the current one, can hold at
+// once; 0: none. Else the kernel is ready for the plan, and a streaming plan has
+// no more blocks than fit.
+int admit(const Problem& problem, Plan& plan, const Device& device);
+
 // One line, for error messages.
 std::string describe(const Plan& plan);
 
