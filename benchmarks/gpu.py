@@ -235,15 +235,23 @@ def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
             module = epsa_fused.FusedPSAModule(planes, planes).to("cuda", kind)
             module.to(memory_format=LAYOUTS[layout]).requires_grad_(False)
             case = Case("attention", "forward", layout, str(kind)[6:], 64, planes, size)
-            maps, weights, _ = make_inputs(case, "cuda")
-            x = torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout])
+            first = make_inputs(case, "cuda")
+            inputs = [copied(first) for _ in range(sets_beyond_cache(case.nbytes))]
+            images = [
+                torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout])
+                for maps, _, _ in inputs
+            ]
             convolutions = [c for n, c in module.named_children() if n.startswith("conv")]
             parts = {
-                f"conv {i}": (lambda c=c, x=x: c(x)) for i, c in enumerate(convolutions, start=1)
+                f"conv {i}": [lambda c=c, x=x: c(x) for x in images]
+                for i, c in enumerate(convolutions, start=1)
             }
-            parts["attention"] = lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w)
-            for name, call in parts.items():
-                times, timing = device_times([call], repeats)
+            parts["attention"] = [
+                lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w)
+                for maps, weights, _ in inputs
+            ]
+            for name, calls in parts.items():
+                times, timing = device_times(calls, repeats)
                 yield {
                     "kind": "share",
                     "mode": "forward",

@@ -36,6 +36,7 @@ NOT_RUN = {
     "make gpu-test": "needs a GPU",
     "make gpu-sanitize": "needs a GPU",
     "make gpu-bench": "needs a GPU",
+    "make gpu-plans": "needs a GPU",
 }
 
 

@@ -83,8 +83,8 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
 
 namespace {
 
-Plan first_admitted(const Problem& problem, int number) {
-  const Device device = device_properties(number);
+Plan first_admitted(
+    const Problem& problem, int number, const Device& device) {
   const std::string what = "device " + std::to_string(number) + " (" +
       device.name + ", sm_" + std::to_string(device.compute_capability) + ")";
   if (device.compute_capability < 80) {
@@ -142,7 +142,13 @@ Plan choose_plan(const Problem& p, int device) {
   if (const auto found = chosen.find(key); found != chosen.end()) {
     return found->second;
   }
-  const Plan plan = first_admitted(p, device);
+  // asked once: it takes the runtime long, and does not change
+  static std::map<int, Device> devices;
+  const auto known = devices.find(device);
+  const Device& properties = known != devices.end()
+      ? known->second
+      : devices.emplace(device, device_properties(device)).first->second;
+  const Plan plan = first_admitted(p, device, properties);
   constexpr size_t kMost = 4096;  // for a program with ever new shapes
   if (chosen.size() >= kMost) {
     chosen.clear();
