@@ -169,8 +169,11 @@ def test_the_sums_wait_for_several_loads_at_once(build):
     for arch in build.architectures:
         (cubin,) = build.folder.glob(f"*_{arch}.cubin")
         for kernel, code in instructions(cubin).items():
+            # One turn of streaming has two by itself: x and y, or those of the scaling. From
+            # sm_100 on ptxas begins to add a little earlier.
+            least = 3 if "streaming" in kernel.name and arch < 100 else 2
             if kernel.vector > 1 and kernel.name != "forward_resident":
-                assert loads_in_flight(code) >= 2, f"sm_{arch} {kernel}"
+                assert loads_in_flight(code) >= least, f"sm_{arch} {kernel}"
 
 
 @needs_nvcc

@@ -186,12 +186,12 @@ backward_streaming(EPSA_PARAMETER Params p) {
   Message* message = shared.take<Message>(1);
   A* meet = shared.take<A>(block_threads() * (kLast ? V : 1));
   const int vector = p.branches * p.channels;
-  const int units = p.branches * p.hidden;
   const int parts = p.split.parts;
   const int pools = p.grad_out_given ? parts : 1;
   for_tickets(
       p, pools, p.feats_wanted ? parts : 0, message,
       [&](int n, int part) {
+        const int units = p.branches * p.hidden;
         A* da = row_of<A>(p.scratch, n, vector);
         if (p.grad_out_given) {
           A* partial = row_of<A>(p.partial, n, p.partials);
@@ -264,8 +264,14 @@ EPSA_DEVICE void fetch(
     for_segments<false>(p, part, [&](const Segment& g) {
       const T* x = segment_of<const T>(p, from, n, g);
       const int elements = g.rows * g.pixels;
-      for (int i = thread_id() * V; i < elements; i += block_threads() * V) {
-        copy(piece + i, x + i);
+      const int step = block_threads() * V;
+      const int turns = turns_of(thread_id() * V, elements, step);
+      T* to = piece + thread_id() * V;
+      x += thread_id() * V;
+      for (int turn = 0; turn < turns; ++turn) {
+        copy(to, x);
+        to += step;
+        x += step;
       }
       piece += elements;
     });

@@ -52,20 +52,27 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
           static_cast<int>(device.shared_per_block)),
       what);
   if (plan.cluster > 8) {
-    check(
-        cudaFuncSetAttribute(
-            function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        what);
+    if (cudaFuncSetAttribute(
+            function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+        cudaSuccess) {
+      cudaGetLastError();
+      return 0;
+    }
   }
   int blocks = 0;
   if (plan.cluster > 1) {
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = configuration(plan, nullptr, cluster);
-    if (cudaOccupancyMaxActiveClusters(&blocks, function, &config) !=
-        cudaSuccess) {
+    const cudaError_t found =
+        cudaOccupancyMaxActiveClusters(&blocks, function, &config);
+    if (found == cudaErrorInvalidClusterSize ||
+        found == cudaErrorInvalidConfiguration ||
+        found == cudaErrorInvalidValue ||
+        found == cudaErrorLaunchOutOfResources) {
       cudaGetLastError();
       return 0;
     }
+    check(found, what);
     return blocks * plan.cluster;
   }
   check(

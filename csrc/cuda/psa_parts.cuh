@@ -149,12 +149,22 @@ EPSA_DEVICE void sum_pixels(
     if (first + deal.column < deal.vectors) {
       const T* px = x.at;
       const T* py = y.at;
+      // Batches as in sum_rows would spill here: the last turns, fewer than one
+      // makes, wait for each other.
 #pragma unroll (kSumTurns<V, kDot, kHeld>)
       for (int turn = 0; turn < turns; ++turn) {
-        add_terms<T, V, kDot>(px, py, sum);
+        const Pack<T, V> pack_x = load<V>(px);
         px += x.step;
         if constexpr (kDot) {
+          const Pack<T, V> pack_y = load<V>(py);
           py += y.step;
+          for (int v = 0; v < V; ++v) {
+            sum[v] += to_acc(pack_x.lane[v]) * to_acc(pack_y.lane[v]);
+          }
+        } else {
+          for (int v = 0; v < V; ++v) {
+            sum[v] += to_acc(pack_x.lane[v]);
+          }
         }
       }
       x.at += width;

@@ -276,7 +276,12 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
   // for its cluster. With several waves of such blocks streaming is faster.
   std::vector<Plan> result;
   for (const Candidate& c : resident) {
-    if (c.overlap > 1 || c.plan.blocks <= device.multiprocessors) {
+    // Short loads need all the threads that a multiprocessor can have.
+    const bool enough = !c.short_loads ||
+        blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
+            kThreadsByRegisters;
+    if (enough &&
+        (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
       result.push_back(c.plan);
     }
   }

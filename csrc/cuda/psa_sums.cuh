@@ -37,6 +37,27 @@ EPSA_DEVICE int turns_of(int first, int end, int step) {
   return first < end ? static_cast<int>(count / static_cast<unsigned>(step)) : 0;
 }
 
+// The sum of term(k) for begin <= k < end, in that order. A batch's terms are
+// loaded before the first is added, those of the last batch as well: of a loop
+// that is unrolled instead the compiler does the rest one by one.
+template <class A, int kTerms, class Term>
+EPSA_DEVICE A sum_terms(int begin, int end, const Term& term) {
+  A sum = 0;
+#pragma unroll 1
+  for (int first = begin; first < end; first += kTerms) {
+    A terms[kTerms];
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      terms[k] = first + k < end ? term(first + k) : A(0);
+    }
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      sum += terms[k];
+    }
+  }
+  return sum;
+}
+
 // put(i, sum(i, begin, end)) for each i < elements, where `sum` adds up the terms
 // [begin, end) of `count`; by all threads. Where there are fewer elements than
 // threads, neighbouring lanes share the terms of one, each a run of them.
@@ -44,7 +65,7 @@ template <class A, class Sum, class Put>
 EPSA_DEVICE void for_sums(
     int elements, int count, const Sum& sum, const Put& put) {
   int lanes = kWarp;
-  while (lanes > 1 && lanes * elements > block_threads()) {
+  while (lanes > 1 && elements > block_threads() / lanes) {
     lanes /= 2;
   }
   const int run = (count + lanes - 1) / lanes;
@@ -57,22 +78,6 @@ EPSA_DEVICE void for_sums(
     const A total = sum_lanes(i < elements ? sum(i, begin, end) : A(0), lanes);
     if (i < elements && thread_id() % lanes == 0) {
       put(i, total);
-    }
-  }
-}
-
-// The terms from x + i on: x, or x * y.
-template <class T, int V, bool kDot>
-EPSA_DEVICE void add_terms(const T* x, const T* y, Acc<T> (&sum)[V]) {
-  const Pack<T, V> px = load<V>(x);
-  if constexpr (kDot) {
-    const Pack<T, V> py = load<V>(y);
-    for (int v = 0; v < V; ++v) {
-      sum[v] += to_acc(px.lane[v]) * to_acc(py.lane[v]);
-    }
-  } else {
-    for (int v = 0; v < V; ++v) {
-      sum[v] += to_acc(px.lane[v]);
     }
   }
 }
@@ -94,10 +99,24 @@ EPSA_DEVICE void sum_rows(
     const T* px = x + row * pixels + first;
     const T* py = kDot ? y + row * pixels + first : nullptr;
     A sum[V] = {};
-#pragma unroll (kSumTurns<V, kDot, kHeld>)
-    for (int turn = 0; turn < turns; ++turn) {
-      add_terms<T, V, kDot>(
-          px + turn * step, kDot ? py + turn * step : nullptr, sum);
+    constexpr int kTurns = kSumTurns<V, kDot, kHeld>;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; turn += kTurns) {
+      Pack<T, V> packs_x[kTurns] = {}, packs_y[kTurns] = {};
+      for (int k = 0; k < kTurns; ++k) {
+        if (turn + k < turns) {
+          packs_x[k] = load<V>(px + (turn + k) * step);
+          if constexpr (kDot) {
+            packs_y[k] = load<V>(py + (turn + k) * step);
+          }
+        }
+      }
+      for (int k = 0; k < kTurns; ++k) {
+        for (int v = 0; v < V; ++v) {
+          const A a = to_acc(packs_x[k].lane[v]);
+          sum[v] += kDot ? a * to_acc(packs_y[k].lane[v]) : a;
+        }
+      }
     }
     A total = sum[0];
     for (int v = 1; v < V; ++v) {
@@ -130,12 +149,8 @@ EPSA_DEVICE void combine(
       p.branches * p.channels, count,
       [&](int i, int begin, int end) {
         const A* term = from + i * step;
-        A sum = 0;
-#pragma unroll 8
-        for (int k = begin; k < end; ++k) {
-          sum += term[k * stride];
-        }
-        return sum;
+        return sum_terms<A, 8>(
+            begin, end, [&](int k) { return term[k * stride]; });
       },
       [&](int i, A sum) { to[i] = sum * scale; });
   barrier();

@@ -71,28 +71,19 @@ EPSA_DEVICE A sum_weight_grad(
       grad.of_fc1 ? p.grad_u : p.hidden_units, begin, units);
   const A* in_channels = row_of<A>(
       grad.of_fc1 ? p.pooled : p.grad_v, begin, vector);
-  in_units += first * r_step + grad.unit;
-  in_channels += first * c_step + grad.channel;
-  A sum = 0;
+  in_units += grad.unit;
+  in_channels += grad.channel;
   if (grad.channel < 0) {
-#pragma unroll 8
-    for (int row = first; row < last; ++row, in_units += r_step) {
-      sum += *in_units;
-    }
-  } else if (grad.unit < 0) {
-#pragma unroll 8
-    for (int row = first; row < last; ++row, in_channels += c_step) {
-      sum += *in_channels;
-    }
-  } else {
-#pragma unroll 4
-    for (int row = first; row < last; ++row) {
-      sum += *in_units * *in_channels;
-      in_units += r_step;
-      in_channels += c_step;
-    }
+    return sum_terms<A, 8>(
+        first, last, [&](int row) { return in_units[row * r_step]; });
   }
-  return sum;
+  if (grad.unit < 0) {
+    return sum_terms<A, 8>(
+        first, last, [&](int row) { return in_channels[row * c_step]; });
+  }
+  return sum_terms<A, 4>(first, last, [&](int row) {
+    return in_units[row * r_step] * in_channels[row * c_step];
+  });
 }
 
 // Called by the block that has written sample n's hidden, grad_v and grad_u. The
@@ -130,12 +121,9 @@ EPSA_DEVICE void sum_weight_grads(
   for_sums<A>(
       count, groups,
       [&](int i, int first, int last) {
-        A sum = 0;
-#pragma unroll 8
-        for (int k = first; k < last; ++k) {
-          sum += row_of<A>(all, k, count)[i];
-        }
-        return sum;
+        return sum_terms<A, 8>(first, last, [&](int k) {
+          return row_of<A>(all, k, count)[i];
+        });
       },
       [&](int i, A sum) { store_weight_grad<T>(p, i, sum); });
 }

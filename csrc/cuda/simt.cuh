@@ -111,7 +111,7 @@ EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 // it arrived is seen by those who arrive later.
 EPSA_DEVICE unsigned arrive(unsigned* counter) {
   unsigned before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(counter), "r"(1u)
                : "memory");

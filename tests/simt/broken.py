@@ -212,8 +212,8 @@ BUGS = [
     Bug(
         "last_row_of_weight_sums_left_out",
         WEIGHT_GRADS,
-        "    for (int row = first; row < last; ++row) {\n",
-        "    for (int row = first; row < last - 1; ++row) {\n",
+        "  return sum_terms<A, 4>(first, last, [&]",
+        "  return sum_terms<A, 4>(first, last - 1, [&]",
         "--mode streaming odd/",
         {"native": WRONG},
     ),
@@ -224,6 +224,19 @@ BUGS = [
         "const int run = count / lanes;",
         "--mode resident batch_of_17/",
         {"native": WRONG},
+    ),
+    Bug(
+        "lanes_of_a_warp_take_different_turns",
+        SUMS,
+        """\
+  for (int first = 0; first < elements; first += step) {
+    const int i = first + thread_id() / lanes;
+""",
+        """\
+  for (int i = thread_id() / lanes; i < elements; i += step) {
+""",
+        "--mode resident odd/",
+        {"native": APART},
     ),
     Bug(
         "last_turn_left_out",
@@ -303,8 +316,8 @@ BUGS = [
     Bug(
         "sums_of_the_last_group_left_out",
         WEIGHT_GRADS,
-        "        for (int k = first; k < last; ++k) {\n",
-        "        for (int k = first; k < last - 1; ++k) {\n",
+        "return sum_terms<A, 8>(first, last, [&](int k)",
+        "return sum_terms<A, 8>(first, last - 1, [&](int k)",
         "--mode resident odd/",
         {"native": WRONG},
     ),
