@@ -69,7 +69,7 @@ CUDA_VENV := .venv-cuda
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc)))
 
 cuda-check: $(CUDA_VENV)/installed
-	@echo "compiling the extension for every architecture (about ten minutes on two cores)"
+	@echo "compiling the extension for every architecture (about five minutes on two cores)"
 	mkdir -p build/cuda/lib
 	EPSA_CUDA=1 CUDA_HOME="$(CUDA_HOME)" PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" \
 	  $(CUDA_VENV)/bin/python setup.py build --build-base build/cuda --build-lib build/cuda/lib \

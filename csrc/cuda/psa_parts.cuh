@@ -158,13 +158,9 @@ EPSA_DEVICE void sum_pixels(
         if constexpr (kDot) {
           const Pack<T, V> pack_y = load<V>(py);
           py += y.step;
-          for (int v = 0; v < V; ++v) {
-            sum[v] += to_acc(pack_x.lane[v]) * to_acc(pack_y.lane[v]);
-          }
+          add_terms<true>(pack_x, pack_y, sum);
         } else {
-          for (int v = 0; v < V; ++v) {
-            sum[v] += to_acc(pack_x.lane[v]);
-          }
+          add_terms<false>(pack_x, pack_x, sum);
         }
       }
       x.at += width;

@@ -82,6 +82,16 @@ EPSA_DEVICE void for_sums(
   }
 }
 
+// Adds a pack's terms: x, or x * y.
+template <bool kDot, class T, int V>
+EPSA_DEVICE void add_terms(
+    const Pack<T, V>& x, const Pack<T, V>& y, Acc<T> (&sum)[V]) {
+  for (int v = 0; v < V; ++v) {
+    const Acc<T> a = to_acc(x.lane[v]);
+    sum[v] += kDot ? a * to_acc(y.lane[v]) : a;
+  }
+}
+
 // Sums of whole rows of `pixels` elements each, dense, by all threads: sums[row].
 // Where there are fewer rows than warps, several warps share one and meet in
 // `meet`.
@@ -112,10 +122,7 @@ EPSA_DEVICE void sum_rows(
         }
       }
       for (int k = 0; k < kTurns; ++k) {
-        for (int v = 0; v < V; ++v) {
-          const A a = to_acc(packs_x[k].lane[v]);
-          sum[v] += kDot ? a * to_acc(packs_y[k].lane[v]) : a;
-        }
+        add_terms<kDot>(packs_x[k], packs_y[k], sum);
       }
     }
     A total = sum[0];
