@@ -95,7 +95,7 @@ GPU_BUILD := build/gpu
 
 # what the GPU machine's own torch runs: the tests of the operator, on the GPU
 gpu-test: $(GPU_BUILD)/built
-	$(GPU_PYTHON) -m pytest -m "not slow" -k cuda --ignore tests/test_cuda_compile.py $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m "not slow" -k cuda --ignore tests/cuda/test_compile.py $(PYTEST_ARGS)
 
 # compute-sanitizer's four tools over the case table, without torch
 gpu-sanitize: $(GPU_BUILD)/cases
@@ -120,14 +120,14 @@ $(GPU_BUILD)/built: $(SOURCES)
 
 $(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/*)
 	mkdir -p $(GPU_BUILD)
-	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -lineinfo -arch=native -o $@ \
-	  tests/simt/case_program.cpp tests/simt/test_plans.cpp csrc/cuda/psa_plan.cpp \
-	  csrc/cuda/psa_launch.cu
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -lineinfo -arch=native -o $@ \
+	  tests/simt/case_program.cpp tests/simt/test_plans.cpp csrc/cuda/plan.cpp \
+	  csrc/cuda/launch.cu
 
 $(GPU_BUILD)/plans: $(SOURCES) benchmarks/plans.cu
 	mkdir -p $(GPU_BUILD)
-	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -arch=native -o $@ \
-	  benchmarks/plans.cu csrc/cuda/psa_plan.cpp csrc/cuda/psa_launch.cu
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -arch=native -o $@ \
+	  benchmarks/plans.cu csrc/cuda/plan.cpp csrc/cuda/launch.cu
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info epsa_fused/*.so

@@ -25,6 +25,7 @@ except ImportError as error:
 import pybind11
 
 CSRC = Path("csrc")
+INCLUDE = str(Path(__file__).resolve().parent / CSRC)  # absolute: ninja runs elsewhere
 
 # What to compile for where there is no GPU to ask, the oldest first.
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
@@ -90,14 +91,13 @@ def extensions() -> list[Extension]:
     # would be serial and not say so.
     ops_flags = [*flags, "-fopenmp"]
     common = {
-        "include_dirs": cpp_extension.include_paths(),
+        "include_dirs": [INCLUDE, *cpp_extension.include_paths()],
         "library_dirs": cpp_extension.library_paths(),
         "libraries": ["c10", "torch", "torch_cpu"],
         "extra_link_args": ["-s"],
         "language": "c++",
     }
-    ops_sources = sources("*.cpp", "cpu/*.cpp")
-    ops_sources.remove(str(CSRC / "info.cpp"))
+    ops_sources = sources("ops/*.cpp", "autograd/*.cpp", "cpu/**/*.cpp")
     if with_cuda:
         # where there is a GPU, torch takes its architecture
         if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -105,6 +105,7 @@ def extensions() -> list[Extension]:
         ops = cpp_extension.CUDAExtension(
             "epsa_fused._ops",
             ops_sources + sources("cuda/*.cpp", "cuda/*.cu"),
+            include_dirs=[INCLUDE],
             extra_compile_args={"cxx": ops_flags, "nvcc": ["-O3", "--threads", "4"]},
             extra_link_args=["-s"],
             py_limited_api=True,  # leaves torch_python out of the libraries
@@ -115,9 +116,9 @@ def extensions() -> list[Extension]:
         "epsa_fused._C",
         [
             str(CSRC / path)
-            for path in ("info.cpp", "cpu/isa.cpp", "cpu/conv_plan.cpp", "cuda/psa_plan.cpp")
+            for path in ("info.cpp", "cpu/isa.cpp", "cpu/conv_plan.cpp", "cuda/plan.cpp")
         ],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[INCLUDE, pybind11.get_include()],
         define_macros=[
             ("EPSA_TORCH_VERSION", f'"{torch.__version__}"'),
             ("EPSA_WITH_CUDA", str(int(with_cuda))),
@@ -126,7 +127,7 @@ def extensions() -> list[Extension]:
         extra_link_args=["-s"],
         language="c++",
     )
-    headers = sources("**/*.h", "**/*.cuh")
+    headers = sources("**/*.h", "**/*.inc", "**/*.cuh")
     for extension in (ops, info):
         extension.depends = headers
     return [ops, info]

@@ -1,4 +1,4 @@
-// Times every launch plan that psa_plan.h offers for EPSANet's stages, so that its
+// Times every launch plan that plan.h offers for EPSANet's stages, so that its
 // ranking can be checked against a device. No torch.
 //
 //   make gpu-plans           a table, and benchmarks/results/<device>-plans.csv
@@ -19,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/psa_launch.h"
+#include "cuda/launch.h"
 
 namespace epsa::cuda {
 namespace {

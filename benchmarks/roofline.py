@@ -28,7 +28,7 @@ LAYOUTS = ("contiguous", "channels_last")
 # how often the bytes of all features move, at the least
 TRAFFIC = {"forward": 2, "backward": 3}
 
-# as psa_plan.cpp counts: 64 registers a thread, of 65536; 1 KiB of a block's shared memory is the
+# as plan.cpp counts: 64 registers a thread, of 65536; 1 KiB of a block's shared memory is the
 # system's
 THREADS_BY_REGISTERS = 1024
 SYSTEM_SHARED = 1024

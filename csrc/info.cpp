@@ -12,7 +12,7 @@
 
 #include "cpu/conv_plan.h"
 #include "cpu/isa.h"
-#include "cuda/psa_plan.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 

@@ -1,5 +1,5 @@
 """The convolutions of a PSA module as one operator: the public function, and what torch.compile
-needs to know. The kernels and their autograd are C++ (csrc/spc.cpp, csrc/cpu/conv_*)."""
+needs to know. The kernels and their autograd are C++ (csrc/autograd/conv.cpp, csrc/cpu/conv_*)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _out_size(size, kernel, stride: int, padding: int, dilation: int):
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """epsa::spc_layout of csrc/spc_args.cpp."""
+    """epsa::spc_layout of csrc/ops/conv_checks.cpp."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
         if _is_native(x, memory_format):
             return memory_format
@@ -83,7 +83,7 @@ def _maps_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: 
 
 
 def _check_fake(op: str, x: Tensor, weights: Sequence[Tensor], groups, padding, dilation) -> None:
-    """What the fake kernels rely on. The real kernels check everything (csrc/spc_args.cpp)."""
+    """What the fake kernels rely on. The real kernels check all: csrc/ops/conv_checks.cpp."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected 4 dimensions [N, C, H, W]")
     for name, given in (("groups", groups), ("padding", padding), ("dilation", dilation)):

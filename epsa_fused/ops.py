@@ -1,6 +1,6 @@
 """The fused operators: loading, the public function, and what torch.compile needs to know.
 
-The kernels and their autograd are C++ (csrc/); the schemas stand in csrc/psa.cpp.
+The kernels and their autograd are C++ (csrc/); the schemas stand in csrc/autograd/attention.cpp.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def psa_attention(
 
 
 def _is_native(t: Tensor, memory_format: torch.memory_format) -> bool:
-    """epsa::is_native of csrc/psa_args.cpp."""
+    """epsa::is_native of csrc/ops/attention_checks.cpp."""
     _, c, h, w = t.shape
     _, stride_c, stride_h, stride_w = t.stride()
     if memory_format == torch.contiguous_format:
@@ -114,7 +114,7 @@ def _is_native(t: Tensor, memory_format: torch.memory_format) -> bool:
 
 
 def _common_layout(feats: Sequence[Tensor]) -> torch.memory_format:
-    """epsa::common_layout of csrc/psa_args.cpp."""
+    """epsa::common_layout of csrc/ops/attention_checks.cpp."""
     contiguous = channels_last = 0
     for f in feats:
         if _is_native(f, torch.contiguous_format):
@@ -125,7 +125,7 @@ def _common_layout(feats: Sequence[Tensor]) -> torch.memory_format:
 
 
 def _check_fake(op: str, feats: Sequence[Tensor], **others: Tensor | None) -> None:
-    """What the fake kernels rely on. The real kernels check everything (csrc/psa_args.cpp)."""
+    """What the fake kernels rely on. The real ones check all: ops/attention_checks.cpp."""
     if not MIN_BRANCHES <= len(feats) <= MAX_BRANCHES:
         raise ValueError(
             f"{op}: feats has {len(feats)} branches, expected {MIN_BRANCHES} to {MAX_BRANCHES}"

@@ -21,7 +21,7 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         _default = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, _default)
 
-# A library that puts the emulated CUDA kernels under the CPU key (test_simt_kernels.py): the tests
+# A library that puts the emulated CUDA kernels under the CPU key (cuda/test_simt_kernels.py): tests
 # of the operator then check those.
 EMULATED = os.environ.get("EPSA_TEST_EMULATED")
 if EMULATED:
@@ -35,11 +35,11 @@ if torch.cuda.is_available() and _C.build_info()["cuda"]:
 # A GPU machine may have no more than torch and pytest.
 TRAINING = ("numpy", "tqdm", "sklearn", "PIL")
 NEEDED = {
-    "test_properties.py": ("hypothesis",),
-    "test_train.py": TRAINING,
-    "test_train_accuracy.py": (*TRAINING, "matplotlib"),
-    "test_train_processes.py": TRAINING,
-    "test_train_resume.py": TRAINING,
+    "attention/test_properties.py": ("hypothesis",),
+    "train/test_train.py": TRAINING,
+    "train/test_accuracy.py": (*TRAINING, "matplotlib"),
+    "train/test_processes.py": TRAINING,
+    "train/test_resume.py": TRAINING,
 }
 MISSING = {
     name: [package for package in packages if importlib.util.find_spec(package) is None]

@@ -1,5 +1,5 @@
 // The plan of a convolution (conv_plan.h).
-#include "conv_plan.h"
+#include "cpu/conv_plan.h"
 
 #include <algorithm>
 

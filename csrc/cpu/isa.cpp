@@ -1,9 +1,9 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <cstdlib>
 #include <stdexcept>
 
-#include "multi_isa.h"
+#include "cpu/kernels/multi_isa.h"
 
 namespace epsa::cpu {
 namespace {

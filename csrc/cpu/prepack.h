@@ -2,7 +2,7 @@
 // packed for.
 #pragma once
 
-#include "spc_common.h"
+#include "cpu/conv_layout.h"
 
 #include <sstream>
 

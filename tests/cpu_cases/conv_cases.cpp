@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/conv_kernels.h"
+#include "cpu/kernels/conv.h"
 
 namespace {
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ELEMENTS = "csrc/cuda/psa_elements.cuh"
-SUMS = "csrc/cuda/psa_sums.cuh"
-PARTS = "csrc/cuda/psa_parts.cuh"
-GATE = "csrc/cuda/psa_gate.cuh"
-WEIGHT_GRADS = "csrc/cuda/psa_weight_grads.cuh"
-KERNELS = "csrc/cuda/psa_kernels.cuh"
-PLAN = "csrc/cuda/psa_plan.cpp"
+ELEMENTS = "csrc/cuda/elements.cuh"
+SUMS = "csrc/cuda/sums.cuh"
+PARTS = "csrc/cuda/parts.cuh"
+GATE = "csrc/cuda/gate.cuh"
+WEIGHT_GRADS = "csrc/cuda/weight_grads.cuh"
+KERNELS = "csrc/cuda/kernels.cuh"
+PLAN = "csrc/cuda/plan.cpp"
 SIMT = "tests/simt/emulated_simt.h"
 
 # Words of the reports.

@@ -1,8 +1,8 @@
-// Runs the CUDA kernels over a table of small problems through psa_launch.h and
+// Runs the CUDA kernels over a table of small problems through launch.h and
 // compares them with a plain reference in double. No torch.
 //
 // It is compiled in two ways: with EPSA_EMULATED by a C++ compiler against
-// emulated_launch.cpp, and by nvcc against csrc/cuda/psa_launch.cu for a GPU.
+// emulated_launch.cpp, and by nvcc against csrc/cuda/launch.cu for a GPU.
 // Every tensor is a piece of device memory of exactly its size, so that the
 // address sanitizer or compute-sanitizer sees what lies beyond.
 #include <algorithm>
@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/psa_launch.h"
+#include "cuda/launch.h"
 #include "test_plans.h"
 
 #ifdef EPSA_EMULATED
@@ -316,7 +316,7 @@ const char* const kNames[] = {
     "grad_feats", "fc1", "fc1_bias", "fc2", "fc2_bias", "grad_fc1",
     "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
 
-// [N, S, C, M], [N, S, C] or a weight's shape in psa_params.h; empty where there
+// [N, S, C, M], [N, S, C] or a weight's shape in params.h; empty where there
 // is none.
 using Values = std::vector<Numbers>;
 

@@ -1,4 +1,4 @@
-// csrc/cuda/psa_launch.h over the emulator: the kernels' own source, run on
+// csrc/cuda/launch.h over the emulator: the kernels' own source, run on
 // a CPU. EPSA_SIMT_MODE names the plan (test_plans.h); EPSA_SIMT_TRACE, where
 // set, has each plan written to stderr; for the rest see emulated_launch.h.
 #include "emulated_launch.h"
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "../../csrc/cuda/psa_kernels.cuh"
+#include "cuda/kernels.cuh"
 #include "emulator.h"
 #include "test_plans.h"
 

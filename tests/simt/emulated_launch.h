@@ -1,9 +1,9 @@
-// Beside csrc/cuda/psa_launch.h, for the emulator alone.
+// Beside csrc/cuda/launch.h, for the emulator alone.
 #pragma once
 
 #include <vector>
 
-#include "../../csrc/cuda/psa_launch.h"
+#include "cuda/launch.h"
 
 namespace epsa::cuda {
 

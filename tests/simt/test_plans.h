@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/psa_plan.h"
+#include "cuda/plan.h"
 
 namespace epsa::cuda {
 

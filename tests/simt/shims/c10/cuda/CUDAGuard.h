@@ -1,4 +1,4 @@
-// For the emulated build of csrc/cuda/psa_cuda.cpp: tensors lie in host memory.
+// For the emulated build of csrc/cuda/attention.cpp: tensors lie in host memory.
 #pragma once
 
 #include <c10/core/Device.h>

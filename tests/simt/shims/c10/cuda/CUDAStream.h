@@ -1,4 +1,4 @@
-// For the emulated build of csrc/cuda/psa_cuda.cpp: a launch has run when it
+// For the emulated build of csrc/cuda/attention.cpp: a launch has run when it
 // returns.
 #pragma once
 

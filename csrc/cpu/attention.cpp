@@ -1,0 +1,465 @@
+// The operators on the CPU: allocation, layouts and threads around the kernels.
+#include "cpu/attention.h"
+
+#include "ops/maps.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/threads.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+namespace epsa::cpu {
+namespace {
+
+using namespace glue;
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+static_assert(kMaxBranches == epsa::kMaxBranches);
+
+Geometry geometry_of(const Problem& p, at::MemoryFormat format) {
+  return make_geometry(
+      static_cast<int>(p.S), p.C, p.pixels(), p.hidden,
+      along_pixels(p, format) ? Layout::contiguous : Layout::channels_last);
+}
+
+// ---- memory ----
+
+// at::empty without the dispatcher's share of a small call.
+Tensor empty(
+    at::IntArrayRef sizes, at::ScalarType dtype,
+    at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format);
+}
+
+// Scratch memory: one allocation, cut into aligned pieces.
+class Workspace {
+ public:
+  Workspace(at::ScalarType acc, int64_t elements, int pieces)
+      : size_(static_cast<int64_t>(c10::elementSize(acc))),
+        memory_(c10::GetCPUAllocator()->allocate(
+            (elements + pieces * kAlign) * size_)),
+        next_(static_cast<char*>(memory_.get())) {}
+
+  char* take(int64_t elements) {
+    char* piece = next_;
+    next_ += (elements + kAlign - 1) / kAlign * kAlign * size_;
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t kAlign = 16;  // elements; 64 bytes of float
+  int64_t size_;
+  c10::DataPtr memory_;
+  char* next_;
+};
+
+// ---- SE weights in the form that the kernels read ----
+
+Tensor in_acc(const Tensor& t, at::ScalarType acc) {
+  return (t.scalar_type() == acc ? t : t.to(acc)).contiguous();
+}
+
+template <class A>
+void transpose(const void* from, void* to, int64_t sets, int64_t C, int64_t r) {
+  const A* in = static_cast<const A*>(from);
+  A* out = static_cast<A*>(to);
+  for (int64_t b = 0; b < sets; ++b, in += C * r, out += C * r) {
+    for (int64_t j = 0; j < r; ++j) {
+      for (int64_t c = 0; c < C; ++c) {
+        out[j * C + c] = in[c * r + j];
+      }
+    }
+  }
+}
+
+struct PackedWeights {
+  Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
+  Weights view{};
+
+  static int64_t elements(const Problem& p) {  // of workspace
+    return p.weight_sets() * p.hidden * p.C;
+  }
+
+  PackedWeights(
+      const Problem& p, const Tensor& w1, const OptTensor& b1, const Tensor& w2,
+      const OptTensor& b2, Workspace& workspace)
+      : fc1(in_acc(w1, p.acc)),
+        fc1_bias(b1 ? in_acc(*b1, p.acc) : Tensor()),
+        fc2(in_acc(w2, p.acc)),
+        fc2_bias(b2 ? in_acc(*b2, p.acc) : Tensor()) {
+    view.fc1 = fc1.const_data_ptr();
+    view.fc1_bias = b1 ? fc1_bias.const_data_ptr() : nullptr;
+    view.fc2_bias = b2 ? fc2_bias.const_data_ptr() : nullptr;
+    view.fc2t = fc2.const_data_ptr();
+    if (p.hidden > 1) {  // [C, 1] is its own transpose
+      void* packed = workspace.take(elements(p));
+      (p.acc == at::kDouble ? transpose<double> : transpose<float>)(
+          view.fc2t, packed, p.weight_sets(), p.C, p.hidden);
+      view.fc2t = packed;
+    }
+    if (!p.shared) {
+      view.matrix_stride = p.hidden * p.C;
+      view.hidden_stride = p.hidden;
+      view.channel_stride = p.C;
+    }
+  }
+};
+
+// ---- threads ----
+
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kSerialElements = 16384;
+
+// reduce(n, begin, end), then gate(n), then scale(n, begin, end), over all
+// samples and units. Samples are dealt out whole, so that one stays in a core's
+// cache between the two passes; those that do not divide by the number of
+// threads are split into units. Who computes what does not touch the results.
+template <class Reduce, class GateStep, class Scale>
+void for_samples(
+    const Geometry& g, int64_t samples, const Reduce& reduce,
+    const GateStep& gate, const Scale& scale) {
+  const int64_t units = g.units();
+  const int64_t elements = g.branches * g.channels * g.pixels;
+  const int64_t threads =
+      samples * elements < kSerialElements ? 1 : usable_threads();
+  const int64_t whole = samples - samples % threads;
+  const auto whole_samples = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      reduce(n, 0, units);
+      gate(n);
+      scale(n, 0, units);
+    }
+  };
+  if (threads == 1) {
+    whole_samples(0, samples);
+    return;
+  }
+  parallel_for(0, whole, 1, whole_samples);
+  if (whole == samples) {
+    return;
+  }
+  const auto split = [&](const auto& step) {
+    const int64_t grain =
+        std::max<int64_t>(1, kSerialElements / 4 * units / elements);
+    parallel_for(
+        whole * units, samples * units, grain, [&](int64_t begin, int64_t end) {
+          while (begin < end) {
+            const int64_t n = begin / units;
+            const int64_t stop = std::min(end, (n + 1) * units);
+            step(n, begin - n * units, stop - n * units);
+            begin = stop;
+          }
+        });
+  };
+  split(reduce);
+  parallel_for(whole, samples, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      gate(n);
+    }
+  });
+  split(scale);
+}
+
+}  // namespace
+
+// ---- forward ----
+
+Forward attention_forward(
+    const char* op, at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& pooled_in) {
+  const Problem p = check_arguments(
+      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  if (pooled_in) {
+    check_branch_vector(op, "pooled", *pooled_in, p, feats_[0]);
+  }
+  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
+  const at::MemoryFormat format = common_layout(feats_);
+  Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
+  Tensor pooled = pooled_in
+      ? pooled_in->clone(at::MemoryFormat::Contiguous)
+      : empty({p.N, p.S, p.C}, p.acc);
+  Tensor attention = empty({p.N, p.S, p.C}, p.acc);
+  if (p.N == 0) {
+    return {out, pooled, attention};
+  }
+
+  c10::SmallVector<Tensor, kMaxBranches> feats;
+  for (const Tensor& f : feats_) {
+    feats.push_back(in_layout(f, format));
+  }
+  const Geometry g = geometry_of(p, format);
+  const int64_t vector_bytes = p.S * p.C * pooled.element_size();
+  const int64_t hidden_bytes = p.S * p.hidden * pooled.element_size();
+  const bool chunked = g.chunks > 1;
+  Workspace workspace(
+      p.acc,
+      PackedWeights::elements(p) + p.N * p.S * p.hidden +
+          (chunked ? p.N * g.partials() : 0),
+      3);
+  const PackedWeights weights(
+      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
+  char* hidden = workspace.take(p.N * p.S * p.hidden);
+  char* pooled_data = static_cast<char*>(pooled.mutable_data_ptr());
+  char* attention_data = static_cast<char*>(attention.mutable_data_ptr());
+  // With one chunk the partial sums are the sums, and lie where they will stay.
+  char* partial = chunked ? workspace.take(p.N * g.partials()) : pooled_data;
+  const int64_t partial_bytes = g.partials() * pooled.element_size();
+
+  const Maps x = maps_of<Maps>(feats);
+  const Maps y = slots_of<Maps>(out, p, format, reversed);
+  const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
+    if (!pooled_in) {
+      k.reduce(g, x, nullptr, partial + n * partial_bytes, n, begin, end);
+    }
+  };
+  const auto gate = [&](int64_t n) {
+    k.gate(
+        g, weights.view, pooled_in ? nullptr : partial + n * partial_bytes,
+        pooled_data + n * vector_bytes, hidden + n * hidden_bytes,
+        attention_data + n * vector_bytes);
+  };
+  const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
+    k.scale(g, x, attention_data + n * vector_bytes, nullptr, y, n, begin, end);
+  };
+  for_samples(g, p.N, reduce, gate, scale);
+  return {out, pooled, attention};
+}
+
+// ---- backward ----
+
+Backward attention_backward(
+    const char* op, const OptTensor& grad_out_, const OptTensor& grad_attention_,
+    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
+    const Tensor& attention_, bool reversed, const c10::List<bool>& output_mask,
+    bool of_output) {
+  const Problem p = check_backward_arguments(
+      op, grad_out_, grad_attention_, feats_, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, pooled_, attention_, output_mask);
+  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
+  const at::MemoryFormat format = common_layout(feats_);
+  bool any_feats = false;
+  std::vector<Tensor> grad_feats;
+  for (int64_t s = 0; s < p.S; ++s) {
+    any_feats |= output_mask.get(s);
+    grad_feats.push_back(
+        output_mask.get(s) ? empty({p.N, p.C, p.H, p.W}, p.dtype, format)
+                           : empty({0}, p.dtype));
+  }
+  // Weight gradients are summed in the accumulation type and cast at the end.
+  const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  Tensor grad_weights[4];
+  bool wanted[4], any_weights = false;
+  for (int i = 0; i < 4; ++i) {
+    wanted[i] = output_mask.get(p.S + i) && given[i];
+    any_weights |= wanted[i];
+    grad_weights[i] = wanted[i]
+        ? empty(given[i]->sizes(), p.acc)
+        : empty({0}, p.weight_dtype);
+    if (wanted[i] && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
+      grad_weights[i].zero_();
+    }
+  }
+  const auto result = [&] {
+    for (Tensor& t : grad_weights) {
+      if (t.scalar_type() != p.weight_dtype) {
+        t = t.to(p.weight_dtype);
+      }
+    }
+    return Backward{
+        std::move(grad_feats), grad_weights[0], grad_weights[1],
+        grad_weights[2], grad_weights[3]};
+  };
+  if (p.N == 0 || (!any_feats && !any_weights)) {
+    return result();
+  }
+  if (!grad_out_ && !grad_attention_) {
+    for (Tensor& t : grad_feats) {
+      t.zero_();
+    }
+    return result();
+  }
+
+  c10::SmallVector<Tensor, kMaxBranches> feats;
+  for (const Tensor& f : feats_) {
+    feats.push_back(grad_out_ ? in_layout(f, format) : f);
+  }
+  const Tensor grad_out = grad_out_ ? in_layout(*grad_out_, format) : Tensor();
+  const Tensor grad_attention =
+      grad_attention_ ? grad_attention_->contiguous() : Tensor();
+  const Tensor pooled = pooled_.contiguous();
+  const Tensor attention = attention_.contiguous();
+
+  const Geometry g = geometry_of(p, format);
+  const int64_t vector = p.S * p.C, size = pooled.element_size();
+  const int64_t vector_bytes = vector * size;
+  const int64_t hidden_bytes = p.S * p.hidden * size;
+  const int64_t partial_bytes = g.partials() * size;
+  const bool chunked = g.chunks > 1;
+  Workspace workspace(
+      p.acc,
+      PackedWeights::elements(p) + 2 * p.N * (vector + p.S * p.hidden) +
+          (chunked ? p.N * g.partials() : 0),
+      6);
+  const PackedWeights weights(
+      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
+  char* hidden = workspace.take(p.N * p.S * p.hidden);
+  char* grad_u = workspace.take(p.N * p.S * p.hidden);
+  char* grad_v = workspace.take(p.N * vector);
+  char* grad_pooled = workspace.take(p.N * vector);
+  char* partial =
+      chunked ? workspace.take(p.N * g.partials()) : grad_pooled;
+
+  const auto* pooled_data = static_cast<const char*>(pooled.const_data_ptr());
+  const auto* attention_data =
+      static_cast<const char*>(attention.const_data_ptr());
+  const auto* grad_attention_data = grad_attention_
+      ? static_cast<const char*>(grad_attention.const_data_ptr())
+      : nullptr;
+  const Maps x = maps_of<Maps>(feats);
+  const Maps dx = wanted_maps<Maps>(grad_feats, output_mask);
+  const Maps dy =
+      grad_out_ ? slots_of<Maps>(grad_out, p, format, reversed) : Maps{};
+
+  const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
+    if (grad_out_) {
+      k.reduce(g, dy, &x, partial + n * partial_bytes, n, begin, end);
+    }
+  };
+  const auto gate = [&](int64_t n) {
+    k.gate_grad(
+        g, weights.view, grad_out_ ? partial + n * partial_bytes : nullptr,
+        of_output,
+        grad_attention_data ? grad_attention_data + n * vector_bytes : nullptr,
+        pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
+        hidden + n * hidden_bytes, grad_v + n * vector_bytes,
+        grad_u + n * hidden_bytes, grad_pooled + n * vector_bytes);
+  };
+  const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
+    if (grad_out_ && any_feats) {
+      k.scale(
+          g, dy, attention_data + n * vector_bytes,
+          grad_pooled + n * vector_bytes, dx, n, begin, end);
+    }
+  };
+  for_samples(g, p.N, reduce, gate, scale);
+
+  if (!grad_out_ && any_feats) {
+    // Only the attention was differentiated: dF is dp / M at every pixel.
+    const Tensor dp = at::from_blob(
+        grad_pooled, {p.N, p.S, p.C, 1, 1}, at::TensorOptions(p.acc));
+    for (int64_t s = 0; s < p.S; ++s) {
+      if (output_mask.get(s)) {
+        grad_feats[s].copy_(dp.select(1, s).expand_as(grad_feats[s]));
+      }
+    }
+  }
+  if (any_weights) {
+    const auto data = [&](int i) -> void* {
+      return wanted[i] ? grad_weights[i].mutable_data_ptr() : nullptr;
+    };
+    const WeightGrads grads{data(0), data(1), data(2), data(3)};
+    const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
+    parallel_for(
+        0, p.weight_sets() * p.hidden,
+        std::max<int64_t>(1, 4 * kSerialElements / work),
+        [&](int64_t begin, int64_t end) {
+          k.weight_grad(
+              g, p.N, p.shared, pooled_data, hidden, grad_v, grad_u, grads,
+              begin, end);
+        });
+  }
+  return result();
+}
+
+// ---- one sample at a time, in place ----
+
+struct AttentionStep::State {
+  Problem p;
+  const Kernels& k;
+  Geometry g;
+  Workspace workspace;
+  PackedWeights weights;
+  Maps maps;
+
+  State(
+      const Problem& problem, const Tensor& out, at::MemoryFormat format,
+      const Tensor& w1, const OptTensor& b1, const Tensor& w2,
+      const OptTensor& b2, bool reversed)
+      : p(problem),
+        k(kernels(dtype_of<Dtype>(p.dtype), isa_in_use())),
+        g(geometry_of(p, format)),
+        workspace(p.acc, PackedWeights::elements(p), 1),
+        weights(p, w1, b1, w2, b2, workspace),
+        maps(slots_of<Maps>(out, p, format, reversed)) {}
+};
+
+AttentionStep::AttentionStep(
+    const char* op, const Tensor& out, int64_t branches,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  const std::vector<Tensor> feats = out.chunk(branches, 1);
+  const Problem p =
+      check_arguments(op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  TORCH_INTERNAL_ASSERT(p.acc == at::kFloat);
+  state_ = std::make_unique<State>(
+      p, out, common_layout({out}), fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+      reversed);
+}
+
+AttentionStep::~AttentionStep() = default;
+
+void AttentionStep::run(
+    int64_t n, const float* pooled, float* attention, int64_t threads) const {
+  const State& s = *state_;
+  std::vector<float> hidden(s.p.S * s.p.hidden);
+  // the means are not written where no partial sums are given
+  s.k.gate(
+      s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(),
+      attention);
+  const auto scale = [&](int64_t begin, int64_t end) {
+    s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);
+  };
+  if (threads == 1) {
+    scale(0, s.g.units());
+  } else {
+    parallel_for(0, s.g.units(), 1, scale);
+  }
+}
+
+// ---- the operators ----
+
+namespace {
+
+Forward forward(
+    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& pooled) {
+  return attention_forward(
+      "psa_attention", feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+      reversed, pooled);
+}
+
+Backward backward(
+    const OptTensor& grad_out, const OptTensor& grad_attention,
+    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
+    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  return attention_backward(
+      "psa_attention_backward", grad_out, grad_attention, feats, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, pooled, attention, reversed, output_mask,
+      /*of_output=*/false);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
+  m.impl("psa_attention", forward);
+  m.impl("psa_attention_backward", backward);
+}
+
+}  // namespace epsa::cpu

@@ -1,0 +1,433 @@
+// The convolutions' gradients on the CPU: the operator spc_conv_backward.
+#include "cpu/conv_layout.h"
+
+#include <torch/library.h>
+
+#include <numeric>
+
+namespace epsa::cpu {
+namespace {
+
+// Gradients of x and of the weight in the accumulation type.
+std::pair<Tensor, Tensor> library_backward(
+    const SpcProblem& p, const Tensor& grad, const Tensor& x,
+    const Tensor& weight, const SpcSettings& k, int64_t s, bool input_wanted,
+    bool weight_wanted) {
+  auto [gx, gw, gb] = at::convolution_backward(
+      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt,
+      {k.stride, k.stride}, {k.padding[s], k.padding[s]},
+      {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
+      /*output_padding=*/{0, 0}, k.groups[s],
+      {input_wanted, weight_wanted, false});
+  return {gx, gw};
+}
+
+// The gradient of x, where every branch has a kernel for it: in phases, each of
+// them a convolution of the branches' gradients whose results are added.
+class InputGrad {
+ public:
+  InputGrad(
+      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      Isa isa, bool wanted)
+      : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
+    if (!wanted || p.dtype == at::kDouble) {
+      return;  // also where no phase has a tap, of which plans would tell
+    }
+    for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
+      for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {
+        Part part{row, column};
+        for (int64_t s = 0; s < p.S; ++s) {
+          const Conv conv = conv_of(p, weights[s], settings, s);
+          const Phase phase = grad_input_phase(conv, row, column);
+          part.rows = phase.conv.out_height;
+          part.columns = phase.conv.out_width;
+          if (phase.conv.taps() == 0) {
+            continue;
+          }
+          const ConvPlan plan =
+              plan_grad_input(phase.conv, p.dtype == at::kDouble, isa);
+          if (plan.method == ConvMethod::library ||
+              (stride_ > 1 && conv.dilation > 1)) {
+            parts_.clear();
+            return;
+          }
+          Tensor w = weights[s];
+          if (stride_ > 1) {
+            w = w.slice(2, phase.tap_row, std::nullopt, stride_)
+                    .slice(3, phase.tap_column, std::nullopt, stride_);
+          }
+          part.branches.push_back(s);
+          part.convs.push_back(phase.conv);
+          part.plans.push_back(plan);
+          part.weights.push_back(evenly(w));
+        }
+        divide(part);
+        parts_.push_back(std::move(part));
+      }
+    }
+  }
+
+  bool possible() const { return !parts_.empty(); }
+
+  void include_in(ScratchSize& grads) const {
+    for (const Part& part : parts_) {
+      for (size_t i = 0; i < part.convs.size(); ++i) {
+        grads.include(part.convs[i], part.plans[i].buffer_width);
+      }
+    }
+  }
+
+  void pack(int64_t threads) {
+    for (Part& part : parts_) {
+      std::vector<ConvWeights> weights;
+      for (size_t i = 0; i < part.convs.size(); ++i) {
+        weights.push_back(turned_weights_of(part.weights[i], part.convs[i]));
+      }
+      part.packed =
+          pack_weights(k_, part.convs, part.plans, weights, threads);
+    }
+  }
+
+  int64_t buffer_floats() const { return buffer_; }
+  int64_t lane_floats() const { return lane_floats_; }
+  int64_t tasks() const { return tasks_; }  // of one sample
+  int64_t weight_floats() const {  // packed
+    int64_t floats = 0;
+    for (const Part& part : parts_) {
+      floats += part.packed.floats;
+    }
+    return floats;
+  }
+
+  // grads(s): the scratch of branch s's gradient of this sample
+  template <class Grads>
+  void run(
+      int64_t task, int64_t n, const Grads& grads, const Tensor& grad_x,
+      float* buffer, float* lane_sums) const {
+    size_t i = 0;
+    while (task >= parts_[i].strips * parts_[i].ranges) {
+      task -= parts_[i].strips * parts_[i].ranges;
+      ++i;
+    }
+    const Part& part = parts_[i];
+    const int64_t range = task % part.ranges;
+    const int64_t begin = task / part.ranges * part.strip;
+    const int64_t end = std::min(begin + part.strip, part.rows);
+    std::memset(buffer, 0, (end - begin) * part.row * sizeof(float));
+    for (const auto& [b, unit] : part.units[range]) {
+      const ConvPlan& plan = part.plans[b];
+      const int64_t first = unit_run(part.convs[b], plan, unit).first;
+      const Conv& conv = part.convs[b];
+      for (int64_t c = 0; c < conv.ic();) {
+        c = k_.convolve(
+            conv, plan, grads(part.branches[b]), part.packed.unit(b, plan, unit),
+            unit, c, begin, end,
+            {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
+            lane_sums);
+      }
+    }
+    Image to = image_of(grad_x, n, range * part.range);
+    to.data = static_cast<char*>(to.data) +
+        ((part.first_row + begin * stride_) * to.row_stride +
+         part.first_column * to.pixel_stride) * grad_x.element_size();
+    to.row_stride *= stride_;
+    to.pixel_stride *= stride_;
+    k_.unpack(
+        {buffer, part.row, part.pitch, false}, part.range, end - begin,
+        part.columns, to, nullptr);
+  }
+
+ private:
+  // One phase. A task is a strip of its rows and a range of channels; all branches
+  // add to it, so it holds whole units of each.
+  struct Part {
+    int64_t first_row, first_column;
+    int64_t rows = 0, columns = 0;
+    std::vector<int64_t> branches{};
+    std::vector<Conv> convs{};
+    std::vector<ConvPlan> plans{};
+    std::vector<Tensor> weights{};
+    Packed packed{};
+    // of each range: places in the lists above, and units
+    std::vector<std::vector<std::pair<size_t, int64_t>>> units{};
+    int64_t range = 1, ranges = 0, strip = 0, strips = 0;
+    int64_t pitch = 0, row = 0;  // of the strip's buffer
+  };
+
+  void divide(Part& part) {
+    const int64_t lanes = k_.lanes;
+    for (const ConvPlan& plan : part.plans) {
+      part.range = std::lcm(part.range, plan.unit_channels);
+    }
+    if (part.plans.empty() || p_.in_channels % part.range) {
+      part.range = p_.in_channels;
+    }
+    part.ranges = p_.in_channels / part.range;
+    part.units.assign(part.ranges, {});
+    part.pitch = part.range;
+    int64_t width = part.columns;
+    for (size_t b = 0; b < part.plans.size(); ++b) {
+      const ConvPlan& plan = part.plans[b];
+      for (int64_t unit = 0; unit < plan.units; ++unit) {
+        const int64_t first = unit_run(part.convs[b], plan, unit).first;
+        part.units[first / part.range].push_back({b, unit});
+        // a unit may be less than full, and writes all of its lanes
+        part.pitch =
+            std::max(part.pitch, first % part.range + plan.unit_channels);
+      }
+      width = std::max(width, plan.buffer_width);
+      lane_floats_ = std::max(lane_floats_, k_.lane_floats(part.convs[b], plan));
+    }
+    part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
+    part.row = width * part.pitch;
+    constexpr int64_t kBufferFloats = 8192;
+    part.strip = std::clamp<int64_t>(kBufferFloats / part.row, 1, part.rows);
+    if (part.strip > 1 && part.strip < part.rows) {
+      part.strip -= part.strip % 2;  // winograd makes pairs of rows
+    }
+    part.strips = (part.rows + part.strip - 1) / part.strip;
+    buffer_ = std::max(buffer_, part.strip * part.row);
+    tasks_ += part.strips * part.ranges;
+  }
+
+  SpcProblem p_;
+  const ConvKernels& k_;
+  int64_t stride_;
+  std::vector<Part> parts_;
+  int64_t buffer_ = 0, lane_floats_ = 0, tasks_ = 0;
+};
+
+// The gradients that have kernels here: of x if all branches have one, and of
+// those weights that have one.
+class Backward {
+ public:
+  Backward(
+      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      const c10::List<bool>& output_mask)
+      : p_(p),
+        isa_(isa_in_use()),
+        k_(kernels_for(p, isa_)),
+        input_grad_(p, weights, settings, isa_, output_mask.get(0)),
+        input_(input_grad_.possible()) {
+    for (int64_t s = 0; s < p.S; ++s) {
+      const Conv conv = conv_of(p, weights[s], settings, s);
+      convs_.push_back(conv);
+      weight_plans_.push_back(
+          output_mask.get(s + 1)
+              ? plan_weight_grad(conv, p.dtype == at::kDouble, isa_)
+              : WeightGradPlan());
+      flops_ += flops_of(p, conv);
+      const WeightGradPlan& plan = weight_plans_[s];
+      first_sums_.push_back(sums_);
+      if (!plan.library) {
+        for (int64_t unit = 0; unit < plan.units; ++unit) {
+          weight_tasks_.push_back({s, unit});
+        }
+        sums_ += plan.units * plan.unit_sums;
+        most_sums_ = std::max(most_sums_, plan.unit_sums);
+        x_size_.include(conv, p.out_w);
+      }
+    }
+    grad_size_.width = p.out_w;  // for the weights' gradients no more is read
+    if (input_) {
+      input_grad_.include_in(grad_size_);
+    }
+  }
+
+  bool input() const { return input_; }
+  bool weight(int64_t s) const { return !weight_plans_[s].library; }
+  bool any() const { return input_ || !weight_tasks_.empty(); }
+
+  void run(
+      at::TensorList grad_feats, const Tensor& x, const Tensor& grad_x,
+      const std::vector<Tensor>& grad_weights) {
+    const int64_t threads = threads_for(flops_);
+    const int64_t lanes = k_.lanes;
+    const int64_t grad_blocks = (p_.C + lanes - 1) / lanes;
+    const int64_t x_blocks =
+        weight_tasks_.empty() ? 0 : (p_.in_channels + lanes - 1) / lanes;
+    const int64_t x_floats =
+        x_blocks ? x_size_.floats(p_.in_channels, p_.H, lanes) : 0;
+    const int64_t grad_floats = grad_size_.floats(p_.C, p_.out_h, lanes);
+    const int64_t weight_tasks = static_cast<int64_t>(weight_tasks_.size());
+    const int64_t input_tasks = input_ ? input_grad_.tasks() : 0;
+    if (input_) {
+      input_grad_.pack(threads);
+    }
+    // A task's weights, not a sample's gradients, stay in the cache from one of the
+    // input's tasks to the next.
+    const bool task_first = input_grad_.weight_floats() > kCacheFloats;
+    // Several samples at a time: each thread has one, and the weights' sums are
+    // fetched seldom. They are made in the samples' order, whoever makes them.
+    constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
+    const int64_t sample_floats = x_floats + p_.S * grad_floats;
+    const int64_t wave = std::min(
+        p_.N,
+        std::max<int64_t>(1, kWaveFloats / (threads * sample_floats)) * threads);
+    // With one wave each sum is finished at once, in its thread's own memory.
+    const bool at_once = wave == p_.N;
+    const Floats sums(at_once ? 0 : sums_, /*zero=*/true);
+    const auto finish = [&](const Unit& task, const float* unit_sums) {
+      k_.unpack_weight_grad(
+          convs_[task.branch], weight_plans_[task.branch], task.unit, unit_sums,
+          weights_of(grad_weights[task.branch], convs_[task.branch]));
+    };
+    const Floats images(wave * x_floats);
+    const Floats grads(wave * p_.S * grad_floats);
+    const auto image = [&](int64_t n) {
+      return x_size_.scratch(images.get() + n * x_floats, p_.H);
+    };
+    const auto grad = [&](int64_t n, int64_t s) {
+      return grad_size_.scratch(
+          grads.get() + (n * p_.S + s) * grad_floats, p_.out_h);
+    };
+    for (int64_t n0 = 0; n0 < p_.N; n0 += wave) {
+      const int64_t count = std::min(wave, p_.N - n0);
+      const int64_t blocks = x_blocks + p_.S * grad_blocks;
+      for_each(count * blocks, threads, [&](int64_t i) {
+        const int64_t n = i / blocks, block = i % blocks;
+        if (block < x_blocks) {
+          k_.pack_image(
+              image_of(x, n0 + n), p_.in_channels, p_.W, image(n), block,
+              block + 1);
+          return;
+        }
+        const int64_t s = (block - x_blocks) / grad_blocks;
+        const int64_t b = (block - x_blocks) % grad_blocks;
+        k_.pack_image(
+            image_of(grad_feats[s], n0 + n), p_.C, p_.out_w, grad(n, s), b,
+            b + 1);
+      });
+      const int64_t tasks = weight_tasks + count * input_tasks;
+      std::atomic<int64_t> next{0};
+      for_parts(threads, threads, [&](int64_t, int64_t) {
+        const Floats buffer(input_grad_.buffer_floats());
+        const Floats lane_sums(input_grad_.lane_floats());
+        const Floats own_sums(at_once ? most_sums_ : 0);
+        for (int64_t i; (i = next++) < tasks;) {
+          if (i < weight_tasks) {
+            const Unit& task = weight_tasks_[i];
+            const int64_t s = task.branch;
+            float* unit_sums = at_once ? own_sums.get() : sums_of(sums, task);
+            if (at_once) {
+              std::fill_n(unit_sums, weight_plans_[s].unit_sums, 0.0f);
+            }
+            for (int64_t n = 0; n < count; ++n) {
+              k_.weight_grad(
+                  convs_[s], weight_plans_[s], image(n), grad(n, s), task.unit,
+                  unit_sums);
+            }
+            if (at_once) {
+              finish(task, unit_sums);
+            }
+            continue;
+          }
+          const int64_t k = i - weight_tasks;
+          const int64_t n = task_first ? k % count : k / input_tasks;
+          input_grad_.run(
+              task_first ? k / count : k % input_tasks, n0 + n,
+              [&](int64_t s) { return grad(n, s); }, grad_x, buffer.get(),
+              lane_sums.get());
+        }
+      });
+    }
+    if (!at_once) {
+      for_each(weight_tasks, threads, [&](int64_t i) {
+        finish(weight_tasks_[i], sums_of(sums, weight_tasks_[i]));
+      });
+    }
+  }
+
+ private:
+  // Of a branch's weight gradient.
+  struct Unit {
+    int64_t branch, unit;
+  };
+
+  float* sums_of(const Floats& sums, const Unit& task) const {
+    return sums.get() + first_sums_[task.branch] +
+        task.unit * weight_plans_[task.branch].unit_sums;
+  }
+
+  SpcProblem p_;
+  Isa isa_;
+  const ConvKernels& k_;
+  InputGrad input_grad_;
+  bool input_;
+  std::vector<Conv> convs_;
+  std::vector<WeightGradPlan> weight_plans_;
+  std::vector<Unit> weight_tasks_;
+  std::vector<int64_t> first_sums_;  // of a branch's weight gradient
+  ScratchSize x_size_, grad_size_;
+  int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of one at most
+  double flops_ = 0;
+};
+
+}  // namespace
+
+SpcBackward spc_backward(
+    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights,
+    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, c10::List<bool> output_mask) {
+  const SpcSettings settings{groups, stride, padding, dilation};
+  const SpcProblem p =
+      check_spc_arguments("spc_conv_backward", x_, weights, settings);
+  check_spc_backward_arguments(
+      "spc_conv_backward", grad_feats_, x_, p, output_mask);
+  const at::MemoryFormat format = spc_layout(x_);
+  Backward native(p, weights, settings, output_mask);
+  const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
+  std::vector<Tensor> grad_feats, grad_weights;
+  Tensor grad_x;
+  for (int64_t s = 0; s < p.S; ++s) {
+    const Tensor& g = grad_feats_[s];
+    grad_feats.push_back(is_image(g) ? g : g.contiguous(format));
+    grad_weights.push_back(
+        output_mask.get(s + 1) ? at::empty_like(weights[s])
+                               : at::empty({0}, weights[s].options()));
+    const bool input = output_mask.get(0) && !native.input();
+    const bool weight = output_mask.get(s + 1) && !native.weight(s);
+    if (!input && !weight) {
+      continue;
+    }
+    auto [gx, gw] = library_backward(
+        p, grad_feats.back(), x, weights[s], settings, s, input, weight);
+    if (input) {
+      grad_x = grad_x.defined() ? grad_x.add_(gx) : gx;
+    }
+    if (weight) {
+      grad_weights.back().copy_(gw);
+    }
+  }
+  if (grad_x.defined()) {
+    grad_x = settled(grad_x, p.dtype, format);
+  } else {
+    grad_x = output_mask.get(0)
+        ? at::detail::empty_cpu(x.sizes(), p.dtype, /*pin_memory=*/false, format)
+        : at::empty({0}, x.options());
+  }
+  if (p.N == 0) {
+    for (Tensor& g : grad_weights) {
+      g.zero_();
+    }
+  } else if (native.any()) {
+    std::vector<Tensor> even;  // as the kernel can write them
+    for (const Tensor& g : grad_weights) {
+      const bool writable = g.dim() != 4 || evenly_spaced(g);
+      even.push_back(writable ? g : at::empty(g.sizes(), g.options()));
+    }
+    native.run(grad_feats, x, grad_x, even);
+    for (int64_t s = 0; s < p.S; ++s) {
+      if (native.weight(s) && !even[s].is_same(grad_weights[s])) {
+        grad_weights[s].copy_(even[s]);
+      }
+    }
+  }
+  return {std::move(grad_x), std::move(grad_weights)};
+}
+
+TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
+  m.impl("spc_conv_backward", spc_backward);
+}
+
+}  // namespace epsa::cpu

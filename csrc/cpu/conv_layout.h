@@ -1,0 +1,223 @@
+// What the convolutions' forward and backward passes share on the CPU: scratch
+// memory, work for threads, tensors as the kernels read them.
+#pragma once
+
+#include "ops/maps.h"
+#include "ops/conv.h"
+#include "cpu/kernels/conv.h"
+#include "cpu/threads.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace epsa::cpu {
+
+using at::Tensor;
+
+// Floats whose first one begins a line of the cache; zero where asked for.
+class Floats {
+ public:
+  Floats() = default;
+  explicit Floats(int64_t count, bool zero = false)
+      : memory_(c10::GetCPUAllocator()->allocate(
+            std::max<int64_t>(count, 1) * sizeof(float))) {
+    TORCH_INTERNAL_ASSERT(
+        reinterpret_cast<uintptr_t>(memory_.get()) % 64 == 0);
+    if (zero) {
+      std::memset(memory_.get(), 0, count * sizeof(float));
+    }
+  }
+  float* get() const { return static_cast<float*>(memory_.get()); }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+// f(i) for i in [0, count), each by whichever thread comes first.
+template <class F>
+void for_each(int64_t count, int64_t threads, const F& f) {
+  if (threads == 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      f(i);
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) {
+      f(i);
+    }
+  });
+}
+
+// f(begin, end): on one thread, or on each thread a part.
+template <class F>
+void for_parts(int64_t count, int64_t threads, const F& f) {
+  if (threads == 1) {
+    if (count > 0) {
+      f(0, count);
+    }
+  } else {
+    parallel_for(0, count, 1, f);
+  }
+}
+
+// Below this another thread costs more than it saves.
+constexpr double kSerialFlops = 1e6;
+
+inline int64_t threads_for(double flops) {
+  return flops < kSerialFlops ? 1 : usable_threads();
+}
+
+inline double flops_of(const SpcProblem& p, const Conv& conv) {
+  return 2.0 * static_cast<double>(p.N * p.C * conv.ic() * conv.taps()) *
+      static_cast<double>(p.out_h * p.out_w);
+}
+
+// ---- tensors as the kernels read them ----
+
+inline Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
+  const int64_t element = n * t.stride(0) + channel * t.stride(1);
+  return {
+      static_cast<char*>(glue::data_of(t)) + element * t.element_size(),
+      // of one channel or one pixel the strides mean nothing
+      t.size(1) == 1 ? t.size(2) * t.size(3) : t.stride(1),
+      t.size(3) == 1 ? 1 : t.stride(3), t.stride(2)};
+}
+
+// Pixels of a row dense, or channels of a pixel: what the kernels take.
+inline bool is_image(const Tensor& t) {
+  return t.size(3) == 1 || t.stride(3) == 1 ||
+      (t.size(1) > 1 && t.stride(1) == 1);
+}
+
+inline int64_t tap_stride(const Tensor& w) {
+  return w.size(2) * w.size(3) == 1 ? 1  // never stepped
+      : w.size(3) == 1              ? w.stride(2)
+                                    : w.stride(3);
+}
+
+// Are a weight's taps evenly spaced, and taps or channels dense?
+inline bool evenly_spaced(const Tensor& w) {
+  const bool even =
+      w.size(2) == 1 || w.size(3) == 1 || w.stride(2) == w.size(3) * w.stride(3);
+  return even && (tap_stride(w) == 1 || w.stride(1) == 1);
+}
+
+inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
+  return {
+      glue::data_of(w), conv.oc() * w.stride(0), w.stride(0),
+      w.size(1) == 1 ? 1 : w.stride(1), tap_stride(w), /*turned=*/false};
+}
+
+// As the weights of a phase of the input's gradient: inputs and outputs of each
+// group change roles.
+inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
+  return {
+      glue::data_of(w), phase.ic() * w.stride(0),
+      w.size(1) == 1 ? 1 : w.stride(1), w.stride(0), tap_stride(w),
+      /*turned=*/true};
+}
+
+inline Conv conv_of(
+    const SpcProblem& p, const Tensor& w, const SpcSettings& settings,
+    int64_t s) {
+  return make_conv(
+      p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3),
+      settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W);
+}
+
+inline Tensor evenly(const Tensor& w) {
+  return evenly_spaced(w) ? w : w.contiguous();
+}
+
+inline const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
+  // there are none for double, of which nothing is asked
+  return conv_kernels(
+      p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of<Dtype>(p.dtype), isa);
+}
+
+// The weights of all units of several plans, as the kernels read them.
+struct Packed {
+  std::vector<int64_t> first;  // of each branch
+  int64_t floats = 0;
+  Floats memory;
+  const float* data = nullptr;
+
+  Packed() = default;
+  explicit Packed(const std::vector<ConvPlan>& plans) {
+    for (const ConvPlan& plan : plans) {
+      first.push_back(floats);
+      floats += plan.units * plan.unit_weights;
+    }
+  }
+
+  int64_t place(size_t s, const ConvPlan& plan, int64_t u) const {
+    return first[s] + u * plan.unit_weights;
+  }
+  const float* unit(size_t s, const ConvPlan& plan, int64_t u) const {
+    return data + place(s, plan, u);
+  }
+
+  // Packs into `to`, and reads from there.
+  void fill(
+      const ConvKernels& k, const std::vector<Conv>& convs,
+      const std::vector<ConvPlan>& plans,
+      const std::vector<ConvWeights>& weights, int64_t threads, float* to) {
+    std::vector<std::pair<size_t, int64_t>> units;
+    for (size_t s = 0; s < plans.size(); ++s) {
+      for (int64_t u = 0; u < plans[s].units; ++u) {
+        units.push_back({s, u});
+      }
+    }
+    data = to;
+    for_each(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
+      const auto [s, u] = units[i];
+      k.pack_weights(
+          convs[s], plans[s], weights[s], u, to + place(s, plans[s], u));
+    });
+  }
+};
+
+inline Packed pack_weights(
+    const ConvKernels& k, const std::vector<Conv>& convs,
+    const std::vector<ConvPlan>& plans, const std::vector<ConvWeights>& weights,
+    int64_t threads) {
+  Packed packed(plans);
+  packed.memory = Floats(packed.floats);
+  packed.fill(k, convs, plans, weights, threads, packed.memory.get());
+  return packed;
+}
+
+// ---- branches without kernels here: torch's convolution ----
+
+// Half-precision tensors are computed in float and rounded once, as the kernels
+// do it: torch's own convolutions round more often, and on machines without
+// bfloat16 arithmetic are slow.
+inline Tensor in_acc(const Tensor& t, const SpcProblem& p) {
+  return t.scalar_type() == p.acc ? t : t.to(p.acc);
+}
+
+// t in a type and layout, with the strides of a new tensor also where a size of 1
+// leaves them open.
+inline Tensor settled(
+    const Tensor& t, at::ScalarType dtype, at::MemoryFormat format) {
+  Tensor result =
+      at::detail::empty_cpu(t.sizes(), dtype, /*pin_memory=*/false, format);
+  const bool settled =
+      t.scalar_type() == dtype && t.strides() == result.strides();
+  return settled ? t : result.copy_(t);
+}
+
+// The gradients of x and of the weights, as spc_conv_backward returns them.
+SpcBackward spc_backward(
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
+    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, c10::List<bool> output_mask);
+
+}  // namespace epsa::cpu

@@ -1,0 +1,124 @@
+// A whole PSA module on the CPU: the convolutions and the attention step.
+#include "cpu/attention.h"
+#include "cpu/conv_forward.h"
+
+#include <torch/library.h>
+
+namespace epsa::cpu {
+namespace {
+
+using OptTensor = std::optional<Tensor>;
+
+std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed) {
+  std::vector<Tensor> slots = out.chunk(branches, 1);
+  if (reversed) {
+    std::reverse(slots.begin(), slots.end());
+  }
+  return slots;
+}
+
+// The convolutions write into the output's slots, their epilogue has the means,
+// and each sample is reweighted in place while it is in the cache. A branch
+// without a kernel here makes a map of its own.
+epsa::Forward forward(
+    const char* op, const Tensor& x, at::TensorList weights,
+    const SpcSettings& settings, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, bool reversed, const OptTensor& packed) {
+  const SpcProblem p = check_spc_arguments(op, x, weights, settings);
+  const ForwardBank native(op, p, weights, settings, packed);
+  if (!native.has_all()) {
+    const auto [feats, pooled] = convolve(native, p, x, weights, settings);
+    return attention_forward(
+        op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
+  }
+  const at::MemoryFormat format = spc_layout(x);
+  const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype,
+                        at::MemoryFormat layout) {
+    return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, layout);
+  };
+  Tensor out = empty({p.N, p.S * p.C, p.out_h, p.out_w}, p.dtype, format);
+  Tensor pooled = empty({p.N, p.S, p.C}, p.acc, at::MemoryFormat::Contiguous);
+  Tensor attention = at::empty_like(pooled);
+  const AttentionStep step(
+      op, out, p.S, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed);
+  if (p.N > 0) {
+    float* means = pooled.mutable_data_ptr<float>();
+    float* a = attention.mutable_data_ptr<float>();
+    native.run(
+        is_image(x) ? x : x.contiguous(format), slots_of(out, p.S, reversed),
+        means, [&](int64_t n, int64_t threads) {
+          step.run(n, means + n * p.S * p.C, a + n * p.S * p.C, threads);
+        });
+  }
+  return {std::move(out), std::move(pooled), std::move(attention)};
+}
+
+Tensor psa_forward(
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const OptTensor& packed) {
+  return std::get<0>(forward(
+      "psa_forward", x, weights, {groups, stride, padding, dilation}, fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, reversed, packed));
+}
+
+epsa::Forward psa_save_output(
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+  return forward(
+      "psa_save_output", x, weights, {groups, stride, padding, dilation},
+      fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, std::nullopt);
+}
+
+ModuleBackward psa_save_output_backward(
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights,
+    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, const Tensor& out, const Tensor& pooled,
+    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  const char* op = "psa_save_output_backward";
+  const int64_t S = static_cast<int64_t>(weights.size());
+  const SpcProblem p = check_spc_arguments(
+      op, x, weights, {groups, stride, padding, dilation});
+  check_module_backward_arguments(op, out, p, output_mask);
+  c10::List<bool> spc_mask, attention_mask;
+  bool spc = false;
+  for (int64_t i = 0; i < S + 1; ++i) {
+    spc_mask.push_back(output_mask.get(i));
+    spc |= output_mask.get(i);
+  }
+  for (int64_t i = 0; i < S + 4; ++i) {
+    attention_mask.push_back(i < S ? spc : output_mask.get(i + 1));
+  }
+  auto [grad_feats, dw1, db1, dw2, db2] = attention_backward(
+      op, grad_out, std::nullopt, slots_of(out, S, reversed), fc1_weight,
+      fc1_bias, fc2_weight, fc2_bias, pooled, attention, reversed,
+      attention_mask, /*of_output=*/true);
+  Tensor grad_x = at::empty({0}, x.options());
+  std::vector<Tensor> grad_weights;
+  if (spc) {
+    std::tie(grad_x, grad_weights) = spc_backward(
+        grad_feats, x, weights, groups, stride, padding, dilation, spc_mask);
+  } else {
+    for (const Tensor& w : weights) {
+      grad_weights.push_back(at::empty({0}, w.options()));
+    }
+  }
+  return {grad_x, std::move(grad_weights), dw1, db1, dw2, db2};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
+  m.impl("psa_forward", psa_forward);
+  m.impl("psa_save_output", psa_save_output);
+  m.impl("psa_save_output_backward", psa_save_output_backward);
+}
+
+}  // namespace epsa::cpu

@@ -1,0 +1,122 @@
+// What all the kernels' parts stand on: elements and packs of them, the SE
+// weights, a block's shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/params.h"
+#include "cuda/simt.cuh"
+
+namespace epsa::cuda {
+
+#define EPSA_FN EPSA_DEVICE
+#include "ops/attention_math.inc"
+#undef EPSA_FN
+
+using simt::barrier;
+using simt::block_threads;
+using simt::kWarp;
+using simt::thread_id;
+
+// ---- elements: T in memory, the accumulation type in registers ----
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+EPSA_DEVICE Acc<T> to_acc(T x) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return x;
+  } else {
+    return simt::to_float(x);
+  }
+}
+
+template <class T>
+EPSA_DEVICE void from_acc(Acc<T> x, T& to) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    to = x;
+  } else {
+    simt::from_float(x, to);
+  }
+}
+
+// V elements that are read or written at once.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T lane[V];
+};
+
+template <int V, class T>
+EPSA_DEVICE Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, class T>
+EPSA_DEVICE void store(T* p, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+// Row n of a dense array [N, size] of A.
+template <class A>
+EPSA_DEVICE A* row_of(void* p, int n, int64_t size) {
+  return static_cast<A*>(p) + n * size;
+}
+template <class A>
+EPSA_DEVICE const A* row_of(const void* p, int n, int64_t size) {
+  return static_cast<const A*>(p) + n * size;
+}
+
+// An SE weight, which has the accumulation type or the features' 16-bit type.
+template <class T>
+EPSA_DEVICE Acc<T> weight(const Params& p, const void* w, int i) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.half_weights) {
+      return to_acc(static_cast<const T*>(w)[i]);
+    }
+  }
+  return static_cast<const Acc<T>*>(w)[i];
+}
+
+template <class T>
+EPSA_DEVICE void store_weight(const Params& p, void* w, int i, Acc<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.half_weights) {
+      from_acc<T>(x, static_cast<T*>(w)[i]);
+      return;
+    }
+  }
+  static_cast<Acc<T>*>(w)[i] = x;
+}
+
+// ---- a block's shared memory, cut into pieces of whole 16 bytes ----
+
+struct Shared {
+  unsigned char* next = simt::shared_memory();
+
+  template <class A>
+  EPSA_DEVICE A* take(int64_t elements) {
+    A* piece = reinterpret_cast<A*>(next);
+    next += (elements * static_cast<int64_t>(sizeof(A)) + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+// What thread 0 tells the others.
+struct alignas(16) Message {
+  unsigned long long ticket;
+  bool last;
+};
+
+// For all threads: is this block the last of `expected` to arrive? Then it sees
+// what the others wrote before they did.
+EPSA_DEVICE bool last_to_arrive(
+    unsigned* counter, int expected, Message* message) {
+  barrier();
+  if (thread_id() == 0) {
+    message->last = static_cast<int>(simt::arrive(counter)) == expected - 1;
+  }
+  barrier();
+  return message->last;
+}
+
+}  // namespace epsa::cuda

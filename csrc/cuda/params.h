@@ -1,0 +1,75 @@
+// What a kernel is given: addresses, strides and sizes. Plain data.
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace epsa::cuda {
+
+// S maps [N, C, H, W], strides in elements. In the contiguous layout the inner
+// three dimensions are dense; in channels_last a pixel's C channels are.
+// The S slots of an output are maps too: slices of one tensor.
+struct Maps {
+  void* data[kMaxBranches];  // null: not wanted (writes), zero (reads)
+  int64_t batch_stride[kMaxBranches];
+  int64_t pixel_stride[kMaxBranches];  // channels_last only
+};
+
+// `Acc` is the accumulation type: double for f64, else float.
+struct Params {
+  int samples;  // N
+  int branches;  // S
+  int channels;  // C, of one branch
+  int pixels;  // M = H * W
+  int hidden;  // r
+  bool shared;  // one set of SE weights for all branches?
+  bool half_weights;  // SE weights of the features' 16-bit type? else of Acc
+  bool pooled_given;  // forward: `pooled` is an input
+  bool grad_out_given;  // backward
+  bool feats_wanted;  // backward
+  bool weights_wanted;  // backward
+
+  int cluster;
+  int pieces;
+  int lag;
+  int group;
+  Split split;
+  int64_t partials;  // partial sums of one sample, streaming
+
+  // SE weights, B = 1 where shared, else S. A null bias is zero.
+  const void* fc1;  // [B, r, C]
+  const void* fc1_bias;  // [B, r]
+  const void* fc2;  // [B, C, r]
+  const void* fc2_bias;  // [B, C]
+
+  Maps feats;
+  Maps out;  // forward: written
+  void* pooled;  // [N, S, C] Acc: written by the forward unless given
+  void* attention;  // [N, S, C] Acc: written by the forward
+
+  Maps grad_out;
+  const void* grad_attention;  // [N, S, C] Acc, or null
+  Maps grad_feats;  // written
+  void* grad_fc1;  // gradients of the weights, in their dtype; null: not wanted
+  void* grad_fc1_bias;
+  void* grad_fc2;
+  void* grad_fc2_bias;
+
+  // the workspace, see plan.h
+  unsigned long long* ticket;
+  unsigned* arrived;
+  unsigned* ready;
+  unsigned* groups_arrived;
+  void* partial;
+  void* hidden_units;
+  void* scratch;
+  void* grad_v;
+  void* grad_u;
+  void* grad_pooled;
+  void* group_sums;
+};
+
+// Fills in what the plan decides: sizes, and pieces of the workspace.
+void set_plan(
+    Params& params, const Problem& problem, const Plan& plan, void* workspace);
+
+}  // namespace epsa::cuda

@@ -1,0 +1,318 @@
+// How a sample is cut into parts, and both passes over a piece of one: the sums
+// of its channels, and out = F * a or dF = G * a + dp / M.
+#pragma once
+
+#include "cuda/sums.cuh"
+
+namespace epsa::cuda {
+
+// ---- how one sample is cut (Split) ----
+
+EPSA_DEVICE int part_begin(const Split& split, int part) {
+  const int more = split.units % split.parts;
+  return part * (split.units / split.parts) + (part < more ? part : more);
+}
+
+// channels_last, where a unit is a pixel.
+struct PixelRange {
+  int first, pixels;
+};
+EPSA_DEVICE PixelRange pixels_of_part(const Split& split, int part) {
+  const int first = part_begin(split, part);
+  return {first, part_begin(split, part + 1) - first};
+}
+
+// The part that holds a unit.
+EPSA_DEVICE int part_of(const Split& split, int unit) {
+  const int least = split.units / split.parts;
+  const int more = split.units % split.parts;
+  return unit < more * (least + 1) ? unit / (least + 1)
+                                   : (unit - more) / least;
+}
+
+// A dense piece of one contiguous branch: `rows` rows of `pixels` pixels, the
+// first of them in channel c from pixel m on. More than one row only where rows
+// are whole planes.
+struct Segment {
+  int s;
+  int c, m;
+  int rows, pixels;
+};
+
+// kChunks: may planes be cut?
+template <bool kChunks, class Visit>
+EPSA_DEVICE void for_segments(
+    const Params& p, int part, const Visit& visit) {
+  const Split& split = p.split;
+  const bool chunk = kChunks && split.chunks > 1;
+  const int plane = chunk ? part / split.chunks : 0;
+  const int begin = chunk ? plane : part_begin(split, part);
+  const int end = chunk ? plane + 1 : part_begin(split, part + 1);
+  const int per_branch = p.channels / split.planes;
+  for (int s = begin / per_branch; s * per_branch < end; ++s) {
+    const int first = s * per_branch, last = first + per_branch;
+    const int from = begin > first ? begin : first;
+    const int to = end < last ? end : last;
+    Segment segment{
+        s, (from - first) * split.planes, 0, (to - from) * split.planes,
+        p.pixels};
+    if (chunk) {
+      segment.m = part % split.chunks * split.chunk;
+      const int rest = p.pixels - segment.m;
+      segment.pixels = rest < split.chunk ? rest : split.chunk;
+    }
+    visit(segment);
+  }
+}
+
+// Sample n of a map, from an element on; null where there is no map.
+template <class T>
+EPSA_DEVICE T* map_of(const Maps& maps, int s, int n, int64_t offset) {
+  T* data = static_cast<T*>(maps.data[s]);
+  return data ? data + n * maps.batch_stride[s] + offset : nullptr;
+}
+
+template <class T>
+EPSA_DEVICE T* segment_of(
+    const Params& p, const Maps& maps, int n, const Segment& g) {
+  return map_of<T>(maps, g.s, n, int64_t{g.c} * p.pixels + g.m);
+}
+
+// The channels_last deal: each branch has its share of the threads, a thread
+// keeps to one column of V channels and walks down the pixels. Neighbours read
+// neighbouring addresses.
+template <int V>
+struct Columns {
+  int s, column, row;  // of this thread
+  int per_branch, columns, rows;
+  int vectors;  // of V channels, in one branch
+  bool active;
+
+  EPSA_DEVICE explicit Columns(const Params& p) {
+    // unsigned division takes fewer registers
+    const unsigned thread = thread_id();
+    const unsigned each = block_threads() / static_cast<unsigned>(p.branches);
+    const unsigned most = static_cast<unsigned>(p.channels) / V;
+    const unsigned wide = most < each ? most : each;
+    s = thread / each;
+    column = thread % each % wide;
+    row = thread % each / wide;
+    per_branch = each;
+    columns = wide;
+    rows = each / wide;
+    vectors = most;
+    active = s < p.branches && row < rows;
+  }
+};
+
+// This thread's way down its column: its first element, null where there is no
+// map, and how far it is to its next pixel.
+template <class T, class Step>
+struct Pixels {
+  T* at;
+  Step step;
+};
+
+// Sample n's pixels from the pixel `first` on.
+template <class T, int V>
+EPSA_DEVICE Pixels<T, int64_t> pixels_of(
+    const Maps& maps, const Columns<V>& deal, int n, int first) {
+  const int64_t stride = maps.pixel_stride[deal.s];
+  return {
+      map_of<T>(
+          maps, deal.s, n, (first + deal.row) * stride + deal.column * V),
+      deal.rows * stride};
+}
+
+// Of a dense piece [S, pixels, C].
+template <class T, int V>
+EPSA_DEVICE Pixels<T, int> pixels_of(
+    T* piece, const Columns<V>& deal, int pixels, int channels) {
+  return {
+      piece + (deal.s * pixels + deal.row) * channels + deal.column * V,
+      deal.rows * channels};
+}
+
+// ---- the first pass ----
+
+// Sums over `pixels` pixels of each branch's channels: sums[s * C + c].
+// `meet` holds V values for each thread.
+template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
+EPSA_DEVICE void sum_pixels(
+    const Params& p, const Columns<V>& deal, Pixels<const T, XStep> x,
+    Pixels<const T, YStep> y, int pixels, Acc<T>* sums, Acc<T>* meet) {
+  using A = Acc<T>;
+  const int width = deal.columns * V;
+  const int turns = deal.active ? turns_of(deal.row, pixels, deal.rows) : 0;
+  for (int first = 0; first < deal.vectors; first += deal.columns) {
+    A sum[V] = {};
+    if (first + deal.column < deal.vectors) {
+      const T* px = x.at;
+      const T* py = y.at;
+      // Batches as in sum_rows would spill here: the last turns, fewer than one
+      // makes, wait for each other.
+#pragma unroll (kSumTurns<V, kDot, kHeld>)
+      for (int turn = 0; turn < turns; ++turn) {
+        const Pack<T, V> pack_x = load<V>(px);
+        px += x.step;
+        if constexpr (kDot) {
+          const Pack<T, V> pack_y = load<V>(py);
+          py += y.step;
+          add_terms<true>(pack_x, pack_y, sum);
+        } else {
+          add_terms<false>(pack_x, pack_x, sum);
+        }
+      }
+      x.at += width;
+      y.at += width;
+    }
+    for (int v = 0; v < V; ++v) {
+      meet[thread_id() * V + v] = sum[v];
+    }
+    barrier();
+    for (int i = thread_id(); i < p.branches * width; i += block_threads()) {
+      const int s = i / width, k = i % width;
+      const int c = first * V + k;
+      if (c < p.channels) {
+        const A* column = meet + s * deal.per_branch * V + k;
+        A total = 0;
+        for (int row = 0; row < deal.rows; ++row) {
+          total += column[row * width];
+        }
+        sums[s * p.channels + c] = total;
+      }
+    }
+    barrier();
+  }
+}
+
+// Sums over the rows of a segment, of x or of x * y.
+template <class T, int V, bool kDot, bool kHeld>
+EPSA_DEVICE void sum_segment(
+    const Params& p, const T* x, const T* y, const Segment& g, Acc<T>* sums,
+    Acc<T>* meet) {
+  // Planes of 49 or 196 pixels do not all begin at a multiple of V.
+  if (p.pixels % V == 0) {
+    sum_rows<T, V, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+    return;
+  }
+  if constexpr (V == 8) {
+    if (p.pixels % 4 == 0) {
+      sum_rows<T, 4, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+      return;
+    }
+  }
+  sum_rows<T, 1, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+}
+
+// ---- the second pass: out = F * a, dF = G * a + dp / M ----
+
+// Turns whose loads come before the first store.
+template <int V, bool kAdd>
+constexpr int kScaleTurns = kAdd && V == 8 ? 1 : 2;
+
+template <bool kAdd, class A>
+EPSA_DEVICE A scaled(A x, A mul, A add) {
+  return kAdd ? reweight_grad(x, mul, add) : reweight(x, mul);
+}
+
+// Rows of `pixels` elements; row i has the factor mul[i]. x null: zeros. With
+// kWhole no pack holds parts of two rows.
+template <class T, int V, bool kAdd, bool kWhole>
+EPSA_DEVICE void scale_rows(
+    const T* x, T* to, int rows, int pixels, const Acc<T>* mul,
+    const Acc<T>* add) {
+  using A = Acc<T>;
+  constexpr int kTurns = kScaleTurns<V, kAdd>;
+  const unsigned length = pixels;
+  const int step = block_threads() * V;
+  const int turns = turns_of(thread_id() * V, rows * pixels, step);
+  // The loads of all turns of a batch come first: the compiler moves none across
+  // a store, which might be to the same address.
+#pragma unroll 1
+  for (int turn = 0; turn < turns; turn += kTurns) {
+    Pack<T, V> packs[kTurns] = {};
+    const unsigned start = thread_id() * V + turn * step;
+    for (int k = 0; x && k < kTurns; ++k) {
+      if (turn + k < turns) {
+        packs[k] = load<V>(x + start + k * step);
+      }
+    }
+    for (int k = 0; k < kTurns; ++k) {
+      if (turn + k < turns) {
+        const unsigned i = start + k * step;
+        unsigned row = i / length, m = i % length;
+        A a = mul[row], d = kAdd ? add[row] : A(0);
+        Pack<T, V>& pack = packs[k];
+        for (int v = 0; v < V; ++v) {
+          from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), a, d), pack.lane[v]);
+          if (!kWhole && v + 1 < V && ++m == length) {
+            m = 0;
+            ++row;
+            a = mul[row];
+            d = kAdd ? add[row] : A(0);
+          }
+        }
+        store<V>(to + i, pack);
+      }
+    }
+  }
+}
+
+template <class T, int V, bool kAdd>
+EPSA_DEVICE void scale_segment(
+    const T* x, T* to, int rows, int pixels, const Acc<T>* mul,
+    const Acc<T>* add) {
+  if (pixels % V == 0) {
+    scale_rows<T, V, kAdd, true>(x, to, rows, pixels, mul, add);
+  } else if constexpr (V > 1) {
+    scale_rows<T, V, kAdd, false>(x, to, rows, pixels, mul, add);
+  }
+}
+
+template <bool kAdd, class T, int V, class Step>
+EPSA_DEVICE void scale_pixels(
+    const Params& p, const Columns<V>& deal, Pixels<const T, Step> x,
+    Pixels<T, int64_t> to, int pixels, const Acc<T>* mul,
+    const Acc<T>* add) {
+  using A = Acc<T>;
+  constexpr int kTurns = kScaleTurns<V, kAdd>;
+  if (!deal.active || !to.at) {
+    return;
+  }
+  const int turns = turns_of(deal.row, pixels, deal.rows);
+  for (int at = deal.column * V; at < p.channels; at += deal.columns * V) {
+    A a[V], d[V];
+    for (int v = 0; v < V; ++v) {
+      a[v] = mul[deal.s * p.channels + at + v];
+      d[v] = kAdd ? add[deal.s * p.channels + at + v] : A(0);
+    }
+    const T* px = x.at;
+    T* pto = to.at;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; turn += kTurns) {
+      Pack<T, V> packs[kTurns] = {};
+      for (int k = 0; px && k < kTurns; ++k) {
+        if (turn + k < turns) {
+          packs[k] = load<V>(px);
+          px += x.step;
+        }
+      }
+      for (int k = 0; k < kTurns; ++k) {
+        if (turn + k < turns) {
+          Pack<T, V>& pack = packs[k];
+          for (int v = 0; v < V; ++v) {
+            from_acc<T>(
+                scaled<kAdd>(to_acc(pack.lane[v]), a[v], d[v]), pack.lane[v]);
+          }
+          store<V>(pto, pack);
+          pto += to.step;
+        }
+      }
+    }
+    x.at += x.at ? deal.columns * V : 0;
+    to.at += deal.columns * V;
+  }
+}
+
+}  // namespace epsa::cuda

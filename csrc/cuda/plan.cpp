@@ -1,0 +1,380 @@
+// Plans, shared memory and workspace of the CUDA kernels (plan.h).
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <numeric>
+#include <tuple>
+
+#include "cuda/params.h"
+
+namespace epsa::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// A block that holds a large piece wants more threads to move it.
+constexpr int kLargeThreads = 512;
+constexpr int64_t kLargePiece = 56 * 1024;
+// Enough for 64 registers in each of a multiprocessor's threads (the launch
+// bounds of kernels.cuh; double has 128).
+constexpr int kThreadsByRegisters = 1024;
+// What a streaming block reads for one ticket: some microseconds of one
+// multiprocessor's share of the memory's speed, and small beside the L2 cache.
+constexpr int64_t kPartBytes = 32 * 1024;
+// Shared memory that the system takes of each block.
+constexpr int64_t kSystemShared = 1024;
+// Blocks on a multiprocessor that keep its share of the memory busy: some read
+// while others wait for their cluster or write.
+constexpr int kOverlap = 3;
+// The maximum of CUDA's grids.
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+int64_t ceil_div(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
+// What size_error and the bounds of parts have kept small.
+int narrow(int64_t x) {
+  return static_cast<int>(x);
+}
+
+int full_vector(Dtype dtype) {  // elements in 16 bytes; double is never packed
+  return dtype == Dtype::f64 ? 1
+                             : static_cast<int>(16 / element_size(dtype));
+}
+
+int64_t sample_elements(const Problem& p) {
+  return int64_t{p.vector()} * p.pixels;
+}
+
+// Planes that begin and end at whole vectors, together.
+int planes_of_vector(const Problem& p, int vector) {
+  return vector / std::gcd(p.pixels, vector);
+}
+
+int units_of(const Problem& p, int planes) {
+  return p.layout == Layout::channels_last ? p.pixels : p.vector() / planes;
+}
+
+int largest_cluster(const Device& device) {
+  const int cc = device.compute_capability;
+  // 16 blocks are beyond the portable size; the data-centre parts have them
+  return cc < 90 ? 1 : cc < 120 ? 16 : 8;
+}
+
+int blocks_on_multiprocessor(
+    const Problem& p, const Plan& plan, const Device& device) {
+  const int64_t by_registers =
+      kThreadsByRegisters / (p.dtype == Dtype::f64 ? 2 : 1) / plan.threads;
+  const int64_t by_shared = device.shared_per_multiprocessor /
+      (plan.shared_bytes + kSystemShared);
+  const int64_t by_threads =
+      device.threads_per_multiprocessor / plan.threads;
+  return static_cast<int>(std::min<int64_t>(
+      {by_registers, by_shared, by_threads,
+       device.blocks_per_multiprocessor}));
+}
+
+// Samples whose weight gradients one block sums: about as many as there are
+// groups for the last block.
+int group_of(const Problem& p) {
+  const int root = narrow(std::ceil(std::sqrt(p.samples)));
+  return std::min(p.samples, std::max(8, root));
+}
+
+int64_t piece_elements(const Problem& p, const Split& split) {
+  const int64_t units = ceil_div(split.units, split.parts);
+  return units *
+      (p.layout == Layout::channels_last ? p.vector()
+                                         : int64_t{split.planes} * p.pixels);
+}
+
+// Partial sums of one sample.
+int64_t partials_of(const Problem& p, const Split& split) {
+  const bool pixels = p.layout == Layout::channels_last;
+  return int64_t{p.vector()} * (pixels ? split.parts : split.chunks);
+}
+
+Plan streaming_plan(const Problem& p, const Device& device) {
+  Plan plan{};
+  plan.variant = Variant::streaming;
+  plan.cluster = 1;
+  plan.pieces = 0;
+  plan.threads = kThreads;
+  plan.vector = p.aligned ? full_vector(p.dtype) : 1;
+  plan.group = group_of(p);
+
+  const int64_t bytes = element_size(p.dtype);
+  Split& split = plan.split;
+  split.planes = split.chunks = 1;
+  split.chunk = p.pixels;
+  const bool planes = p.layout == Layout::contiguous;
+  if (planes && p.pixels * bytes > 2 * kPartBytes) {
+    // Rows of such planes that begin between vectors are not worth having:
+    // elements one by one can be cut anywhere.
+    if (p.pixels % plan.vector) {
+      plan.vector = 1;
+    }
+    const int64_t line = 128 / bytes;
+    split.chunk = narrow(round_up(
+        ceil_div(p.pixels, ceil_div(p.pixels * bytes, kPartBytes)), line));
+    split.chunks = narrow(ceil_div(p.pixels, split.chunk));
+    split.parts = split.units = p.vector() * split.chunks;
+  } else {
+    if (planes) {
+      split.planes = planes_of_vector(p, plan.vector);
+    }
+    split.units = units_of(p, split.planes);
+    // channels_last: a part has S*C partial sums, which must stay few beside it
+    const int64_t least = planes ? 0 : 16 * p.vector() * bytes;
+    split.parts = narrow(std::min<int64_t>(
+        ceil_div(sample_elements(p) * bytes, std::max(kPartBytes, least)),
+        split.units));
+  }
+  plan.shared_bytes = shared_bytes(p, plan);
+  const int64_t resident = static_cast<int64_t>(device.multiprocessors) *
+      std::max(1, blocks_on_multiprocessor(p, plan, device));
+  plan.blocks =
+      narrow(std::min(resident, int64_t{p.samples} * 2 * split.parts));
+  // A sample's reweight tickets come up when its pool tickets have been worked
+  // off, while its maps are still in the L2 cache.
+  const int64_t wanted = ceil_div(plan.blocks, 2 * split.parts) + 1;
+  const int64_t cached =
+      std::max<int64_t>(1, device.l2 / 4 / (sample_elements(p) * bytes));
+  plan.lag = narrow(std::min({wanted, cached, int64_t{p.samples}}));
+  return plan;
+}
+
+Plan resident_plan(const Problem& p, int cluster, int pieces) {
+  Plan plan{};
+  plan.variant = Variant::resident;
+  plan.cluster = cluster;
+  plan.pieces = pieces;
+  plan.vector = p.aligned ? full_vector(p.dtype) : 1;
+  plan.blocks = p.samples * cluster;
+  plan.group = group_of(p);
+  Split& split = plan.split;
+  split.planes =
+      p.layout == Layout::contiguous ? planes_of_vector(p, plan.vector) : 1;
+  split.chunks = 1;
+  split.chunk = p.pixels;
+  split.units = units_of(p, split.planes);
+  split.parts = cluster;
+  plan.threads =
+      pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
+      ? kLargeThreads
+      : kThreads;
+  plan.shared_bytes = shared_bytes(p, plan);
+  return plan;
+}
+
+}  // namespace
+
+int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+int64_t accumulator_size(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : 4;
+}
+
+std::string size_error(
+    int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
+    int64_t hidden, bool shared) {
+  constexpr int64_t kMost = int64_t{1} << 29;
+  const auto product = [](std::initializer_list<int64_t> sizes) {
+    int64_t result = 1;
+    for (const int64_t size : sizes) {
+      if (__builtin_mul_overflow(result, size, &result)) {
+        return std::numeric_limits<int64_t>::max();
+      }
+    }
+    return result;
+  };
+  const auto error = [](const char* what, int64_t size) {
+    return size < kMost
+        ? std::string()
+        : std::string(what) + " is " + std::to_string(size) +
+            ", expected less than 2^29 on a CUDA device";
+  };
+  const std::string errors[] = {
+      error("the batch N", samples),
+      error("the number of pixels H*W", pixels),
+      error("the number of channels S*C", product({branches, channels})),
+      error(
+          "the number of SE weights r*C",
+          product({shared ? 1 : branches, hidden, channels})),
+      error("the number of hidden units S*r", product({branches, hidden})),
+      // parts of 32 KiB, of doubles
+      error(
+          "N*S*C*H*W / 4096",
+          product({samples, branches, channels, pixels}) / 4096)};
+  for (const std::string& e : errors) {
+    if (!e.empty()) {
+      return e;
+    }
+  }
+  return "";
+}
+
+bool may_align(Dtype dtype, Layout layout, int channels, int pixels) {
+  const int64_t run =
+      layout == Layout::contiguous ? int64_t{channels} * pixels : channels;
+  return dtype != Dtype::f64 && run * element_size(dtype) % 16 == 0;
+}
+
+std::vector<Plan> plans(const Problem& p, const Device& device) {
+  struct Candidate {
+    Plan plan;
+    int busy;  // multiprocessors with work
+    int overlap;  // blocks on one, as far as more of them help
+    bool short_loads;
+  };
+  std::vector<Candidate> resident;
+  const bool possible = p.pass == Pass::forward ? !p.pooled_given
+                                                : p.grad_out_given;
+  const int most_pieces = p.pass == Pass::forward ? 1 : 2;
+  for (int k = 1; possible && k <= largest_cluster(device); k *= 2) {
+    if (int64_t{p.samples} * k > kMaxBlocks) {
+      break;
+    }
+    for (int pieces = most_pieces; pieces >= 1; --pieces) {
+      const Plan plan = resident_plan(p, k, pieces);
+      if (k > plan.split.units ||
+          plan.shared_bytes > device.shared_per_block) {
+        continue;
+      }
+      const int blocks = blocks_on_multiprocessor(p, plan, device);
+      if (blocks >= 1) {
+        // What is not held is summed as it comes from device memory, where rows
+        // that begin between vectors are read by short loads.
+        const bool whole = p.layout == Layout::channels_last ||
+            p.pixels % plan.vector == 0;
+        // Where all blocks have room at once, smaller ones would not overlap more.
+        const bool one_wave =
+            plan.blocks <= int64_t{blocks} * device.multiprocessors;
+        resident.push_back(
+            {plan, std::min(plan.blocks, device.multiprocessors),
+             one_wave ? kOverlap : std::min(blocks, kOverlap),
+             pieces < most_pieces && !whole});
+      }
+    }
+  }
+  // Of equals the first, which holds more, has more loads under way.
+  std::stable_sort(
+      resident.begin(), resident.end(),
+      [](const Candidate& a, const Candidate& b) {
+        return std::tuple(
+                   -a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
+            std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
+      });
+  // One block alone on its multiprocessor leaves the memory idle while it waits
+  // for its cluster. With several waves of such blocks streaming is faster.
+  std::vector<Plan> result;
+  for (const Candidate& c : resident) {
+    // Short loads need all the threads that a multiprocessor can have.
+    const bool enough = !c.short_loads ||
+        blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
+            kThreadsByRegisters;
+    if (enough &&
+        (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
+      result.push_back(c.plan);
+    }
+  }
+  result.push_back(streaming_plan(p, device));
+  return result;
+}
+
+int64_t shared_bytes(const Problem& p, const Plan& plan) {
+  const int64_t acc = accumulator_size(p.dtype);
+  const int64_t message = 16;
+  const int64_t lanes = p.layout == Layout::channels_last ? plan.vector : 1;
+  const int64_t meet = round_up(plan.threads * lanes * acc, 16);
+  if (plan.variant == Variant::streaming) {
+    return message + meet;
+  }
+  const int64_t piece = plan.pieces *
+      round_up(piece_elements(p, plan.split) * element_size(p.dtype), 16);
+  const int64_t vector = round_up(p.vector() * acc, 16);
+  const int64_t hidden = round_up(p.branches * p.hidden * acc, 16);
+  return p.pass == Pass::forward
+      ? piece + meet + 4 * vector + hidden
+      : piece + meet + 4 * vector + 2 * hidden + message;
+}
+
+Workspace workspace(const Problem& p, const Plan& plan) {
+  Workspace w{};
+  int64_t next = 0;
+  const auto take = [&next](bool needed, int64_t bytes) {
+    const int64_t at = next;
+    next += needed ? round_up(bytes, 16) : 0;
+    return at;
+  };
+  const bool streaming = plan.variant == Variant::streaming;
+  const bool backward = p.pass == Pass::backward;
+  const bool weights = backward && p.weights_wanted;
+  const int64_t acc = accumulator_size(p.dtype);
+  const int64_t groups = ceil_div(p.samples, plan.group);
+  const int64_t partials = partials_of(p, plan.split);
+  const int64_t vectors = int64_t{p.samples} * p.vector() * acc;
+  const int64_t hidden = int64_t{p.samples} * p.branches * p.hidden * acc;
+  const int64_t weight_elements = p.weight_sets() *
+      (int64_t{2} * p.hidden * p.channels + p.hidden + p.channels);
+
+  w.ticket = take(streaming, 8);
+  w.arrived = take(streaming, int64_t{p.samples} * 4);
+  w.ready = take(streaming, int64_t{p.samples} * 4);
+  w.groups_arrived = take(weights, (groups + 1) * 4);
+  w.cleared = next;
+  w.partial = take(streaming, p.samples * partials * acc);
+  w.hidden = take(streaming || weights, hidden);
+  w.scratch = take(streaming, vectors);
+  w.grad_v = take(backward && (streaming || weights), vectors);
+  w.grad_u = take(backward && (streaming || weights), hidden);
+  w.grad_pooled = take(backward && streaming, vectors);
+  w.group_sums = take(weights && groups > 1, groups * weight_elements * acc);
+  w.bytes = next;
+  return w;
+}
+
+void set_plan(
+    Params& params, const Problem& p, const Plan& plan, void* memory) {
+  params.samples = p.samples;
+  params.branches = p.branches;
+  params.channels = p.channels;
+  params.pixels = p.pixels;
+  params.hidden = p.hidden;
+  params.shared = p.shared;
+  params.pooled_given = p.pooled_given;
+  params.grad_out_given = p.grad_out_given;
+  params.feats_wanted = p.feats_wanted;
+  params.weights_wanted = p.weights_wanted;
+  params.cluster = plan.cluster;
+  params.pieces = plan.pieces;
+  params.lag = plan.lag;
+  params.group = plan.group;
+  params.split = plan.split;
+  params.partials = partials_of(p, plan.split);
+
+  const Workspace w = workspace(p, plan);
+  const auto at = [memory](int64_t offset) {
+    return static_cast<void*>(static_cast<char*>(memory) + offset);
+  };
+  params.ticket = static_cast<unsigned long long*>(at(w.ticket));
+  params.arrived = static_cast<unsigned*>(at(w.arrived));
+  params.ready = static_cast<unsigned*>(at(w.ready));
+  params.groups_arrived = static_cast<unsigned*>(at(w.groups_arrived));
+  params.partial = at(w.partial);
+  params.hidden_units = at(w.hidden);
+  params.scratch = at(w.scratch);
+  params.grad_v = at(w.grad_v);
+  params.grad_u = at(w.grad_u);
+  params.grad_pooled = at(w.grad_pooled);
+  params.group_sums = at(w.group_sums);
+}
+
+}  // namespace epsa::cuda

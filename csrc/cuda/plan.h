@@ -1,0 +1,125 @@
+// How the attention step is laid out on a GPU: which kernel, how many blocks and
+// threads, how much shared memory, how a sample is cut. A pure function of the
+// problem's shape and the device's properties; no torch and no CUDA header.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace epsa::cuda {
+
+constexpr int kMaxBranches = 8;
+
+enum class Dtype { f32, f64, bf16, f16 };
+enum class Layout { contiguous, channels_last };
+enum class Pass { forward, backward };
+
+// resident: a cluster of blocks holds a sample in shared memory, so that device
+// memory is read once. streaming: blocks take tickets; the second read of a
+// sample comes from the L2 cache.
+enum class Variant { resident, streaming };
+
+int64_t element_size(Dtype dtype);
+int64_t accumulator_size(Dtype dtype);  // 8 for f64, else 4
+
+// What a plan depends on. Sizes are 32-bit numbers, offsets into tensors are
+// 64-bit: see size_error.
+struct Problem {
+  Pass pass;
+  int samples;  // N >= 1
+  int branches;  // S
+  int channels;  // C, of one branch
+  int pixels;  // M = H * W
+  int hidden;  // r
+  bool shared;  // one set of SE weights for all branches?
+  Dtype dtype;
+  Layout layout;
+  bool aligned;  // may all maps be read and written by 16 bytes? see may_align
+  bool pooled_given = false;  // forward: nothing to squeeze
+  bool grad_out_given = true;  // backward: else only the attention's gradient
+  bool feats_wanted = true;  // backward: is any gradient of a map asked for?
+  bool weights_wanted = true;  // backward: is any gradient of a weight?
+
+  int weight_sets() const { return shared ? 1 : branches; }
+  int vector() const { return branches * channels; }  // of one sample
+};
+
+// Why the kernels can't take a problem of these sizes, all far beyond any
+// network's; empty where they can.
+std::string size_error(
+    int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
+    int64_t hidden, bool shared);
+
+// Do the slots of one [N, S*C, H, W] tensor keep an alignment of 16 bytes? What
+// else it takes are the maps' addresses and strides.
+bool may_align(Dtype dtype, Layout layout, int channels, int pixels);
+
+struct Device {
+  std::string name;
+  int compute_capability;  // 90 for sm_90
+  int multiprocessors;
+  int threads_per_multiprocessor;
+  int blocks_per_multiprocessor;
+  int64_t shared_per_multiprocessor;  // bytes
+  int64_t shared_per_block;  // bytes, the most that a launch may opt in to
+  int64_t l2;  // bytes
+};
+
+// How one sample is cut into parts, by the problem's shape and the number of
+// parts alone. The first units % parts parts hold one unit more than the others.
+// contiguous: a unit is `planes` whole planes (s, c), or, where chunks > 1, one
+// chunk of a plane (then parts = units). channels_last: a unit is one pixel of
+// all branches.
+struct Split {
+  int parts;
+  int units;
+  int planes;
+  int chunks;
+  int chunk;  // pixels
+};
+
+struct Plan {
+  Variant variant;
+  int cluster;  // blocks that share a sample (resident)
+  // resident: whose parts a block holds. 1: of the maps, backward of their
+  // gradients; 2, backward: of both.
+  int pieces;
+  int threads;  // of a block
+  int blocks;
+  int64_t shared_bytes;  // dynamic shared memory of a block
+  int vector;  // elements of one access
+  Split split;
+  int lag;  // streaming: samples between a pool ticket and its reweight's
+  int group;  // backward: samples whose weight gradients one block sums
+};
+
+// The candidates, best first. The last is a streaming plan, which any device of
+// compute capability 8.0 or more can run.
+std::vector<Plan> plans(const Problem& problem, const Device& device);
+
+// ---- shared memory and workspace of a plan, in bytes ----
+
+// Pieces of the block's dynamic shared memory, in this order, each a multiple of
+// 16 bytes: see kernels.cuh.
+int64_t shared_bytes(const Problem& problem, const Plan& plan);
+
+// Offsets into the workspace in device memory, each a multiple of 16 bytes. The
+// first `cleared` bytes must be zero when the kernel starts.
+struct Workspace {
+  int64_t ticket;  // one 64-bit counter
+  int64_t arrived, ready;  // [N] 32-bit: streaming
+  int64_t groups_arrived;  // [groups + 1] 32-bit: backward
+  int64_t cleared;
+  int64_t partial;  // [N, partials]: streaming, sums of the parts
+  int64_t hidden;  // [N, S, r]
+  int64_t scratch;  // [N, S, C]: forward scores, backward gradients da
+  int64_t grad_v;  // [N, S, C]: backward
+  int64_t grad_u;  // [N, S, r]: backward
+  int64_t grad_pooled;  // [N, S, C]: backward
+  int64_t group_sums;  // [groups, weight elements]: backward
+  int64_t bytes;
+};
+Workspace workspace(const Problem& problem, const Plan& plan);
+
+}  // namespace epsa::cuda

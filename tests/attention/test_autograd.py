@@ -1,0 +1,318 @@
+"""Autograd: derivatives of any order, the rules of saved tensors, and what is not supported."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from support.cases import (
+    BY_NAME,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    ORDERS,
+    PLAIN_LAYOUTS,
+    WEIGHT_KINDS,
+    Case,
+    Inputs,
+    make_inputs,
+    name_of,
+)
+from support.gradients import CHECK, NOT_SUPPORTED
+from support.tolerance import assert_close, make_cotangents, run
+
+from epsa_fused import FusedPSAModule, psa_attention, psa_attention_reference
+
+TINY = Case("tiny", 2, 2, 3, 2, 3, 2)
+# numeric derivatives are at best good to the square root of eps
+
+
+def tiny_inputs(layout=CONTIGUOUS, kind=WEIGHT_KINDS[0], device="cpu") -> Inputs:
+    return make_inputs(TINY, torch.float64, layout, kind, device=device).leaves()
+
+
+def call(inputs: Inputs, function=psa_attention, **options):
+    """The function of the tensors that there are, as gradcheck wants it."""
+
+    def of_tensors(*tensors):
+        rest = iter(tensors[len(inputs.feats) :])
+        weights = [None if w is None else next(rest) for w in inputs.weights]
+        return function(tensors[: len(inputs.feats)], *weights, **options)
+
+    return of_tensors
+
+
+# ---- derivatives against numeric ones ----
+
+
+@pytest.mark.parametrize("return_attention", (False, True), ids=("out", "out_and_attention"))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_gradcheck(layout, order, return_attention, device):
+    inputs = tiny_inputs(layout, device=device)
+    function = call(inputs, branch_order=order, return_attention=return_attention)
+    assert torch.autograd.gradcheck(function, inputs.tensors(), **CHECK)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
+def test_gradcheck_of_every_kind_of_weights(kind, device):
+    inputs = tiny_inputs(kind=kind, device=device)
+    function = call(inputs, return_attention=True)
+    assert torch.autograd.gradcheck(function, inputs.tensors(), **CHECK)
+
+
+@pytest.mark.parametrize("return_attention", (False, True), ids=("out", "out_and_attention"))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_gradgradcheck(layout, order, return_attention, device):
+    inputs = tiny_inputs(layout, device=device)
+    function = call(inputs, branch_order=order, return_attention=return_attention)
+    assert torch.autograd.gradgradcheck(function, inputs.tensors(), **CHECK)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
+def test_gradgradcheck_of_every_kind_of_weights(kind, device):
+    inputs = tiny_inputs(kind=kind, device=device)
+    function = call(inputs, return_attention=True)
+    assert torch.autograd.gradgradcheck(function, inputs.tensors(), **CHECK)
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_gradgradcheck_of_one_input_alone(wanted):
+    inputs = tiny_inputs()
+    for i, t in enumerate(inputs.tensors()):
+        t.requires_grad_(i == wanted)
+    assert torch.autograd.gradgradcheck(call(inputs), inputs.tensors(), **CHECK)
+
+
+# ---- higher derivatives against the reference's ----
+
+
+def nested_gradients(function, inputs: Inputs, depth: int) -> list[torch.Tensor]:
+    """The gradient of the sum of squares of the gradient of ... of a loss, `depth` times."""
+    out, attention = function(*inputs.args, return_attention=True)
+    value = out.sin().sum() + attention.square().sum()
+    for _ in range(depth):
+        grads = torch.autograd.grad(value, inputs.tensors(), create_graph=True)
+        value = sum(g.square().sum() for g in grads)
+    return [g.detach() for g in grads]
+
+
+@pytest.mark.parametrize("depth", (1, 2, 3))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_higher_derivatives_are_those_of_the_reference(layout, depth):
+    inputs = tiny_inputs(layout)
+    ours = nested_gradients(psa_attention, inputs, depth)
+    expected = nested_gradients(psa_attention_reference, inputs, depth)
+    for name, a, b in zip(inputs.names(), ours, expected, strict=True):
+        # each order multiplies the number of terms
+        size = torch.full_like(b, 10.0**depth * max(1.0, b.abs().max().item()))
+        assert_close(a, b, torch.float64, magnitude=size, name=name)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_second_derivatives_of_other_dtypes(dtype):
+    """A gradient penalty, in the dtype that training runs in, with float32 weights."""
+    inputs = make_inputs(TINY, dtype, weight_dtype=torch.float32).leaves()
+    exact = inputs.double().leaves()
+
+    def penalty_gradients(function, x: Inputs):
+        (grad,) = torch.autograd.grad(function(*x.args).sum(), x.feats[0], create_graph=True)
+        return torch.autograd.grad(grad.float().square().sum(), x.weights)
+
+    ours = penalty_gradients(psa_attention, inputs)
+    expected = penalty_gradients(psa_attention_reference, exact)
+    for a, b in zip(ours, expected, strict=True):
+        # the first gradient is rounded to the features' dtype on its way
+        assert a.dtype == torch.float32
+        assert (a.double() - b).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()
+
+
+def test_a_frozen_input_takes_part_in_second_derivatives():
+    """Of a gradient with respect to the features alone, differentiated by the weights."""
+    inputs = tiny_inputs()
+    for w in inputs.weights[1:]:
+        w.requires_grad_(False)
+
+    def second(function):
+        (first,) = torch.autograd.grad(
+            function(*inputs.args).sin().sum(), inputs.feats[0], create_graph=True
+        )
+        return torch.autograd.grad(first.square().sum(), inputs.weights[0])[0]
+
+    assert_close(second(psa_attention), second(psa_attention_reference), torch.float64)
+
+
+# ---- autograd's rules ----
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_one_tensor_as_several_branches(layout):
+    """Its gradient is the sum of the branches'."""
+    inputs = make_inputs(BY_NAME["odd"], torch.float64, layout)
+    grad_out, _ = make_cotangents(BY_NAME["odd"], torch.float64)
+    shared = Inputs([inputs.feats[0]] * 3, inputs.weights)
+    apart = run(psa_attention, Inputs([f.clone() for f in shared.feats], inputs.weights), grad_out)
+    leaf = inputs.feats[0].requires_grad_()
+    (grad,) = torch.autograd.grad(psa_attention(*shared.args), leaf, grad_out)
+    expected = sum(apart[f"grad of feats[{s}]"] for s in range(3))
+    assert_close(grad, expected, torch.float64)
+
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = [w.detach() for w in tiny_inputs().weights]
+    function = lambda x: psa_attention([x, x], *weights)  # noqa: E731
+    assert torch.autograd.gradcheck(function, x, **CHECK)
+    assert torch.autograd.gradgradcheck(function, x, **CHECK)
+
+
+def test_one_tensor_as_weight_of_both_layers():
+    """With C = r the two matrices may be the same parameter."""
+    inputs = make_inputs(Case("square", 2, 2, 3, 2, 2, 3), torch.float64)
+    w = inputs.weights[0].requires_grad_()
+    function = lambda w: psa_attention(inputs.feats, w, None, w, None)  # noqa: E731
+    assert torch.autograd.gradcheck(function, w, **CHECK)
+    assert torch.autograd.gradgradcheck(function, w, **CHECK)
+
+
+def test_backward_twice_through_a_retained_graph():
+    inputs = make_inputs(BY_NAME["stage3"]).leaves()
+    out = psa_attention(*inputs.args)
+    first = torch.autograd.grad(out.sum(), inputs.tensors(), retain_graph=True)
+    second = torch.autograd.grad(out.sum(), inputs.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), inputs.tensors())
+
+
+def test_inputs_that_are_results_of_other_operators():
+    inputs = make_inputs(BY_NAME["odd"], torch.float64)
+    grad_out, _ = make_cotangents(BY_NAME["odd"], torch.float64)
+    leaves = inputs.leaves()
+    doubled = leaves.map(lambda t: 2 * (t / 2))
+    actual = torch.autograd.grad(psa_attention(*doubled.args), leaves.tensors(), grad_out)
+    expected = run(psa_attention, inputs, grad_out)
+    for name, grad in zip(inputs.names(), actual, strict=True):
+        assert torch.equal(grad, expected[f"grad of {name}"]), name
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+def test_without_a_graph(context):
+    inputs = make_inputs(BY_NAME["odd"]).leaves()
+    expected = psa_attention(*inputs.args)
+    with context():
+        out, attention = psa_attention(*inputs.args, return_attention=True)
+        again = psa_attention([f.clone() for f in inputs.feats], *inputs.weights)
+    assert torch.equal(out, expected) and torch.equal(again, expected)
+    assert not out.requires_grad and not attention.requires_grad
+    assert out.is_inference() == (context is torch.inference_mode)
+
+
+def test_nothing_requires_grad():
+    out = psa_attention(*make_inputs(BY_NAME["odd"]).args)
+    assert not out.requires_grad and out.grad_fn is None
+
+
+@pytest.mark.parametrize("changed", ("feats[1]", "fc1_weight", "fc2_bias"))
+def test_an_input_changed_before_backward_is_an_error(changed):
+    """Autograd's version counters, not a wrong gradient."""
+    leaves = make_inputs(BY_NAME["odd"]).leaves()
+    inputs = leaves.map(torch.clone)
+    out = psa_attention(*inputs.args)
+    dict(zip(inputs.names(), inputs.tensors(), strict=True))[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_attention_changed_before_backward_is_an_error():
+    inputs = make_inputs(BY_NAME["odd"]).leaves()
+    out, attention = psa_attention(*inputs.args, return_attention=True)
+    attention.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_an_in_place_relu_right_behind_the_module():
+    """The published network's blocks do that, so `out` must not be needed for backward."""
+    module = FusedPSAModule(16, 64, conv_groups=(1, 2, 4, 8)).double()
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.relu(module(x)).square().sum(), x)
+    (grad,) = torch.autograd.grad(torch.relu_(module(x)).square().sum(), x)
+    assert torch.equal(grad, expected)
+
+
+def test_unused_gradients_are_none_not_zero_tensors():
+    inputs = make_inputs(BY_NAME["odd"]).leaves()
+    out, attention = psa_attention(*inputs.args, return_attention=True)
+    # a loss that uses neither result
+    loss = (out.detach().sum() + inputs.feats[0].sum()) + attention.detach().sum()
+    grads = torch.autograd.grad(loss, inputs.tensors(), allow_unused=True)
+    assert [g is None for g in grads] == [False] + [True] * (len(grads) - 1)
+
+
+def test_checkpointing():
+    inputs = make_inputs(BY_NAME["stage3"]).leaves()
+    expected = torch.autograd.grad(psa_attention(*inputs.args).sum(), inputs.tensors())
+    out = torch.utils.checkpoint.checkpoint(psa_attention, *inputs.args, use_reentrant=False)
+    actual = torch.autograd.grad(out.sum(), inputs.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_gradient_hooks_and_accumulation():
+    inputs = make_inputs(BY_NAME["odd"]).leaves()
+    seen = []
+    inputs.feats[0].register_hook(lambda g: seen.append(g.shape))
+    for _ in range(2):
+        psa_attention(*inputs.args).sum().backward()
+    once = run(psa_attention, inputs, torch.ones(BY_NAME["odd"].out_shape))
+    assert seen == [inputs.feats[0].shape] * 2
+    assert torch.equal(inputs.weights[0].grad, 2 * once["grad of fc1_weight"])
+
+
+# ---- what is not supported says so ----
+
+
+@pytest.mark.parametrize("which", ("feats[0]", "fc2_weight"))
+@pytest.mark.parametrize("transform", NOT_SUPPORTED)
+def test_function_transforms_raise(transform, which):
+    """An error that names the operator or its kind, and never a wrong result."""
+    inputs = make_inputs(TINY, torch.float64)
+
+    def function(x):
+        replaced = dict(zip(inputs.names(), inputs.tensors(), strict=True)) | {which: x}
+        feats = [replaced[f"feats[{s}]"] for s in range(TINY.branches)]
+        weights = [replaced[f"fc{i}_{part}"] for i in (1, 2) for part in ("weight", "bias")]
+        return psa_attention(feats, *weights)
+
+    x = inputs.feats[0] if which == "feats[0]" else inputs.weights[2]
+    with pytest.raises(RuntimeError, match=r"psa_attention|autograd::Function"):
+        NOT_SUPPORTED[transform](function, x)
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("which", (0, 2), ids=("feats", "fc1_weight"))
+def test_forward_mode_raises(which, requires_grad):
+    """A tangent must not get lost without a word."""
+    inputs = make_inputs(TINY, torch.float64)
+    if requires_grad:
+        inputs = inputs.leaves()
+    tensors = inputs.tensors()
+    with forward_ad.dual_level():
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        with pytest.raises(RuntimeError, match=r"psa_attention|custom Function"):
+            call(inputs)(*tensors)
+
+
+def test_batched_gradients_raise():
+    inputs = tiny_inputs()
+    out = psa_attention(*inputs.args)
+    with pytest.raises(RuntimeError, match="psa_attention_backward"):
+        torch.autograd.grad(
+            out, inputs.feats, torch.randn(3, *out.shape, dtype=out.dtype), is_grads_batched=True
+        )
+
+
+def test_channels_last_gradients_of_gradients_keep_their_layout():
+    inputs = make_inputs(BY_NAME["stage3"], layout=CHANNELS_LAST).leaves()
+    (grad,) = torch.autograd.grad(
+        psa_attention(*inputs.args).sum(), inputs.feats[0], create_graph=True
+    )
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    grad.square().sum().backward()
+    assert inputs.weights[0].grad.abs().max() > 0

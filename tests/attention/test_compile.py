@@ -1,0 +1,384 @@
+"""Everything that runs without data or ahead of time: opcheck, fake tensors, torch.compile,
+torch.export, AOTInductor, autocast and FLOP counts."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import (
+    BY_NAME,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    DTYPES,
+    FORMATS,
+    LAYOUTS,
+    PLAIN_LAYOUTS,
+    WEIGHT_KINDS,
+    Inputs,
+    make_inputs,
+    name_of,
+)
+from support.compiling import _no_caches, describe  # noqa: F401  (the fixture)
+from support.tolerance import accumulation_type, assert_close, make_cotangents
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import epsa_fused
+from epsa_fused import FusedPSAModule, PSAModule, psa_attention
+
+OP = torch.ops.epsa_fused.psa_attention.default
+BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
+
+
+# ---- torch.library.opcheck: schema, autograd registration, fake kernels, AOT dispatch ----
+
+KINDS = {kind.name: kind for kind in WEIGHT_KINDS}
+
+
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("no_grad", "grad"))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(
+    "kind", [KINDS[k] for k in ("matrices", "no_bias", "per_branch_conv")], ids=name_of
+)
+def test_opcheck_forward(kind, layout, requires_grad, device):
+    inputs = make_inputs(BY_NAME["odd"], layout=layout, kind=kind, device=device)
+    torch.library.opcheck(OP, (*(inputs.leaves() if requires_grad else inputs).args, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_opcheck_forward_of_every_dtype(dtype, device):
+    inputs = make_inputs(BY_NAME["odd"], dtype, weight_dtype=accumulation_type(dtype))
+    torch.library.opcheck(OP, (*inputs.leaves().args, False))
+
+
+@pytest.mark.parametrize("case", ("empty_batch", "one_pixel", "one_channel", "branches_8"))
+def test_opcheck_forward_of_shapes_on_the_edge(case, device):
+    torch.library.opcheck(OP, (*make_inputs(BY_NAME[case], device=device).args, True))
+
+
+def test_opcheck_forward_with_pooled(device):
+    case = BY_NAME["odd"]
+    pooled = torch.randn(case.attention_shape, device=device)
+    torch.library.opcheck(OP, (*make_inputs(case, device=device).leaves().args, True, pooled))
+
+
+def backward_arguments(inputs: Inputs, grad_out, grad_attention, mask) -> tuple:
+    _, pooled, attention = OP(*(inputs.map(torch.Tensor.detach)).args, True)
+    return grad_out, grad_attention, *inputs.args, pooled, attention, True, mask
+
+
+MASKS = {
+    "all": [True] * 7,
+    "features": [True] * 3 + [False] * 4,
+    "weights": [False] * 3 + [True] * 4,
+    "one_feature": [False, True, False] + [False] * 4,
+    "none": [False] * 7,
+}
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("mask", MASKS)
+def test_opcheck_backward(mask, layout, device):
+    case = BY_NAME["odd"]
+    inputs = make_inputs(case, layout=layout, device=device)
+    cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
+    torch.library.opcheck(BACKWARD, backward_arguments(inputs, *cotangents, MASKS[mask]))
+
+
+@pytest.mark.parametrize("kind", ("matrices", "no_bias", "per_branch"))
+@pytest.mark.parametrize("given", ("out", "attention", "both", "neither"))
+def test_opcheck_backward_of_every_cotangent(given, kind, device):
+    case = BY_NAME["odd"]
+    inputs = make_inputs(case, kind=KINDS[kind], device=device)
+    grad_out, grad_attention = make_cotangents(case, torch.float32, device=device)
+    cotangents = (
+        grad_out if given in ("out", "both") else None,
+        grad_attention if given in ("attention", "both") else None,
+    )
+    torch.library.opcheck(BACKWARD, backward_arguments(inputs, *cotangents, MASKS["all"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    (("matrices", CONTIGUOUS), ("per_branch", CHANNELS_LAST), ("no_bias", CONTIGUOUS)),
+    ids=name_of,
+)
+def test_opcheck_double_backward(kind, layout, device):
+    """The backward op of inputs that require grad, with static and with symbolic sizes."""
+    case = BY_NAME["odd"]
+    inputs = make_inputs(case, layout=layout, kind=KINDS[kind], device=device).leaves()
+    cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
+    cotangents = [g.requires_grad_() for g in cotangents]
+    torch.library.opcheck(BACKWARD, backward_arguments(inputs, *cotangents, MASKS["all"]))
+
+
+# ---- shapes without data ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("case", ("not_square", "one_pixel", "one_channel", "row", "empty_batch"))
+def test_fake_and_meta_tensors_look_like_real_ones(case, layout, dtype):
+    """Forward and backward; strides decide what torch.compile emits."""
+    case = BY_NAME[case]
+    inputs = make_inputs(case, dtype, layout)
+    grad_out, grad_attention = make_cotangents(case, dtype, layout.out_format)
+    mask = [True] * (case.branches - 1) + [False, True, True, False, True]
+
+    def outputs(inputs, grad_out, grad_attention):
+        out, pooled, attention = OP(*inputs.args, True)
+        grads, *weights = BACKWARD(
+            grad_out, grad_attention, *inputs.args, pooled, attention, True, mask
+        )
+        return describe([out, pooled, attention, *grads, *weights])
+
+    real = outputs(inputs, grad_out, grad_attention)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor
+        assert outputs(inputs.map(fake), fake(grad_out), fake(grad_attention)) == real
+
+    def meta(t):
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    assert outputs(inputs.map(meta), meta(grad_out), meta(grad_attention)) == real
+
+
+def test_a_module_without_data():
+    """As large models are set up before their weights are loaded."""
+    with torch.device("meta"):
+        module = FusedPSAModule(64, 64)
+        out = module(torch.empty(2, 64, 8, 8))
+    out.sum().backward()
+    assert out.device.type == "meta" and out.shape == (2, 64, 8, 8)
+    assert module.se.fc1.weight.grad.shape == module.se.fc1.weight.shape
+
+
+# ---- torch.compile ----
+
+
+def gradients_of(results, inputs: Inputs, cotangents):
+    return [*results, *torch.autograd.grad(results, inputs.tensors(), cotangents)]
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiled_function(backend, dynamic, layout, device):
+    """Bit for bit and stride for stride what eager gives, at a second shape too."""
+
+    def attention(feats, *weights):
+        return psa_attention(feats, *weights, return_attention=True)
+
+    compiled = torch.compile(attention, fullgraph=True, backend=backend, dynamic=dynamic)
+    for case in (BY_NAME["not_square"], BY_NAME["stage4"]):
+        inputs = make_inputs(case, layout=layout, device=device).leaves()
+        cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
+        expected = gradients_of(attention(*inputs.args), inputs, cotangents)
+        actual = gradients_of(compiled(*inputs.args), inputs, cotangents)
+        assert describe(actual) == describe(expected)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+SIZES = ((2, 8, 9), (3, 10, 7), (5, 6, 6))
+
+
+def small_module(cls=FusedPSAModule) -> FusedPSAModule:
+    return cls(16, 64, conv_groups=(1, 2, 4, 8))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dynamic", (None, True), ids=("static_first", "dynamic"))
+def test_compiled_module(dynamic, memory_format, device):
+    """In float64, where Inductor's convolutions differ from eager ones by little."""
+    module = small_module().to(device, torch.float64, memory_format=memory_format)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    for n, h, w in SIZES:
+        x = torch.randn(n, 16, h, w, dtype=torch.float64, device=device)
+        x = x.to(memory_format=memory_format).requires_grad_()
+        wanted = [x, *module.parameters()]
+        results = []
+        for function in (module, compiled):
+            out = function(x)
+            grads = torch.autograd.grad(out.sin().sum(), wanted)
+            results.append([out.detach(), *grads])
+        assert describe(results[0])[0] == describe(results[1])[0]
+        for expected, actual in zip(*results, strict=True):
+            # a convolution sums up to 16 * 9 * 9 products, its weight's gradient n * h * w
+            size = 16 * 81 * expected.abs().max().clamp(min=1.0)
+            assert_close(actual, expected, torch.float64, magnitude=size)
+
+
+def test_one_dynamic_graph_serves_every_size(device):
+    """mark_dynamic raises where an operator's fake kernel fixes a size."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    module = small_module().to(device)
+    compiled = torch.compile(module, fullgraph=True, backend=count)
+    for n, h, w in SIZES:
+        x = torch.randn(n, 16, h, w, device=device)
+        for d in (0, 2, 3):
+            torch._dynamo.mark_dynamic(x, d)
+        assert torch.equal(compiled(x), module(x))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_training_step(device):
+    module = small_module().to(device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16, 8, 8, device=device)
+    losses = []
+    for _ in range(3):
+        loss = compiled(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_compiled_autograd(device):
+    """The whole backward as one graph, the fused operator's node among others."""
+    module = small_module().to(device)
+    x = torch.randn(2, 16, 8, 8, device=device)
+    module(x).square().sum().backward()
+    expected = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(lambda x: module(x).square().sum().backward(), backend="aot_eager")
+        compiled(x)
+    for p, grad in zip(module.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+# ---- torch.export, AOTInductor ----
+
+
+def test_export(tmp_path):
+    module = small_module().eval()
+    x = torch.randn(2, 16, 8, 9)
+    size = torch.export.Dim.DYNAMIC
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: size, 2: size, 3: size},))
+    targets = [node.target for node in program.graph.nodes if "epsa" in str(node.target)]
+    assert targets == [torch.ops.epsa_fused.psa_forward.default]
+    torch.export.save(program, tmp_path / "module.pt2")
+    loaded = torch.export.load(tmp_path / "module.pt2").module()
+    for n, h, w in SIZES:
+        x = torch.randn(n, 16, h, w)
+        assert torch.equal(loaded(x), module(x))
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    """A package of machine code runs in a process that knows of epsa_fused only its operators'
+    library."""
+    module = small_module().eval().double()
+    x = torch.randn(2, 16, 8, 9, dtype=torch.float64)
+    program = torch.export.export(module, (x,))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "module.pt2")
+    )
+    torch.save(x, tmp_path / "x.pt")
+    library = Path(epsa_fused.__file__).parent / "_ops.so"
+    code = f"""
+        import sys, torch
+        torch.ops.load_library({str(library)!r})
+        run = torch._inductor.aoti_load_package({package!r})
+        torch.save(run(torch.load({str(tmp_path / "x.pt")!r})), {str(tmp_path / "out.pt")!r})
+        assert "epsa_fused" not in sys.modules
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120, cwd=tmp_path
+    )
+    expected = module(x).detach()
+    size = 16 * 81 * expected.abs().max()
+    assert_close(torch.load(tmp_path / "out.pt"), expected, torch.float64, magnitude=size)
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
+def test_autocast_casts_nothing_here(dtype):
+    """The convolutions give half-precision maps; the SE weights stay float32, as do their
+    gradients, and `out` stays what the maps are."""
+    module = small_module()
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        feats = [getattr(module, f"conv_{i}")(x) for i in (1, 2, 3, 4)]
+        out = module(x)
+    assert {f.dtype for f in feats} == {dtype}
+    assert out.dtype == dtype
+    fc1, fc2 = module.se.fc1, module.se.fc2
+    expected = psa_attention(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert fc1.weight.grad.dtype == torch.float32 and fc1.weight.grad.abs().max() > 0
+
+
+def test_compiled_under_autocast():
+    module = small_module()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, expected = compiled(x), module(x)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+# ---- floating-point operations ----
+
+
+@pytest.mark.parametrize("kind", ("matrices", "conv", "per_branch", "per_branch_conv"))
+def test_flop_count(kind):
+    """Two per multiply-add of the SE's two matrices, twice that backward: for the gradients of
+    what goes in and of the weights."""
+    case = BY_NAME["stage2"]
+    inputs = make_inputs(case, layout=CONTIGUOUS, kind=KINDS[kind]).leaves()
+    with FlopCounterMode(display=False) as counter:
+        out = psa_attention(*inputs.args)
+    forward = 2 * 2 * case.batch * case.branches * case.channels * case.hidden
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+def test_flop_count_is_that_of_the_reference():
+    """Forward; and backward twice that, for the gradients of inputs and of weights. (For grouped
+    convolutions torch's own formula counts the weights' gradients as if there were no groups.)"""
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    totals = []
+    for cls in (PSAModule, FusedPSAModule):
+        with FlopCounterMode(display=False) as counter:
+            out = small_module(cls)(x)
+        totals.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    totals.append(counter.get_total_flops() // 2)
+    assert totals[0] == totals[1] == totals[2] > 0
+
+
+def test_inductor_where_continuous_integration_runs():
+    """Where CI is set, Inductor refuses operators whose decomposition is left unused."""
+    code = textwrap.dedent("""
+        import torch, epsa_fused
+        for training in (True, False):
+            module = epsa_fused.FusedPSAModule(64, 64, conv_groups=(1, 4, 8, 16)).train(training)
+            x = torch.randn(2, 64, 8, 8)
+            with torch.set_grad_enabled(training):
+                torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+    """)
+    environment = {**os.environ, "CI": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr

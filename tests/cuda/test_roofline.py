@@ -1,0 +1,76 @@
+"""benchmarks/roofline.py against arithmetic by hand."""
+
+import csv
+
+import pytest
+import roofline
+from support.processes import python
+
+
+def test_the_floor_of_stage_1_on_an_h100(tmp_path):
+    """64 samples of 64 x 56 x 56 floats are 51 380 224 bytes: read once and written once at
+    3350 GB/s that takes 30.7 us; the backward pass moves half as much again."""
+    path = tmp_path / "made" / "roofline.csv"
+    text = python(roofline.__file__, "--batch", "64", "--dtype", "float32", "--out", str(path))
+    assert "H100 SXM (sm_90, 132 multiprocessors) at 3350 GB/s" in text
+    assert f"wrote {path}" in text
+    with path.open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 * 2 * 4  # passes, layouts, stages
+    forward, backward = (
+        next(
+            r
+            for r in table
+            if r["pass"] == pass_ and r["layout"] == "contiguous" and r["planes"] == "64"
+        )
+        for pass_ in ("forward", "backward")
+    )
+    assert int(forward["bytes"]) == 2 * 51380224
+    assert float(forward["floor_us"]) == pytest.approx(30.675, abs=1e-3)
+    assert int(backward["bytes"]) == 3 * 51380224
+    assert float(backward["floor_us"]) == pytest.approx(46.012, abs=1e-3)
+    # clusters hold a sample: one read, no counters; the weights' gradients need theirs cleared
+    assert (forward["variant"], forward["l2_bytes"], forward["memsets"]) == ("resident", "0", "0")
+    assert (backward["variant"], backward["l2_bytes"], backward["memsets"]) == (
+        "resident",
+        "0",
+        "1",
+    )
+
+
+def test_streaming_reads_the_features_again():
+    """An A100 has no clusters. 108 multiprocessors hold 4 blocks of 256 threads each, 1024 of 2048
+    threads by their registers, and all blocks at once."""
+    row = roofline.row(
+        roofline.DEVICES["a100"], 2000, "forward", "contiguous", "bfloat16", 64, 64, 56
+    )
+    assert (row["variant"], row["memsets"]) == ("streaming", 1)
+    assert row["l2_bytes"] == 64 * 64 * 56 * 56 * 2
+    assert row["floor_us"] == pytest.approx(2 * row["l2_bytes"] / 2e6, abs=1e-3)
+    assert (row["blocks_per_sm"], row["occupancy"], row["waves"]) == (4, 0.5, 1)
+    assert row["blocks"] == 4 * 108
+
+
+def test_large_blocks_are_few_on_a_multiprocessor():
+    """A sample of 802 816 bytes, a sixteenth in each block of a cluster: 50 176 bytes, and 2064 of
+    sums and small vectors. A multiprocessor has 233 472 bytes, and gives 1024 to the system for
+    each block."""
+    row = roofline.row(
+        roofline.DEVICES["h100"], 3350, "forward", "contiguous", "float32", 64, 64, 56
+    )
+    assert (row["cluster"], row["shared_bytes"], row["blocks"]) == (16, 52240, 1024)
+    assert row["blocks_per_sm"] == 233472 // (52240 + 1024) == 4
+    assert row["waves"] == 2  # 1024 blocks, 528 at once
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--bandwidth", "0"], "--bandwidth: expected GB/s above 0, got 0.0"),
+        (["--batch", "32", "0"], "--batch: expected numbers of at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        roofline.main(wrong)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,507 @@
+"""EPSANet: against the published figures and the published code, its checkpoints, its feature
+pyramid, and as timm and torchvision use it."""
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+from support import published
+from support.optional import optional
+from support.processes import run_code
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import epsa_fused
+from epsa_fused import (
+    EPSABlock,
+    EPSANet,
+    FusedPSAModule,
+    PSAModule,
+    epsanet50,
+    epsanet50_large,
+    epsanet101,
+    epsanet101_large,
+)
+
+# parameters; multiply-adds at 224x224 of the convolutions (the SE's left out) and the classifier;
+# and both as the paper gives them, in millions and billions
+FIGURES = {
+    epsanet50: (22_561_715, 3_597_860_864, 22.56, 3.62),
+    epsanet101: (38_900_279, 6_788_050_944, 38.90, 6.82),
+    epsanet50_large: (27_899_518, 4_692_901_888, 27.90, 4.72),
+    epsanet101_large: (49_592_198, 8_923_742_208, 49.59, 8.97),
+}
+# Relative error of two networks in float64 that round differently, over up to 350 layers.
+# The worst seen is 5e-14 forward and 3e-13 backward.
+LIMIT = 1e-11
+
+
+def tiny(**options) -> EPSANet:
+    """One narrow block a stage."""
+    options = {"num_classes": 10, "planes": (64, 64, 64, 128), "expansion": 2} | options
+    return EPSANet((1, 1, 1, 1), **options)
+
+
+def on_meta(build, **options):
+    with torch.device("meta"):
+        return build(**options)
+
+
+def psa_modules(model):
+    return [m for m in model.modules() if isinstance(m, PSAModule)]
+
+
+def assert_near(actual, expected):
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= LIMIT, f"relative error {error:.2g}, at most {LIMIT}"
+
+
+def unchanged(model, before):
+    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- the published figures ----
+
+
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "plain"))
+@pytest.mark.parametrize("build", FIGURES, ids=lambda build: build.__name__)
+def test_parameters_and_multiply_adds(build, fused):
+    parameters, multiply_adds, published_millions, published_billions = FIGURES[build]
+    model = on_meta(build, fused=fused)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert round(parameters / 1e6, 2) == published_millions
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    # each SE runs two matrices of channels x hidden on every branch
+    se = sum(2 * m.branches * m.se.fc1.weight.numel() for m in psa_modules(model))
+    assert counter.get_total_flops() == 2 * (multiply_adds + se)
+    # the paper's count holds 0.5% to 0.6% more, which it does not say what of
+    assert 0.993 < multiply_adds / 1e9 / published_billions < 1
+
+
+@pytest.mark.parametrize("build", FIGURES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(("fused", "expected"), ((True, FusedPSAModule), (False, PSAModule)))
+def test_fused_chooses_the_module(build, fused, expected):
+    modules = psa_modules(on_meta(build, fused=fused))
+    assert modules and {type(m) for m in modules} == {expected}
+    assert len(modules) == (16 if "50" in build.__name__ else 33)
+
+
+def test_fused_is_the_default():
+    assert {type(m) for m in psa_modules(on_meta(epsanet50))} == {FusedPSAModule}
+
+
+# ---- the published code ----
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), ((epsanet50, published.epsanet50), (epsanet101, published.epsanet101))
+)
+def test_the_keys_are_the_published_ones(ours, theirs):
+    expected = {k: v.shape for k, v in on_meta(theirs).state_dict().items()}
+    actual = {k: v.shape for k, v in on_meta(ours).state_dict().items()}
+    assert list(actual.items()) == list(expected.items())
+    assert "layer1.0.conv2.conv_1.weight" in actual and "layer4.2.conv2.se.fc2.bias" in actual
+
+
+def test_one_seed_gives_the_published_weights():
+    """The same layers are made in the same order, and initialised alike."""
+    torch.manual_seed(1)
+    expected = published.epsanet50().state_dict()
+    torch.manual_seed(1)
+    actual = epsanet50().state_dict()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The published EPSANet-50 and ours, of the same weights, in float64."""
+    torch.manual_seed(0)
+    theirs = published.epsanet50().double()
+    ours = epsanet50().double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def test_evaluation_gives_what_the_published_code_gives(pair):
+    theirs, ours = pair
+    x = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+    with torch.no_grad():
+        assert_near(ours.eval()(x), theirs.eval()(x))
+
+
+def test_training_gives_what_the_published_code_gives(pair):
+    """Output, statistics of the BatchNorms, and all gradients as one vector."""
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for model in map(copy.deepcopy, pair):
+        out = model.train()(x)
+        out.square().mean().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((out.detach(), grads, model.layer4[2].bn3.running_var))
+    for expected, actual in zip(*results, strict=True):
+        assert_near(actual, expected)
+
+
+# ---- checkpoints ----
+
+
+def through_a_file(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+@pytest.mark.parametrize("parallel", (False, True), ids=("plain", "DataParallel"))
+def test_published_checkpoints_load(parallel):
+    theirs = published.epsanet50()
+    checkpoint = through_a_file(
+        {
+            "arch": "epsanet50",
+            "state_dict": (nn.DataParallel(theirs) if parallel else theirs).state_dict(),
+        }
+    )["state_dict"]
+    keys, metadata = list(checkpoint), list(checkpoint._metadata)
+    assert all(k.startswith("module.") == parallel for k in keys)
+    model = epsanet50()
+    result = model.load_state_dict(checkpoint, strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert unchanged(model, theirs.state_dict())
+    # the caller's checkpoint is as it was
+    assert (list(checkpoint), list(checkpoint._metadata)) == (keys, metadata)
+
+
+def test_a_checkpoint_from_before_num_batches_tracked_loads():
+    """nn.BatchNorm2d fills that in, for state_dicts without metadata."""
+    model, other = tiny(), tiny()
+    old = {k: v for k, v in other.state_dict().items() if not k.endswith("num_batches_tracked")}
+    model.load_state_dict(old, strict=True)
+    assert torch.equal(model.conv1.weight, other.conv1.weight)
+
+
+class Frozen(nn.Module):
+    """The state of torchvision's FrozenBatchNorm2d, which drops the key that it lacks."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(channels))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_checkpoint_loads_into_frozen_normalisations():
+    model, other = tiny(norm_layer=Frozen), tiny()
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(model.layer1[0].bn1.weight, other.layer1[0].bn1.weight)
+
+
+WRONG = {
+    "depth": (
+        lambda: on_meta(epsanet101),
+        epsanet50,
+        r"425 unexpected: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], .* and 421 more$",
+    ),
+    "size": (
+        lambda: on_meta(epsanet50_large),
+        epsanet50,
+        r"of another shape: layer1\.0\.conv1\.weight \[128, 64, 1, 1\], expected \[64, 64, 1, 1\]",
+    ),
+    "missing": (
+        lambda: on_meta(epsanet50),
+        epsanet101,
+        r"missing: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], ",
+    ),
+    "classes": (
+        lambda: on_meta(epsanet50, num_classes=10),
+        epsanet50,
+        r"2 of another shape: fc\.weight \[10, 2048\], expected \[1000, 2048\], "
+        r"fc\.bias \[10\], expected \[1000\]$",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_checkpoint_of_another_architecture_is_refused_and_nothing_loaded(wrong):
+    other, build, message = WRONG[wrong]
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in other().state_dict().items()}
+    with pytest.raises(RuntimeError, match=message) as error:
+        model.load_state_dict(state, strict=True)
+    assert "does not fit this architecture, nothing was loaded" in str(error.value)
+    assert unchanged(model, before)
+
+
+def test_a_whole_training_checkpoint_says_what_to_load():
+    model = tiny()
+    checkpoint = {"epoch": 3, "state_dict": model.state_dict()}
+    with pytest.raises(RuntimeError, match=r'epoch int.*load its entry "state_dict"$'):
+        model.load_state_dict(checkpoint)
+
+
+def test_without_strict_keys_may_differ_and_shapes_not():
+    model, other = tiny(), tiny(num_classes=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"2 of another shape: fc\.weight \[3, 256\]"):
+        model.load_state_dict(other.state_dict(), strict=False)
+    assert unchanged(model, before)
+    backbone = {k: v for k, v in other.state_dict().items() if not k.startswith("fc.")}
+    result = model.load_state_dict(backbone | {"extra": torch.ones(1)}, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], ["extra"])
+    assert torch.equal(model.conv1.weight, other.conv1.weight)
+    with pytest.raises(RuntimeError, match=r"2 missing: fc\.weight .*; 1 unexpected: extra \[1\]$"):
+        model.load_state_dict(backbone | {"extra": torch.ones(1)})
+
+
+def test_hooks_may_convert_a_checkpoint():
+    """As weight_norm's own does with the keys that its predecessor gave."""
+    model, state = tiny(), tiny().state_dict()
+    state["head.weight"] = state.pop("fc.weight")
+
+    def rename(module, state_dict, prefix, *args):
+        state_dict["fc.weight"] = state_dict.pop("head.weight")
+
+    model.register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(state)
+    assert torch.equal(model.fc.weight, state["head.weight"])
+
+
+def test_a_path_is_no_state_dict():
+    with pytest.raises(TypeError, match=r"state_dict to be dict-like"):
+        tiny().load_state_dict("epsanet50.pth")
+
+
+def test_assign_takes_the_tensors_themselves():
+    model, state = on_meta(tiny), tiny().state_dict()
+    model.load_state_dict(state, assign=True)
+    assert model.conv1.weight.data_ptr() == state["conv1.weight"].data_ptr()
+
+
+# ---- the classifier, the image's channels, dropout, normalisation ----
+
+
+@pytest.mark.parametrize("in_chans", (1, 4))
+def test_in_chans(in_chans):
+    assert tiny(in_chans=in_chans)(torch.randn(2, in_chans, 32, 32)).shape == (2, 10)
+
+
+def test_no_classes_give_the_pooled_features():
+    model = tiny(num_classes=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert torch.equal(model(x), model.forward_features(x).mean((2, 3)))
+
+
+def test_the_head_is_the_pool_and_the_classifier():
+    model = tiny().eval()
+    x = torch.randn(2, 3, 32, 32)
+    maps = model.forward_features(x)
+    pooled = model.forward_head(maps, pre_logits=True)
+    assert pooled.shape == (2, model.num_features)
+    assert torch.equal(model(x), model.get_classifier()(pooled))
+    assert torch.equal(model(x), model.forward_head(maps))
+
+
+def test_a_new_classifier():
+    model = tiny().double()
+    model.reset_classifier(3)
+    assert model.num_classes == 3 and model(torch.randn(2, 3, 32, 32).double()).shape == (2, 3)
+    model.reset_classifier(0, "avg")
+    assert model.num_classes == 0 and isinstance(model.fc, nn.Identity)
+    model.reset_classifier(7)
+    assert model.fc.weight.shape == (7, 256) and model.fc.weight.dtype == torch.float64
+    assert model.to("meta").reset_classifier(2) is None and model.fc.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    (
+        ((-1,), ValueError, r"num_classes: expected at least 0, got -1"),
+        ((1.5,), TypeError, r"num_classes: expected an int, got 1\.5"),
+        ((3, "max"), ValueError, r"global_pool: expected 'avg'.*, got 'max'"),
+    ),
+)
+def test_a_refused_classifier_leaves_the_old_one(args, error, message):
+    model = tiny()
+    fc = model.fc
+    with pytest.raises(error, match=message):
+        model.reset_classifier(*args)
+    assert model.fc is fc and model.num_classes == 10
+
+
+def test_dropout_acts_in_training_alone():
+    model = tiny(drop_rate=0.5)
+    maps = model.forward_features(torch.randn(4, 3, 32, 32)).detach().abs() + 1
+    dropped = (model.forward_head(maps, pre_logits=True) == 0).float().mean()
+    assert 0.3 < dropped < 0.7
+    assert (model.eval().forward_head(maps, pre_logits=True) != 0).all()
+
+
+def test_another_normalisation():
+    model = tiny(norm_layer=lambda channels: nn.GroupNorm(4, channels))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    (
+        ({"in_chans": 0}, ValueError, r"in_chans: expected at least 1, got 0"),
+        ({"in_chans": 3.0}, TypeError, r"in_chans: expected an int, got 3\.0"),
+        ({"num_classes": -1}, ValueError, r"num_classes: expected at least 0, got -1"),
+        ({"drop_rate": 1.0}, ValueError, r"drop_rate: expected a number in \[0, 1\), got 1\.0"),
+        ({"layers": (3, 4, 6)}, ValueError, r"layers: expected one number for each of 4 stages"),
+        ({"layers": (3, 0, 6, 3)}, ValueError, r"layers\[1\]: expected at least 1, got 0"),
+        ({"planes": (64,)}, ValueError, r"planes: expected one number for each of 4 stages"),
+        ({"expansion": 0}, ValueError, r"expansion: expected at least 1, got 0"),
+        ({"conv_kernels": (3, 5)}, ValueError, r"conv_kernels and conv_groups: expected equal"),
+        ({"drop_path_rate": 0.1}, TypeError, r"unexpected keyword argument 'drop_path_rate'"),
+    ),
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
+)
+def test_networks_that_cannot_be_built(options, error, message):
+    with pytest.raises(error, match=message):
+        EPSANet(**({"layers": (1, 1, 1, 1)} | options))
+
+
+def test_a_block_alone():
+    block = EPSABlock(256, 64)
+    assert block(torch.randn(2, 256, 8, 8)).shape == (2, 256, 8, 8)
+
+
+# ---- the feature pyramid ----
+
+
+@pytest.mark.parametrize("size", ((64, 64), (97, 65), (33, 130)))
+def test_the_pyramid(size):
+    model = tiny()
+    maps = model.forward_pyramid(torch.randn(2, 3, *size))
+    assert list(maps) == ["0", "1", "2", "3"]
+    assert model.pyramid_channels == (128, 128, 128, 256)
+    assert model.pyramid_strides == (4, 8, 16, 32)
+    for i, out in enumerate(maps.values()):
+        stride = model.pyramid_strides[i]
+        expected = [-(-side // stride) for side in size]
+        assert out.shape == (2, model.pyramid_channels[i], *expected)
+
+
+def test_the_pyramids_of_the_published_models():
+    for build in FIGURES:
+        assert on_meta(build).pyramid_channels == (256, 512, 1024, 2048)
+
+
+def test_feature_info_describes_what_its_modules_give():
+    model, seen = tiny(), {}
+    for name in (info["module"] for info in model.feature_info):
+
+        def record(module, x, y, name=name):
+            seen.setdefault(name, y.shape)
+
+        model.get_submodule(name).register_forward_hook(record)
+    model(torch.randn(1, 3, 64, 64))
+    for info in model.feature_info:
+        side = 64 // info["reduction"]
+        assert seen[info["module"]] == (1, info["num_chs"], side, side)
+    assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 32]
+
+
+def test_torchvisions_fpn():
+    ops = optional("torchvision.ops")
+    model = tiny()
+    fpn = ops.FeaturePyramidNetwork(list(model.pyramid_channels), 24)
+    maps = fpn(model.forward_pyramid(torch.randn(2, 3, 64, 64)))
+    assert [tuple(m.shape) for m in maps.values()] == [(2, 24, s, s) for s in (16, 8, 4, 2)]
+
+
+def test_a_torchvision_detector():
+    """Its backbone helper runs the model's children in their order."""
+    backbones = optional("torchvision.models.detection.backbone_utils")
+    model = tiny().eval()
+    layers = {f"layer{i + 1}": str(i) for i in range(4)}
+    backbone = backbones.BackboneWithFPN(model, layers, list(model.pyramid_channels), 24).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_pyramid(x)
+    for name, actual in backbone.body(x).items():
+        assert torch.equal(actual, expected[name])
+    assert list(backbone(x)) == ["0", "1", "2", "3", "pool"]
+
+
+# ---- timm ----
+
+
+@pytest.fixture
+def timm():
+    module = optional("timm")
+    epsa_fused.register_timm()
+    return module
+
+
+def test_importing_the_package_does_not_import_timm():
+    assert run_code("import sys, epsa_fused; print('timm' in sys.modules)").strip() == "False"
+
+
+def test_timm_has_the_models(timm):
+    names = {build.__name__ for build in FIGURES}
+    assert set(timm.list_models("epsanet*")) == names
+    epsa_fused.register_timm()  # once more is no matter
+    for build in FIGURES:
+        with torch.device("meta"):
+            model = timm.create_model(build.__name__)
+        assert sum(p.numel() for p in model.parameters()) == FIGURES[build][0]
+        assert {type(m) for m in psa_modules(model)} == {FusedPSAModule}
+
+
+def test_timm_creates_what_it_is_asked_for(timm):
+    model = timm.create_model("epsanet50", num_classes=7, in_chans=1, drop_rate=0.2, fused=False)
+    assert model.drop_rate == 0.2 and {type(m) for m in psa_modules(model)} == {PSAModule}
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert model.pretrained_cfg["architecture"] == "epsanet50"
+    assert timm.data.resolve_model_data_config(model)["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_timm_features_only(timm):
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model("epsanet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    assert model.feature_info.channels() == [256, 512, 1024, 2048]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    whole = epsanet50().eval()
+    whole.load_state_dict(model.state_dict(), strict=False)
+    for actual, expected in zip(model(x), whole.forward_pyramid(x).values(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_timm_loads_a_published_checkpoint(timm, tmp_path):
+    theirs = published.epsanet50()
+    torch.save(
+        {"state_dict": nn.DataParallel(theirs).state_dict()}, tmp_path / "checkpoint.pth.tar"
+    )
+    path = str(tmp_path / "checkpoint.pth.tar")
+    assert unchanged(timm.create_model("epsanet50", checkpoint_path=path), theirs.state_dict())
+    overlay = {"file": path}
+    model = timm.create_model("epsanet50", True, pretrained_cfg_overlay=overlay, num_classes=5)
+    assert torch.equal(model.conv1.weight, theirs.conv1.weight) and model.fc.out_features == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    (
+        ({"drop_path_rate": 0.1}, TypeError, r"unexpected keyword argument 'drop_path_rate'"),
+        ({"pretrained": True}, RuntimeError, r"No pretrained weights exist for epsanet50"),
+    ),
+    ids=("unknown", "pretrained"),
+)
+def test_what_timm_cannot_give(timm, options, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("epsanet50", **options)
+
+
+def test_the_docstrings_give_the_figures():
+    for build, (parameters, multiply_adds, _, _) in FIGURES.items():
+        millions, billions = re.search(r"([\d.]+) M param.*?([\d.]+) G", build.__doc__).groups()
+        assert (millions, billions) == (f"{parameters / 1e6:.2f}", f"{multiply_adds / 1e9:.2f}")

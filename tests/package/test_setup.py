@@ -1,0 +1,56 @@
+"""What setup.py decides by itself, without a build."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+SETUP = ROOT / "setup.py"
+
+
+@pytest.fixture(scope="module")
+def setup() -> dict:
+    for package in ("pybind11", "setuptools"):
+        pytest.importorskip(package)
+    return runpy.run_path(str(SETUP))  # not as __main__: it builds nothing
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen"),
+    [
+        # as CUDA 13.0 and 12.6 print them, and one that is older than 11
+        ("75 80 86 89 90 100 110 103 120 121", "8.0;9.0;10.0;12.0+PTX"),
+        ("50 60 70 75 80 86 89 90", "8.0;9.0+PTX"),
+        ("50 60 70 75", ""),
+        # no other's name that begins alike
+        ("80 90a 100f 120a", "8.0+PTX"),
+        ("", ""),
+    ],
+)
+def test_only_architectures_that_nvcc_names_are_chosen(setup, listed, chosen):
+    printed = "".join(f"compute_{number}\n" for number in listed.split())
+    assert setup["architectures"](printed) == chosen
+
+
+def fake_nvcc(home: Path, script: str) -> None:
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo compute_75", "compiles for none of 8.0, .* It named: compute_75"),
+        ("echo broken >&2; exit 3", r"nvcc.* exit status 3\.\nbroken"),
+    ],
+)
+def test_a_toolkit_without_any_of_them_is_an_error(setup, tmp_path, monkeypatch, script, message):
+    fake_nvcc(tmp_path, script)
+    monkeypatch.setattr(setup["cpp_extension"], "CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=message):
+        setup["default_architectures"]()

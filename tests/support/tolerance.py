@@ -1,0 +1,131 @@
+"""The one rule by which a result is judged against the reference in float64.
+
+The kernels read their inputs exactly, compute in the accumulation type (float64 for float64
+features, else float32) and round each result once, to its own dtype. So no entry of a result may
+be further from the truth than
+
+    u(dtype) * max |expected|          that last rounding, and
+    FACTOR * eps(acc) * magnitude      what the accumulation type's roundings add up to,
+
+where the magnitude is max |expected|, or for a gradient, whose terms cancel, what it would be if
+they did not (maths.py). Half-precision features get no allowance beyond the one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from support.cases import Case, Inputs
+from support.maths import gradients
+from torch import Tensor
+
+from epsa_fused import psa_attention, psa_attention_reference
+
+# The worst seen is 2.1, 6.5 where W1 p is a sum of 4100 products in four lanes, and 8.6 where an
+# emulated block of 64 threads adds 196 equal pixels one by one.
+FACTOR = 12
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding(dtype: torch.dtype, largest: float) -> float:
+    """The error of rounding values up to `largest` to `dtype`, subnormal ones too."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * max(largest, info.smallest_normal)
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def assert_close(
+    actual: Tensor,
+    expected: Tensor,
+    acc: torch.dtype,
+    *,
+    magnitude: Tensor | None = None,
+    name: str = "result",
+) -> None:
+    """`actual` is `expected` (in float64), by the rule above."""
+    assert expected.dtype == torch.float64
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
+    size = max(largest(expected), 0.0 if magnitude is None else largest(magnitude))
+    limit = rounding(actual.dtype, largest(expected)) + FACTOR * torch.finfo(acc).eps * size
+    error = largest(actual.detach().cpu().double() - expected.cpu())
+    assert error <= limit, f"{name} ({actual.dtype}): error {error:.3g}, at most {limit:.3g}"
+
+
+def special_values(t: Tensor) -> Tensor:
+    """1 for NaN, 2 and 3 for the infinities, 0 for numbers."""
+    return t.isnan() + 2 * t.isposinf() + 3 * t.isneginf()
+
+
+def make_cotangents(
+    case: Case,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """grad_out and grad_attention."""
+    generator = torch.Generator().manual_seed(1)
+    grad_out, grad_attention = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in (case.out_shape, case.attention_shape)
+    )
+    return (
+        grad_out.to(device, dtype).contiguous(memory_format=memory_format),
+        grad_attention.to(device, accumulation_type(dtype)),
+    )
+
+
+def run(
+    function: Callable,
+    inputs: Inputs,
+    grad_out: Tensor | None = None,
+    grad_attention: Tensor | None = None,
+    *,
+    branch_order: str = "reversed",
+) -> dict[str, Tensor]:
+    """out and attention of one call and, where cotangents are given, all gradients; by name."""
+    inputs = inputs.leaves()
+    out, attention = function(*inputs.args, branch_order=branch_order, return_attention=True)
+    results = {"out": out.detach(), "attention": attention.detach()}
+    pairs = [(out, grad_out), (attention, grad_attention)]
+    pairs = [(output, grad) for output, grad in pairs if grad is not None]
+    if pairs:
+        outputs, cotangents = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, inputs.tensors(), cotangents)
+        for name, grad in zip(inputs.names(), grads, strict=True):
+            results[f"grad of {name}"] = grad
+    return results
+
+
+def check(
+    inputs: Inputs,
+    grad_out: Tensor | None = None,
+    grad_attention: Tensor | None = None,
+    *,
+    branch_order: str = "reversed",
+) -> dict[str, Tensor]:
+    """Compare the fused op's results with the reference in float64; returns them, by name."""
+    dtype = inputs.feats[0].dtype
+    actual = run(psa_attention, inputs, grad_out, grad_attention, branch_order=branch_order)
+    cotangents = [None if g is None else g.double() for g in (grad_out, grad_attention)]
+    exact = inputs.double()
+    expected = run(psa_attention_reference, exact, *cotangents, branch_order=branch_order)
+    magnitudes = {}
+    if cotangents != [None, None]:
+        magnitudes = gradients(exact, *cotangents, branch_order=branch_order, absolute=True)
+    assert actual.keys() == expected.keys()
+    for name, result in actual.items():
+        assert_close(
+            result,
+            expected[name],
+            accumulation_type(dtype),
+            magnitude=magnitudes.get(name),
+            name=name,
+        )
+    return actual

@@ -1,0 +1,70 @@
+"""benchmarks/accuracy.py, by short trainings."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import torch
+from support.paths import ROOT
+
+from epsa_fused.train import train
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    import accuracy
+
+    for network, given in accuracy.NETWORKS.items():
+        monkeypatch.setitem(accuracy.NETWORKS, network, given | {"batch": 449})  # 3 steps
+    return accuracy
+
+
+def test_a_row_has_the_commit_at_which_it_was_measured(tmp_path, monkeypatch, accuracy):
+    """Also when it is found done by a later one."""
+    arguments = ["--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    arguments += ["--runs", str(tmp_path / "runs")]
+
+    def rows():
+        with (tmp_path / "accuracy-digits.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    # interrupted in the second training
+    trainings = []
+
+    def interrupted(config):
+        trainings.append(config)
+        result = train(config)
+        return result if len(trainings) < 2 else type(result)(None, 0, 0.0, True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "train", interrupted)
+        patch.setattr(accuracy, "commit", lambda: "first")
+        assert accuracy.main(arguments) == 130
+    monkeypatch.setattr(accuracy, "commit", lambda: "second")
+    assert accuracy.main(arguments) == 0
+    first = rows()
+    assert [row["network"] for row in first] == list(accuracy.NETWORKS)
+    assert [row["commit"] for row in first] == ["first", "second", "second"]
+    assert 0 <= float(first[-1]["same_answers"]) <= 1
+    monkeypatch.setattr(accuracy, "commit", lambda: "third")
+    assert accuracy.main(arguments) == 0
+    assert rows() == first
+
+    # another setting is another training
+    assert accuracy.main([*arguments, "--epochs", "2"]) == 2
+
+
+def test_the_answers_are_those_of_the_trained_weights(tmp_path, accuracy):
+    arguments = ["--epochs", "1", "--seeds", "1", "--runs", str(tmp_path)]
+    options = accuracy.parse_arguments(arguments)
+    config = accuracy.settings(options, "PSA, fused", 0)
+    result = train(config)
+    data = accuracy.open_data("digits", 0)
+    measured = accuracy.measure(config, data, {}, result)
+    right = torch.tensor(measured["answers"]) == torch.from_numpy(data.held_out.labels)
+    assert right.double().mean().item() == result.accuracy.top1
+    assert measured["row"]["logits_error"] < 1e-4

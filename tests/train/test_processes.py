@@ -1,0 +1,183 @@
+"""Training by several processes, which torchrun starts, gives what one gives."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.training import (
+    LIMIT,
+    command_line,
+    differences,
+    environment,
+    evaluated,
+    image_folder,
+    losses,
+    rows,
+    saved,
+    settings,
+    wait_for_steps,
+)
+
+from epsa_fused.train import InputError, train
+from epsa_fused.train.processes import Processes
+from epsa_fused.train.training import Training
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+GIVEN = {"epochs": 4}  # 24 steps
+ENDLESS = 10_000  # epochs, until a signal ends them, however late that comes
+
+
+def start(out, **given) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN | given)],
+        # by default torchrun kills after 30 s, which a machine that others share may stop for
+        env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(LIMIT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[str, int]:
+    """What it printed, and its exit code."""
+    output, _ = process.communicate(timeout=LIMIT)
+    return output, process.returncode
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The run of two processes."""
+    out = tmp_path_factory.mktemp("pair")
+    process = start(out)
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    return out
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
+    torch.set_num_threads(1)
+    train(settings(tmp_path, **GIVEN, accumulate=2))
+    one, two = ([float(row["loss"]) for row in rows(out)] for out in (tmp_path, pair))
+    assert len(one) == len(two) == 24
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
+    assert one[0] - one[-1] > 0.2  # they went somewhere
+    one, two = saved(tmp_path)["state_dict"], saved(pair)["state_dict"]
+    for name, weight in one.items():
+        # BatchNorm's running statistics are those of the first process's micro-batches in DDP,
+        # and of both here; training does not read them
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=name)
+    # and the other way to share the batch is another training
+    other = tmp_path / "other"
+    train(settings(other, **GIVEN))
+    apart = abs(float(rows(other)[-1]["loss"]) - float(rows(pair)[-1]["loss"]))
+    assert apart > 1e-4
+
+
+def test_two_processes_evaluate_every_image_once(pair):
+    """With the first one's BatchNorm statistics, which are what is saved."""
+    best = saved(pair, "best.pt")
+    loss, top1 = evaluated(best)
+    row = rows(pair, "epochs.csv")[best["epoch"] - 1]
+    assert float(row["top1"]) == best["top1"] == top1
+    assert float(row["held_out_loss"]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
+    cut, uncut = tmp_path / "cut", tmp_path / "uncut"
+    process = start(cut, epochs=ENDLESS)
+    wait_for_steps(process, cut, 4)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    output, _ = ended(process)
+    assert "interrupted and saved after" in output, output
+    assert 4 <= saved(cut)["steps_done"] == len(losses(cut))
+    epochs = max(GIVEN["epochs"], saved(cut)["epoch"] + 1)
+    output, code = ended(start(cut, epochs=epochs, resume="yes"))
+    assert code == 0, output
+    shutil.copytree(pair, uncut)
+    if epochs > GIVEN["epochs"]:  # the machine had stopped before the signal was sent
+        output, code = ended(start(uncut, epochs=epochs, resume="yes"))
+        assert code == 0, output
+    assert differences(saved(cut), saved(uncut)) == []
+    assert losses(cut) == losses(uncut)
+    with pytest.raises(InputError, match=r"processes: 2 in the checkpoint, now 1"):
+        train(settings(pair, **GIVEN, resume="yes"))
+
+
+def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
+    """The gradients of the first ones wait for the last one's, and go to the others with them."""
+    torch.set_num_threads(1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(settings(one, **GIVEN, batch=96, accumulate=4))
+    output, code = ended(start(two, batch=96, accumulate=2))
+    assert code == 0, output
+    values = [torch.tensor([float(row["loss"]) for row in rows(out)]) for out in (one, two)]
+    assert len(values[0]) == 4 and values[0][0] - values[0][-1] > 0.1  # they went somewhere
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-5)
+    weights = saved(two)["state_dict"]
+    for name, weight in saved(one)["state_dict"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_everything_at_once_is_ended_by_sigterm_and_goes_on_bitwise(tmp_path):
+    """Average, dropout, bfloat16, crops by loading processes; and 9 held-out images, of which one
+    process has a batch more than the other. torchrun passes SIGTERM on, and ends with 1 itself."""
+    given = {
+        "data": str(image_folder(tmp_path / "data", train=16, held_out=3)),
+        "batch": 8,
+        "ema": 0.9,
+        "dropout": 0.3,
+        "amp": "bf16",
+        "workers": 1,
+        "checkpoint_every": 1000,
+    }
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    process = start(cut, **given, epochs=ENDLESS)
+    wait_for_steps(process, cut, 8)
+    process.terminate()
+    output, code = ended(process)
+    assert code == 1 and "SIGKILL" not in output, output
+    assert "interrupted and saved after" in output
+    steps = saved(cut)["steps_done"]
+    assert 8 <= steps == len(losses(cut))
+    given["epochs"] = max(GIVEN["epochs"], saved(cut)["epoch"] + 1)
+    output, code = ended(start(cut, **given, resume="auto"))
+    assert code == 0 and f"resumed after {steps:,} steps" in output, output
+    output, code = ended(start(uncut, **given))
+    assert code == 0, output
+    assert differences(saved(cut), saved(uncut)) == []
+    assert differences(saved(cut, "best.pt"), saved(uncut, "best.pt")) == []
+    assert losses(cut) == losses(uncut)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = settings(tmp_path, accumulate=2, batch=64)
+    with pytest.raises(InputError, match=r"multiple of 6 \(3 processes x 2 micro-.*, got 64"):
+        Training(config, Processes("cpu"))
+
+
+def test_an_error_of_all_processes_is_said(tmp_path):
+    """Without a traceback, and nobody waits for ever."""
+    output, code = ended(start(tmp_path, batch=63))
+    assert code != 0
+    assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_error_of_one_process_is_said(tmp_path, part):
+    """In a step, and in the evaluation, of which each image has one process."""
+    folder = image_folder(tmp_path / "data")
+    (folder / part / "ant" / "1.png").write_bytes(b"")
+    output, code = ended(start(tmp_path, data=str(folder), batch=8))
+    assert code != 0
+    assert output.count("error: an image cannot be read: ") == 1
+    assert f"{part}/ant/1.png" in output
+    assert "SIGKILL" not in output  # the other one did not have to be stopped
+    assert saved(tmp_path)["steps_done"] == (3 if part == "val" else 0)
