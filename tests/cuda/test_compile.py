@@ -184,7 +184,7 @@ def test_the_sums_wait_for_several_loads_at_once(build):
 def test_the_programs_for_a_gpu_compile(program, tmp_path):
     """They need no torch, and a GPU only to run."""
     log = cuda_toolkit.run(
-        *(NVCC, "-std=c++20", "-arch=sm_90", "-Xcompiler=-Wall", "-c"),
+        *(NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-Xcompiler=-Wall", "-c"),
         *("-o", tmp_path / "program.o", CUDA.parent.parent / program),
     )
     assert "warning" not in log, log

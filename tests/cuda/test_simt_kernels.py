@@ -37,13 +37,9 @@ class Workshop:
     def library(self) -> Path:
         """The operators under the CPU key, for torch.ops.load_library."""
         flags = [f"-I{build.HERE / 'shims'}", *(f"-isystem{path}" for path in include_paths())]
-        glue = [
-            build.HERE / "emulated_op.cpp",
-            build.ROOT / "csrc" / "ops" / "attention_checks.cpp",
-        ]
-        parts = self.objects(
-            [build.HERE / "emulated_op.cpp", checks, LAUNCH, build.EMULATOR, *PLANS], flags=flags
-        )
+        sources = [build.HERE / "emulated_op.cpp", LAUNCH, build.EMULATOR, *PLANS]
+        sources.append(build.ROOT / "csrc" / "ops" / "attention_checks.cpp")
+        parts = self.objects(sources, flags=flags)
         torch_libraries = Path(torch.__file__).parent / "lib"
         parts += [torch_libraries / name for name in ("libtorch_cpu.so", "libc10.so")]
         return build.link(parts, self.directory / "emulated.so", shared=True)
