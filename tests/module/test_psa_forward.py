@@ -78,31 +78,40 @@ def test_it_is_the_reference(name):
     assert error < 5e-6
 
 
+def methods(name) -> list[str]:
+    """How each branch's convolution is computed."""
+    inplans, planes, kernels, groups, stride, _, h, w = CASES[name]
+    return [
+        _C.conv_plan(
+            in_channels=inplans,
+            out_channels=planes // len(kernels),
+            groups=g,
+            kernel=(k, k),
+            height=h,
+            width=w,
+            stride=stride,
+            padding=k // 2,
+        )["method"]
+        for k, g in zip(kernels, groups, strict=True)
+    ]
+
+
 def test_epsanets_modules_are_computed_in_place():
     """That the cases of its stages do not go the library's way."""
     for name in ("stage1", "stage2", "stage2_first", "stage3", "stage4", "large"):
-        inplans, planes, kernels, groups, stride, _, h, w = CASES[name]
-        for k, g in zip(kernels, groups, strict=True):
-            plan = _C.conv_plan(
-                in_channels=inplans,
-                out_channels=planes // len(kernels),
-                groups=g,
-                kernel=(k, k),
-                height=h,
-                width=w,
-                stride=stride,
-                padding=k // 2,
-            )
-            assert plan["method"] != "library", (name, k, plan)
+        assert "library" not in methods(name), name
 
 
 def test_the_same_for_any_number_of_threads():
+    """Torch's own convolution promises no such thing, and on some processors does not do it."""
+    ours = [name for name in CASES if "library" not in methods(name)]
+    assert len(ours) >= 9
     threads = torch.get_num_threads()
     outs = []
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            outs.append([OP(*make(name)[1]) for name in CASES])
+            outs.append([OP(*make(name)[1]) for name in ours])
     finally:
         torch.set_num_threads(threads)
     for a, b in itertools.pairwise(outs):
