@@ -231,7 +231,7 @@ void time_plans(
     std::fprintf(
         csv, "%s,%zu,%s,%d,%d,%d,%d,%d,%lld,%d,%.2f,%.2f,%.2f,%.3f\n",
         name.c_str(), rank,
-        plan.variant == Variant::resident ? "resident" : "streaming",
+        name_of(plan.variant),
         plan.cluster, plan.pieces, plan.blocks, resident, plan.threads,
         static_cast<long long>(plan.shared_bytes), plan.split.parts, t.median,
         t.spread, copy.median, of_copy);

@@ -87,7 +87,6 @@ Device make_device(
 }
 
 py::dict to_dict(const Problem& problem, const Plan& plan) {
-  const bool resident = plan.variant == Variant::resident;
   const Workspace w = workspace(problem, plan);
   py::dict split, space, result;
   split["parts"] = plan.split.parts;
@@ -108,10 +107,8 @@ py::dict to_dict(const Problem& problem, const Plan& plan) {
   space["grad_pooled"] = w.grad_pooled;
   space["group_sums"] = w.group_sums;
   space["bytes"] = w.bytes;
-  result["kernel"] =
-      std::string(problem.pass == Pass::forward ? "forward" : "backward") +
-      (resident ? "_resident" : "_streaming");
-  result["variant"] = resident ? "resident" : "streaming";
+  result["kernel"] = kernel_name(problem.pass, plan.variant);
+  result["variant"] = name_of(plan.variant);
   result["cluster"] = plan.cluster;
   result["pieces"] = plan.pieces;
   result["threads"] = plan.threads;

@@ -21,6 +21,21 @@ using simt::thread_id;
 // ---- elements: T in memory, the accumulation type in registers ----
 
 template <class T>
+constexpr Dtype dtype_of() = delete;
+template <>
+constexpr Dtype dtype_of<float>() { return Dtype::f32; }
+template <>
+constexpr Dtype dtype_of<double>() { return Dtype::f64; }
+template <>
+constexpr Dtype dtype_of<simt::bf16>() { return Dtype::bf16; }
+template <>
+constexpr Dtype dtype_of<simt::f16>() { return Dtype::f16; }
+
+// The blocks that the launch bounds leave registers for on a multiprocessor.
+template <class T>
+constexpr int kMinBlocks = threads_by_registers(dtype_of<T>()) / kMaxThreads;
+
+template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>

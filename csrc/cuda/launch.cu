@@ -166,8 +166,7 @@ Plan choose_plan(const Problem& p, int device) {
 
 std::string describe(const Plan& plan) {
   const auto text = [](int64_t x) { return std::to_string(x); };
-  return std::string(
-             plan.variant == Variant::resident ? "resident" : "streaming") +
+  return std::string(name_of(plan.variant)) +
       ", clusters of " + text(plan.cluster) + ", " + text(plan.pieces) +
       " pieces held, " + text(plan.blocks) +
       " blocks of " + text(plan.threads) + " threads, " +

@@ -14,12 +14,8 @@ namespace epsa::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// A block that holds a large piece wants more threads to move it.
-constexpr int kLargeThreads = 512;
+// A block that holds a piece of this size has kMaxThreads threads to move it.
 constexpr int64_t kLargePiece = 56 * 1024;
-// Enough for 64 registers in each of a multiprocessor's threads (the launch
-// bounds of kernels.cuh; double has 128).
-constexpr int kThreadsByRegisters = 1024;
 // What a streaming block reads for one ticket: some microseconds of one
 // multiprocessor's share of the memory's speed, and small beside the L2 cache.
 constexpr int64_t kPartBytes = 32 * 1024;
@@ -40,11 +36,6 @@ int64_t ceil_div(int64_t x, int64_t y) {
 // What size_error and the bounds of parts have kept small.
 int narrow(int64_t x) {
   return static_cast<int>(x);
-}
-
-int full_vector(Dtype dtype) {  // elements in 16 bytes; double is never packed
-  return dtype == Dtype::f64 ? 1
-                             : static_cast<int>(16 / element_size(dtype));
 }
 
 int64_t sample_elements(const Problem& p) {
@@ -68,8 +59,7 @@ int largest_cluster(const Device& device) {
 
 int blocks_on_multiprocessor(
     const Problem& p, const Plan& plan, const Device& device) {
-  const int64_t by_registers =
-      kThreadsByRegisters / (p.dtype == Dtype::f64 ? 2 : 1) / plan.threads;
+  const int64_t by_registers = threads_by_registers(p.dtype) / plan.threads;
   const int64_t by_shared = device.shared_per_multiprocessor /
       (plan.shared_bytes + kSystemShared);
   const int64_t by_threads =
@@ -166,13 +156,22 @@ Plan resident_plan(const Problem& p, int cluster, int pieces) {
   split.parts = cluster;
   plan.threads =
       pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
-      ? kLargeThreads
+      ? kMaxThreads
       : kThreads;
   plan.shared_bytes = shared_bytes(p, plan);
   return plan;
 }
 
 }  // namespace
+
+const char* name_of(Variant variant) {
+  return variant == Variant::resident ? "resident" : "streaming";
+}
+
+std::string kernel_name(Pass pass, Variant variant) {
+  return std::string(pass == Pass::forward ? "forward_" : "backward_") +
+      name_of(variant);
+}
 
 int64_t element_size(Dtype dtype) {
   return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
@@ -279,7 +278,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     // Short loads need all the threads that a multiprocessor can have.
     const bool enough = !c.short_loads ||
         blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
-            kThreadsByRegisters;
+            threads_by_registers(p.dtype);
     if (enough &&
         (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
       result.push_back(c.plan);

@@ -20,8 +20,25 @@ enum class Pass { forward, backward };
 // sample comes from the L2 cache.
 enum class Variant { resident, streaming };
 
+const char* name_of(Variant variant);
+std::string kernel_name(Pass pass, Variant variant);  // such as forward_resident
+
 int64_t element_size(Dtype dtype);
 int64_t accumulator_size(Dtype dtype);  // 8 for f64, else 4
+
+// Elements of one access of 16 bytes. double, which serves gradient checks, is
+// never packed.
+constexpr int full_vector(Dtype dtype) {
+  return dtype == Dtype::f64 ? 1 : dtype == Dtype::f32 ? 4 : 8;
+}
+
+// The kernels' launch bounds: the most threads of a block, and the threads of a
+// multiprocessor that have their registers at once. A thread has 64 of them, 128
+// for double.
+constexpr int kMaxThreads = 512;
+constexpr int threads_by_registers(Dtype dtype) {
+  return dtype == Dtype::f64 ? 512 : 1024;
+}
 
 // What a plan depends on. Sizes are 32-bit numbers, offsets into tensors are
 // 64-bit: see size_error.

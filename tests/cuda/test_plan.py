@@ -130,7 +130,7 @@ def piece_bytes(problem: Problem, split: dict) -> int:
 
 
 def needed_shared_bytes(problem: Problem, plan: dict) -> int:
-    """What the kernels of kernels.cuh take of a block's shared memory, one piece at a time."""
+    """What the kernels take of a block's shared memory, one piece at a time."""
     acc, message = problem.accumulator, 16
 
     def piece(size: int) -> int:

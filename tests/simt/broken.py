@@ -11,7 +11,8 @@ SUMS = "csrc/cuda/sums.cuh"
 PARTS = "csrc/cuda/parts.cuh"
 GATE = "csrc/cuda/gate.cuh"
 WEIGHT_GRADS = "csrc/cuda/weight_grads.cuh"
-KERNELS = "csrc/cuda/kernels.cuh"
+STREAMING = "csrc/cuda/streaming.cuh"
+RESIDENT = "csrc/cuda/resident.cuh"
 PLAN = "csrc/cuda/plan.cpp"
 SIMT = "tests/simt/emulated_simt.h"
 
@@ -49,7 +50,7 @@ BUGS = [
     # ---- order: barriers, arrivals, flags, copies ----
     Bug(
         "no_barrier_after_the_fetch",
-        KERNELS,
+        RESIDENT,
         "  simt::copy_async_wait();\n  barrier();\n",
         "  simt::copy_async_wait();\n",
         "--mode resident vectors/",
@@ -57,7 +58,7 @@ BUGS = [
     ),
     Bug(
         "no_wait_for_the_copies",
-        KERNELS,
+        RESIDENT,
         "  simt::copy_async_wait();\n",
         "",
         "--mode resident vectors/",
@@ -74,7 +75,7 @@ BUGS = [
     ),
     Bug(
         "no_barrier_before_the_ticket_is_read",
-        KERNELS,
+        STREAMING,
         "    barrier();\n    const unsigned long long ticket",
         "    const unsigned long long ticket",
         "--mode streaming odd/",
@@ -126,7 +127,7 @@ BUGS = [
     ),
     Bug(
         "ready_before_the_gate",
-        KERNELS,
+        STREAMING,
         "        gate<T>(\n            p, pooled, row_of",
         "        set_ready(p, n);\n        gate<T>(\n            p, pooled, row_of",
         "--mode streaming odd/",
@@ -134,7 +135,7 @@ BUGS = [
     ),
     Bug(
         "no_wait_for_ready",
-        KERNELS,
+        STREAMING,
         "        wait_ready(p, n);\n",
         "",
         "--mode streaming odd/",
@@ -143,7 +144,7 @@ BUGS = [
     ),
     Bug(
         "no_cluster_barrier_before_peers_are_read",
-        KERNELS,
+        RESIDENT,
         "  simt::cluster_arrive();\n  simt::cluster_wait();\n  const Split",
         "  const Split",
         "--mode cluster2 odd/",
@@ -151,7 +152,7 @@ BUGS = [
     ),
     Bug(
         "exit_while_peers_read",
-        KERNELS,
+        RESIDENT,
         "  if (p.cluster > 1) {\n    simt::cluster_wait();\n  }\n",
         "",
         "--mode cluster2 odd/",
@@ -160,7 +161,7 @@ BUGS = [
     # ---- progress ----
     Bug(
         "tickets_by_block_number",
-        KERNELS,
+        STREAMING,
         """\
   for (;;) {
     if (thread_id() == 0) {
@@ -177,7 +178,7 @@ BUGS = [
     ),
     Bug(
         "reweight_before_pool",
-        KERNELS,
+        STREAMING,
         "      n += j < pools ? p.lag : 0;\n",
         "      n += p.lag;\n      j = j < reweights ? pools + j : j - reweights;\n",
         "--mode streaming odd/",
@@ -186,7 +187,7 @@ BUGS = [
     # ---- which part, which element ----
     Bug(
         "wrong_owner_of_a_plane",
-        KERNELS,
+        RESIDENT,
         "part_of(split, i / split.planes)",
         "i / split.planes % p.cluster",
         "--mode cluster2 odd/",

@@ -21,42 +21,6 @@ int64_t setting(const char* name) {
   return value ? std::atoll(value) : 0;
 }
 
-#ifdef EPSA_TYPES
-
-// Kernels of some types alone: all of them take a sanitizer's compiler minutes.
-template <class T>
-constexpr Dtype kDtype = Dtype::f32;
-template <>
-constexpr Dtype kDtype<double> = Dtype::f64;
-template <>
-constexpr Dtype kDtype<simt::bf16> = Dtype::bf16;
-template <>
-constexpr Dtype kDtype<simt::f16> = Dtype::f16;
-
-template <class... Types>
-Kernel kernel_of_types(const Problem& problem, const Plan& plan) {
-  Kernel kernel = nullptr;
-  ((kernel = problem.dtype == kDtype<Types> ? kernel_of<Types>(problem, plan)
-                                            : kernel),
-   ...);
-  if (!kernel) {
-    throw std::runtime_error("this build has no kernels of that type");
-  }
-  return kernel;
-}
-
-Kernel chosen_kernel(const Problem& problem, const Plan& plan) {
-  return kernel_of_types<EPSA_TYPES>(problem, plan);
-}
-
-#else
-
-Kernel chosen_kernel(const Problem& problem, const Plan& plan) {
-  return kernel_of(problem, plan);
-}
-
-#endif
-
 }  // namespace
 
 Plan choose_plan(const Problem& problem, int) {
@@ -65,8 +29,7 @@ Plan choose_plan(const Problem& problem, int) {
 }
 
 std::string describe(const Plan& plan) {
-  return std::string(
-             plan.variant == Variant::resident ? "resident" : "streaming") +
+  return std::string(name_of(plan.variant)) +
       ", clusters of " + std::to_string(plan.cluster) + ", vectors of " +
       std::to_string(plan.vector);
 }
@@ -87,7 +50,7 @@ void launch_together(const std::vector<Call>& calls) {
           .shared_bytes = plan.shared_bytes,
           .seed = static_cast<uint64_t>(setting("EPSA_SIMT_SEED")),
           .max_resident = static_cast<int>(setting("EPSA_SIMT_RESIDENT"))},
-         [kernel = chosen_kernel(problem, plan), &given = params] {
+         [kernel = kernel_of(problem, plan), &given = params] {
            kernel(given);
          }});
     plans += (plans.empty() ? "" : "; ") + describe(plan);
