@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 import epsa_fused
+from epsa_fused.models import MODELS
 from epsa_fused.train import Config, InputError, Result, train
 from epsa_fused.train.data import Data, kind_of_data, open_data
-from epsa_fused.train.networks import MODELS
 from epsa_fused.train.training import CHECKPOINT
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -3,9 +3,12 @@
 from importlib.metadata import version as _version
 
 from . import (
+    _decompositions,  # noqa: F401  registers
+    _fake,  # noqa: F401  registers
+    _flops,  # noqa: F401  registers
     convolution,
-    decomposition,  # noqa: F401  registers
 )
+from .functional import psa_attention
 from .fuse import FuseReport, fuse
 from .models import (
     EPSABlock,
@@ -14,13 +17,10 @@ from .models import (
     epsanet50_large,
     epsanet101,
     epsanet101_large,
+    register_timm,
 )
-from .modules import FusedPSAModule
-from .ops import psa_attention
+from .modules import FusedPSAModule, FusedSplitPSA, prepack, unpack
 from .reference import PSAModule, psa_attention_reference
-from .serving import prepack, unpack
-from .split_psa import FusedSplitPSA
-from .timm_models import register_timm
 
 __version__ = _version("epsa_fused")
 

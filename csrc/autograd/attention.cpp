@@ -364,7 +364,7 @@ Tensor call_psa_attention(
 }
 
 TORCH_LIBRARY(epsa_fused, m) {
-  m.set_python_module("epsa_fused.ops");
+  m.set_python_module("epsa_fused._fake");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "psa_attention(Tensor[] feats, Tensor fc1_weight, Tensor? fc1_bias, "

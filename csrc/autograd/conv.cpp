@@ -187,7 +187,7 @@ SpcForward forward_autocast(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
-  m.set_python_module("epsa_fused.convolution");
+  m.set_python_module("epsa_fused._fake");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "spc_conv(Tensor x, Tensor[] weights, int[] groups, int stride, "

@@ -339,7 +339,7 @@ Forward save_output_autocast(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(epsa_fused, m) {
-  m.set_python_module("epsa_fused.convolution");
+  m.set_python_module("epsa_fused._fake");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "psa_forward(Tensor x, Tensor[] weights, int[] groups, int stride, "

@@ -8,9 +8,9 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..models import MODELS
 from .data import kind_of_data
 from .errors import InputError
-from .networks import MODELS
 
 AMP = ("none", "bf16", "fp16")
 SCHEDULES = ("step", "cosine")

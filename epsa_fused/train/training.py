@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..models import MODELS
 from . import checkpoint
 from .config import Config
 from .data import open_data
@@ -25,7 +26,6 @@ from .errors import InputError, required
 from .interrupts import Interrupts
 from .loading import Batch, EvaluationBatches, Speed, TrainingBatches, loader
 from .log import Logs
-from .networks import MODELS
 from .processes import Processes
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.previous.pt", "best.pt"

@@ -1,4 +1,4 @@
-"""The operator in standard ones (epsa_fused/decomposition.py), and the ONNX models that this gives:
+"""The operators in standard ones (_decompositions.py), and the ONNX models that this gives:
 plain torch.onnx.export(dynamo=True), run by onnxruntime."""
 
 import pytest

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from support.paths import ROOT
 
+from epsa_fused.models import MODELS
 from epsa_fused.train import Config
 from epsa_fused.train.data import open_data
-from epsa_fused.train.networks import MODELS
 
 CLASSES = ("ant", "bee", "cat")
 

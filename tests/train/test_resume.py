@@ -37,11 +37,11 @@ from support.training import (
 )
 from torch import nn
 
+from epsa_fused.models import MODELS
 from epsa_fused.train import InputError, checkpoint, train
 from epsa_fused.train.data import open_data
 from epsa_fused.train.interrupts import SIGNALS, Interrupts
 from epsa_fused.train.log import CsvLog
-from epsa_fused.train.networks import MODELS
 from epsa_fused.train.training import Training
 
 

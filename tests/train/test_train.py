@@ -25,11 +25,11 @@ from support.training import (
     settings,
 )
 
+from epsa_fused.models import MODELS
 from epsa_fused.train import Config, InputError, train
 from epsa_fused.train.__main__ import main
 from epsa_fused.train.data import CorruptImageError, open_data
 from epsa_fused.train.loading import EvaluationBatches, Images, TrainingBatches, loader
-from epsa_fused.train.networks import MODELS
 
 # ---- settings ----
 

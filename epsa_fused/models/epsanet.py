@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from .modules import FusedPSAModule
-from .reference import PSAModule
+from ..modules import FusedPSAModule
+from ..reference import PSAModule
 
 # How many keys of each kind an error shows.
 _SHOWN_KEYS = 4

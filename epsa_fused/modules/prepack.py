@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .modules import FusedPSAModule
+from .fused import FusedPSAModule
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

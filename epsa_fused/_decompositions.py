@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from .convolution import fake_psa_forward, fake_psa_save_output, fake_spc_conv
-from .ops import fake_psa_attention
+from ._fake import fake_psa_attention, fake_psa_forward, fake_psa_save_output, fake_spc_conv
 
 _OP = torch.ops.epsa_fused.psa_attention.default
 _CONV = torch.ops.epsa_fused.spc_conv.default

@@ -1,4 +1,4 @@
-"""The networks that can be trained by name: EPSANet, and small ones for small images."""
+"""Small networks for small images, as the training command's digits and CIFAR-10."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import EPSABlock, epsanet50, epsanet50_large, epsanet101, epsanet101_large
 from ..reference import SEWeight
+from .epsanet import EPSABlock
 
 EXPANSION = 2
 
@@ -103,16 +103,3 @@ def small_epsanet(num_classes: int, *, fused: bool = True, **options: object) ->
 def small_senet(num_classes: int, *, fused: bool = True, **options: object) -> SmallResNet:
     """SmallResNet with SE, at the depth of :func:`small_epsanet`; nothing in it can be fused."""
     return SmallResNet(SEBlock, num_classes, **options)
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    build.__name__: build
-    for build in (
-        epsanet50,
-        epsanet50_large,
-        epsanet101,
-        epsanet101_large,
-        small_epsanet,
-        small_senet,
-    )
-}

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from . import models
+from . import epsanet
 
 _BUILDERS = (
-    models.epsanet50,
-    models.epsanet101,
-    models.epsanet50_large,
-    models.epsanet101_large,
+    epsanet.epsanet50,
+    epsanet.epsanet101,
+    epsanet.epsanet50_large,
+    epsanet.epsanet101_large,
 )
 
 # As ResNets are evaluated on ImageNet.
@@ -62,7 +62,7 @@ def register_timm() -> None:
         register_model(_entrypoint(builder))
 
 
-def _entrypoint(builder: Callable[..., models.EPSANet]) -> Callable[..., nn.Module]:
+def _entrypoint(builder: Callable[..., epsanet.EPSANet]) -> Callable[..., nn.Module]:
     from timm.models import build_model_with_cfg
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:

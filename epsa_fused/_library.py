@@ -1,0 +1,27 @@
+"""The extension: importing this module loads its operators into torch.ops.epsa_fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def _load_library() -> None:
+    """Load the operators; ImportError, saying what to do, where that cannot work."""
+    build = "build it with `pip install --no-build-isolation .`"
+    try:
+        from . import _C
+    except ImportError as error:
+        raise ImportError(f"epsa_fused's extension is not built: {build} ({error})") from error
+    built_with, running = _C.build_info()["torch"], torch.__version__
+    # torch keeps its C++ interface stable within a minor version only
+    if built_with.split(".")[:2] != running.split(".")[:2]:
+        raise ImportError(
+            f"epsa_fused was built with torch {built_with}, but torch {running} is running: "
+            + build
+        )
+    torch.ops.load_library(Path(__file__).parent / "_ops.so")
+
+
+_load_library()
