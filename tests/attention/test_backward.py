@@ -24,10 +24,9 @@ from support.cases import (
 from support.memory import allocations
 from support.tolerance import (
     accumulation_type,
+    assert_no_worse,
     check,
-    largest,
     make_cotangents,
-    rounding,
     run,
     special_values,
 )
@@ -91,9 +90,7 @@ def test_half_precision_is_no_worse_than_eager(case, dtype, device):
     eager = run(psa_attention_reference, inputs, grad_out)
     for name, expected in exact.items():
         if "grad" in name:
-            limit = 2 * largest(eager[name].double() - expected)
-            limit += rounding(dtype, largest(expected))
-            assert largest(ours[name].double() - expected) <= limit, name
+            assert_no_worse(ours[name], eager[name], expected)
 
 
 def test_dead_hidden_units(device):

@@ -10,6 +10,7 @@ import torch
 from support import published
 from support.optional import optional
 from support.processes import run_code
+from support.tolerance import assert_near
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,9 +34,6 @@ FIGURES = {
     epsanet50_large: (27_899_518, 4_692_901_888, 27.90, 4.72),
     epsanet101_large: (49_592_198, 8_923_742_208, 49.59, 8.97),
 }
-# Relative error of two networks in float64 that round differently, over up to 350 layers.
-# The worst seen is 5e-14 forward and 3e-13 backward.
-LIMIT = 1e-11
 
 
 def tiny(**options) -> EPSANet:
@@ -51,12 +49,6 @@ def on_meta(build, **options):
 
 def psa_modules(model):
     return [m for m in model.modules() if isinstance(m, PSAModule)]
-
-
-def assert_near(actual, expected):
-    assert actual.shape == expected.shape
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error <= LIMIT, f"relative error {error:.2g}, at most {LIMIT}"
 
 
 def unchanged(model, before):

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from support.cases import DTYPES, FORMATS, ORDERS, name_of, strides_of
-from support.tolerance import accumulation_type, assert_close
+from support.tolerance import accumulation_type, assert_close, assert_near
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -292,9 +292,10 @@ def test_weights_of_another_width_and_no_biases():
     module = small()
     module.se.fc1 = nn.Conv2d(16, 3, 1, bias=False)
     module.se.fc2 = nn.Conv2d(3, 16, 1, bias=False)
-    x = torch.randn(2, 16, 6, 6)
+    module.double()
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     expected = psa_attention(features(module, x), *se_weights(module))
-    torch.testing.assert_close(module(x), expected)
+    assert_near(module(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -302,22 +303,22 @@ def test_weights_of_another_width_and_no_biases():
 )
 def test_parametrized_weights(parametrization):
     """They are computed when the weight is read, and get their gradients."""
-    module, x = small().eval(), torch.randn(2, 16, 6, 6)
+    module, x = small().double().eval(), torch.randn(2, 16, 6, 6, dtype=torch.float64)
     parametrization(module.se.fc2)
     weights = [w.detach() for w in se_weights(module)]
     out = module(x)
-    torch.testing.assert_close(out, psa_attention(features(module, x), *weights))
+    assert_near(out, psa_attention(features(module, x), *weights))
     out.square().sum().backward()
     parameters = list(module.se.fc2.parametrizations.weight.parameters())
     assert parameters and all(p.grad is not None for p in parameters)
 
 
 def test_pruning_that_was_made_permanent():
-    module, x = small(), torch.randn(2, 16, 6, 6)
+    module, x = small().double(), torch.randn(2, 16, 6, 6, dtype=torch.float64)
     prune.l1_unstructured(module.se.fc1, "weight", 0.5)
     prune.remove(module.se.fc1, "weight")
     expected = psa_attention(features(module, x), *se_weights(module))
-    torch.testing.assert_close(module(x), expected)
+    assert_near(module(x), expected)
 
 
 class Wrapper(nn.Module):
@@ -446,12 +447,12 @@ def standardise(layer, patched):
 
 @pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))
 def test_a_conv_forward_of_its_own_is_called(patched):
-    module, reference = small(), small(PSAModule)
+    module, reference = small().double(), small(PSAModule).double()
     reference.load_state_dict(module.state_dict())
     for m in (module, reference):
         standardise(m.conv_2, patched)
-    x = torch.randn(2, 16, 6, 6)
-    torch.testing.assert_close(module(x), reference(x))
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    assert_near(module(x), reference(x))
 
 
 @pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))

@@ -13,13 +13,12 @@ from support.cases import (
     ORDERS,
     SMALL,
     WEIGHT_KINDS,
-    WEIGHT_NAMES,
     Case,
-    Inputs,
     make_inputs,
     name_of,
 )
 from support.maths import gradients
+from support.modules import gradient_sizes
 from support.tolerance import assert_close, make_cotangents, run
 
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention, psa_attention_reference
@@ -97,21 +96,6 @@ CONFIGURATIONS = {
     "32_groups": (64, 128, 5, {"conv_groups": (32, 32, 32, 32)}),
     "small_kernels": (64, 64, 6, {"conv_kernels": (1, 3, 5, 7), "conv_groups": (1, 2, 4, 8)}),
 }
-
-
-def gradient_sizes(module, x, grad):
-    """What each parameter's gradient would be if nothing in it cancelled (maths.py)."""
-    convs = [getattr(module, f"conv_{i}") for i in (1, 2, 3, 4)]
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    inputs = Inputs([c(x) for c in convs], [fc1.weight, fc1.bias, fc2.weight, fc2.bias])
-    result = gradients(inputs.double(), grad, None, absolute=True)
-    sizes = {f"se.{name.replace('_', '.')}": result[f"grad of {name}"] for name in WEIGHT_NAMES}
-    for i, conv in enumerate(convs):
-        df = result[f"grad of feats[{i}]"]
-        sizes[f"conv_{i + 1}.weight"] = torch.nn.grad.conv2d_weight(
-            x.abs(), conv.weight.shape, df, conv.stride, conv.padding, groups=conv.groups
-        )
-    return sizes
 
 
 @pytest.mark.parametrize("cls", (PSAModule, FusedPSAModule))

@@ -82,6 +82,22 @@ def losses(out: Path) -> list[tuple[str, ...]]:
     return [(row["step"], row["epoch"], row["lr"], row["loss"]) for row in rows(out)]
 
 
+def losses_of(out: Path) -> list[float]:
+    return [float(row["loss"]) for row in rows(out)]
+
+
+def trained(out: Path) -> torch.Tensor:
+    """All weights as one vector in float64, without BatchNorm's statistics."""
+    state = saved(out)["state_dict"]
+    return torch.cat(
+        [
+            weight.flatten().double()
+            for name, weight in state.items()
+            if "running" not in name and "num_batches" not in name
+        ]
+    )
+
+
 def saved(out: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
     return torch.load(out / name, weights_only=True)
 
@@ -98,7 +114,7 @@ def wait_for_steps(process: subprocess.Popen, out, steps: int) -> None:
     raise AssertionError(f"no {steps} steps in {LIMIT} s")
 
 
-def evaluated(weights: dict[str, Any]) -> tuple[float, float]:
+def evaluated(weights: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Loss and top-1 on the 24 held-out images of small_epsanet with what best.pt holds."""
     data = open_data(images(), SHORT["image_size"]).held_out
     pixels = torch.tensor(np.stack([data.image(i, None) for i in range(24)])).permute(0, 3, 1, 2)
@@ -107,7 +123,7 @@ def evaluated(weights: dict[str, Any]) -> tuple[float, float]:
     network.load_state_dict(weights["state_dict"])
     labels = torch.tensor(data.labels)
     with torch.no_grad():
-        logits = network.eval()((pixels - mean) / std)
+        logits = network.eval().to(dtype)(((pixels - mean) / std).to(dtype))
     return F.cross_entropy(logits, labels).item(), (
         logits.argmax(1) == labels
     ).double().mean().item()

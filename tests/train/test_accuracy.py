@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 from support.paths import ROOT
+from support.tolerance import assert_no_worse, relative_error
+from support.training import saved
 
 from epsa_fused.train import train
+from epsa_fused.train.networks import MODELS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -67,4 +70,14 @@ def test_the_answers_are_those_of_the_trained_weights(tmp_path, accuracy):
     measured = accuracy.measure(config, data, {}, result)
     right = torch.tensor(measured["answers"]) == torch.from_numpy(data.held_out.labels)
     assert right.double().mean().item() == result.accuracy.top1
-    assert measured["row"]["logits_error"] < 1e-4
+    fused, reference = (
+        accuracy.logits(config, data, psa).double() for psa in ("fused", "reference")
+    )
+    assert measured["row"]["logits_error"] == pytest.approx(relative_error(reference, fused))
+    weights = saved(config.folder)["state_dict"]
+    exact = MODELS[config.model](10, fused=False, in_chans=1).double().eval()
+    exact.load_state_dict(weights)
+    x = torch.from_numpy(data.held_out.images).reshape(-1, 1, 8, 8).double()
+    with torch.no_grad():
+        exact = exact((x - data.mean[0]) / data.std[0])
+    assert_no_worse(fused.float(), reference.float(), exact, terms=9 * 128)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from support.tolerance import assert_no_worse
 from support.training import (
     LIMIT,
     command_line,
@@ -17,9 +18,11 @@ from support.training import (
     evaluated,
     image_folder,
     losses,
+    losses_of,
     rows,
     saved,
     settings,
+    trained,
     wait_for_steps,
 )
 
@@ -29,6 +32,7 @@ from epsa_fused.train.training import Training
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 GIVEN = {"epochs": 4}  # 24 steps
+TERMS = 9 * 128  # products in the longest sum of the network's layers
 ENDLESS = 10_000  # epochs, until a signal ends them, however late that comes
 
 
@@ -59,33 +63,39 @@ def pair(tmp_path_factory):
     return out
 
 
-def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
+def train_alone_and_compare(folder, two, given) -> None:
+    """One process's training of so many micro-batches ends as that of `two`.
+
+    The order of additions differs. Another layout, the yardstick, changes that of every sum.
+    """
     torch.set_num_threads(1)
-    train(settings(tmp_path, **GIVEN, accumulate=2))
-    one, two = ([float(row["loss"]) for row in rows(out)] for out in (tmp_path, pair))
-    assert len(one) == len(two) == 24
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
-    assert one[0] - one[-1] > 0.2  # they went somewhere
-    one, two = saved(tmp_path)["state_dict"], saved(pair)["state_dict"]
-    for name, weight in one.items():
-        # BatchNorm's running statistics are those of the first process's micro-batches in DDP,
-        # and of both here; training does not read them
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=name)
+    train(settings(folder / "one", **given))
+    train(settings(folder / "yardstick", **given, channels_last=True))
+    for value in (trained, lambda out: torch.tensor(losses_of(out))):
+        one, yardstick = value(folder / "one"), value(folder / "yardstick")
+        assert (value(two) - one).norm() <= 4 * (yardstick - one).norm()
+    first, *_, last = losses_of(folder / "one")
+    assert first - last > 0.1  # they went somewhere
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
+    train_alone_and_compare(tmp_path, pair, GIVEN | {"accumulate": 2})
     # and the other way to share the batch is another training
     other = tmp_path / "other"
     train(settings(other, **GIVEN))
-    apart = abs(float(rows(other)[-1]["loss"]) - float(rows(pair)[-1]["loss"]))
-    assert apart > 1e-4
+    apart, drift = ((trained(out) - trained(pair)).norm() for out in (other, tmp_path / "one"))
+    assert apart > 100 * drift
 
 
 def test_two_processes_evaluate_every_image_once(pair):
     """With the first one's BatchNorm statistics, which are what is saved."""
     best = saved(pair, "best.pt")
     loss, top1 = evaluated(best)
+    exact, _ = evaluated(best, torch.float64)
     row = rows(pair, "epochs.csv")[best["epoch"] - 1]
     assert float(row["top1"]) == best["top1"] == top1
-    assert float(row["held_out_loss"]) == pytest.approx(loss, abs=1e-5)
+    held_out = torch.tensor(float(row["held_out_loss"]))
+    assert_no_worse(held_out, torch.tensor(loss), torch.tensor(exact).double(), terms=TERMS)
 
 
 def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
@@ -111,18 +121,10 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
 
 def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
     """The gradients of the first ones wait for the last one's, and go to the others with them."""
-    torch.set_num_threads(1)
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(settings(one, **GIVEN, batch=96, accumulate=4))
-    output, code = ended(start(two, batch=96, accumulate=2))
+    given = GIVEN | {"batch": 96}
+    output, code = ended(start(tmp_path / "two", **given, accumulate=2))
     assert code == 0, output
-    values = [torch.tensor([float(row["loss"]) for row in rows(out)]) for out in (one, two)]
-    assert len(values[0]) == 4 and values[0][0] - values[0][-1] > 0.1  # they went somewhere
-    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-5)
-    weights = saved(two)["state_dict"]
-    for name, weight in saved(one)["state_dict"].items():
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
+    train_alone_and_compare(tmp_path, tmp_path / "two", given | {"accumulate": 4})
 
 
 def test_everything_at_once_is_ended_by_sigterm_and_goes_on_bitwise(tmp_path):
