@@ -1,41 +1,22 @@
 """Fused Pyramid Squeeze Attention (EPSANet, arXiv 2105.14447) for PyTorch."""
 
-from importlib.metadata import version as _version
-
-from . import (
-    _decompositions,  # noqa: F401  registers
-    _fake,  # noqa: F401  registers
-    _flops,  # noqa: F401  registers
-    convolution,
-)
+# The underscored modules register kernels, formulas and decompositions when they are imported.
+from . import _decompositions, _fake, _flops, convolution  # noqa: F401
+from ._version import __version__
 from .functional import psa_attention
 from .fuse import FuseReport, fuse
-from .models import (
-    EPSABlock,
-    EPSANet,
-    epsanet50,
-    epsanet50_large,
-    epsanet101,
-    epsanet101_large,
-    register_timm,
-)
+from .models import epsanet, register_timm
+from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
 from .modules import FusedPSAModule, FusedSplitPSA, prepack, unpack
 from .reference import PSAModule, psa_attention_reference
 
-__version__ = _version("epsa_fused")
-
 __all__ = [
-    "EPSABlock",
-    "EPSANet",
     "FuseReport",
     "FusedPSAModule",
     "FusedSplitPSA",
     "PSAModule",
+    "__version__",
     "convolution",
-    "epsanet50",
-    "epsanet50_large",
-    "epsanet101",
-    "epsanet101_large",
     "fuse",
     "prepack",
     "psa_attention",
@@ -43,3 +24,4 @@ __all__ = [
     "register_timm",
     "unpack",
 ]
+__all__ += epsanet.__all__

@@ -1,23 +1,19 @@
-"""EPSANet, small networks, and their use in timm and torchvision."""
+"""EPSANet, small networks for small images, and their use by timm and torchvision."""
 
-from .epsanet import (
-    EPSABlock,
-    EPSANet,
-    epsanet50,
-    epsanet50_large,
-    epsanet101,
-    epsanet101_large,
-)
-from .registry import MODELS
+from . import epsanet
+from .epsanet import *  # noqa: F403  its __all__ holds every published model
+from .registry import FIGURES, MODELS, Figures
+from .small import SEBlock, SmallResNet, small_epsanet, small_senet
 from .timm import register_timm
 
 __all__ = [
+    "FIGURES",
     "MODELS",
-    "EPSABlock",
-    "EPSANet",
-    "epsanet50",
-    "epsanet50_large",
-    "epsanet101",
-    "epsanet101_large",
+    "Figures",
+    "SEBlock",
+    "SmallResNet",
     "register_timm",
+    "small_epsanet",
+    "small_senet",
 ]
+__all__ += epsanet.__all__

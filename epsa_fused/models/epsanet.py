@@ -1,14 +1,14 @@
 """EPSANet, the ResNet whose 3x3 convolutions are PSA modules (arXiv 2105.14447, section 3.3).
 
-Attribute names, and with them the `state_dict` keys, are those of the published code
-(murufeng/EPSANet), so that its checkpoints load as they are.
+Attribute names and `state_dict` keys are those of the published code (murufeng/EPSANet): its
+checkpoints load unchanged.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,39 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..modules import FusedPSAModule
 from ..reference import PSAModule
+from .registry import Figures, register
 
-# How many keys of each kind an error shows.
+__all__ = [
+    "EPSABlock",
+    "EPSANet",
+    "epsanet50",
+    "epsanet50_large",
+    "epsanet101",
+    "epsanet101_large",
+]
+
+NormLayer = Callable[[int], nn.Module]
+
+# An error message shows at most this many keys of each kind.
 _SHOWN_KEYS = 4
+
+
+class BlockOptions(TypedDict, total=False):
+    """The options that every :class:`EPSABlock` of a network shares; see there."""
+
+    expansion: int
+    conv_kernels: Sequence[int]
+    conv_groups: Sequence[int]
+    fused: bool
+    norm_layer: NormLayer
+
+
+class ModelOptions(BlockOptions, total=False):
+    """The options of :class:`EPSANet`; see there."""
+
+    planes: Sequence[int]
+    in_chans: int
+    drop_rate: float
 
 
 class EPSABlock(nn.Module):
@@ -31,15 +61,14 @@ class EPSABlock(nn.Module):
         inplanes: input channels.
         planes: channels of the PSA module, a multiple of the number of its branches.
         stride: stride of the PSA module.
-        downsample: what maps the input to the output's shape in the shortcut; None where they
-            have the same shape.
+        downsample: the shortcut's layers; None where input and output have the same shape.
         expansion: output channels per channel of the PSA module.
         conv_kernels, conv_groups: of the PSA module, see :class:`epsa_fused.PSAModule`.
-        fused: :class:`epsa_fused.FusedPSAModule`, or else :class:`epsa_fused.PSAModule`.
-        norm_layer: makes a normalisation of so many channels.
+        fused: whether to use :class:`epsa_fused.FusedPSAModule` or :class:`epsa_fused.PSAModule`.
+        norm_layer: called with a number of channels, returns a normalisation layer.
 
     Raises:
-        ValueError, TypeError: for a PSA module that cannot be built.
+        ValueError, TypeError: the PSA module cannot be built from these arguments.
     """
 
     def __init__(
@@ -53,7 +82,7 @@ class EPSABlock(nn.Module):
         conv_kernels: Sequence[int] = (3, 5, 7, 9),
         conv_groups: Sequence[int] = (1, 4, 8, 16),
         fused: bool = True,
-        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         psa = FusedPSAModule if fused else PSAModule
@@ -72,33 +101,38 @@ class EPSABlock(nn.Module):
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         out += identity
-        return self.relu(out)
+        return cast(Tensor, self.relu(out))
 
 
 class EPSANet(nn.Module):
     """EPSANet: images [N, in_chans, H, W] -> logits [N, num_classes].
 
-    Any floating-point dtype that its convolutions take; H and W of any size (224 in the paper).
+    The images have any floating-point dtype that the convolutions take, and any H and W (the
+    paper's are 224).
 
     Args:
         layers: the number of blocks in each of the four stages.
-        num_classes: outputs of the classifier; 0 for none: the network then returns the pooled
-            features [N, num_features].
-        planes: channels of each stage's PSA modules.
+        num_classes: outputs of the classifier. With 0 there is no classifier, and the network
+            returns the pooled features [N, num_features].
+        planes: channels of the PSA modules in each stage.
         expansion, conv_kernels, conv_groups, fused, norm_layer: of every :class:`EPSABlock`.
         in_chans: channels of the images.
-        drop_rate: dropout in front of the classifier; 0 in the published code.
+        drop_rate: dropout before the classifier; 0 in the published code.
 
-    Every convolution is initialised with normal(0, sqrt(2 / (k_h * k_w * out_channels))), as in
-    the published code. `num_features` are the channels of the last stage, `pyramid_channels` and
-    `pyramid_strides` those of :meth:`forward_pyramid`, and `feature_info` says the same in timm's
-    form, with the stem in front.
+    Attributes:
+        num_features: channels of the last stage.
+        pyramid_channels, pyramid_strides: of the maps that :meth:`forward_pyramid` returns.
+        feature_info: the same in timm's form, with the stem first.
+
+    The weights of every convolution start as normal(0, sqrt(2 / (k_h * k_w * out_channels))), as
+    in the published code.
 
     Raises:
-        ValueError, TypeError: for a configuration that cannot be built; the message names it.
+        ValueError, TypeError: the network cannot be built; the message names the argument.
     """
 
     pyramid_strides = (4, 8, 16, 32)
+    fc: nn.Linear | nn.Identity
 
     def __init__(
         self,
@@ -112,20 +146,10 @@ class EPSANet(nn.Module):
         fused: bool = True,
         in_chans: int = 3,
         drop_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        for name, stages in (("layers", layers), ("planes", planes)):
-            if len(stages) != 4:
-                raise ValueError(f"{name}: expected one number for each of 4 stages, got {stages}")
-        for name, value, least in (
-            *((f"layers[{i}]", blocks, 1) for i, blocks in enumerate(layers)),
-            ("in_chans", in_chans, 1),
-            ("expansion", expansion, 1),
-        ):
-            check_int(name, value, least)
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+        _check_configuration(layers, planes, expansion, in_chans, drop_rate)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.pyramid_channels = tuple(expansion * p for p in planes)
@@ -141,19 +165,16 @@ class EPSANet(nn.Module):
         self.bn1 = norm_layer(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        options: BlockOptions = {
+            "expansion": expansion,
+            "conv_kernels": conv_kernels,
+            "conv_groups": conv_groups,
+            "fused": fused,
+            "norm_layer": norm_layer,
+        }
         inplanes = 64
         for i, (blocks, width) in enumerate(zip(layers, planes, strict=True)):
-            stage = _make_stage(
-                inplanes,
-                width,
-                blocks,
-                1 if i == 0 else 2,
-                expansion=expansion,
-                conv_kernels=conv_kernels,
-                conv_groups=conv_groups,
-                fused=fused,
-                norm_layer=norm_layer,
-            )
+            stage = _make_stage(inplanes, width, blocks, 1 if i == 0 else 2, options)
             self.add_module(f"layer{i + 1}", stage)
             inplanes = width * expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -172,38 +193,41 @@ class EPSANet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """x [N, in_chans, H, W] -> the last stage's maps [N, num_features, H / 32, W / 32]."""
+        """x [N, in_chans, H, W] -> the last stage's maps [N, num_features, H / 32, W / 32].
+
+        H / 32 and W / 32 are rounded up.
+        """
         return self.forward_pyramid(x)["3"]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage's maps -> logits, or with `pre_logits` what the classifier gets."""
+        """The last stage's maps -> logits, or with `pre_logits` the classifier's input."""
         x = torch.flatten(self.avgpool(x), 1)
         x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else cast(Tensor, self.fc(x))
 
     def forward_pyramid(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """x [N, in_chans, H, W] -> the four stages' maps C2 to C5, named "0" to "3".
 
         Map i is [N, pyramid_channels[i], H / pyramid_strides[i], W / pyramid_strides[i]], rounded
-        up. It is what torchvision's FeaturePyramidNetwork(pyramid_channels, ...) takes.
+        up. torchvision's FeaturePyramidNetwork(pyramid_channels, ...) takes the result.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = OrderedDict()
+        maps: OrderedDict[str, Tensor] = OrderedDict()
         for i in range(4):
             x = maps[str(i)] = getattr(self, f"layer{i + 1}")(x)
         return maps
 
-    # ---- the classifier, by the names that timm gives these ----
+    # ---- the classifier, by timm's names ----
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: an nn.Linear, or an nn.Identity where num_classes is 0."""
+        """The classifier: an nn.Linear, or an nn.Identity if num_classes is 0."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier of `num_classes` outputs in the old one's place, 0 for none.
+        """Replace the classifier by a new one with `num_classes` outputs; 0 removes it.
 
-        It has the device and dtype of the first convolution. `global_pool` is there for timm:
-        "avg" (or None) is what this network has; anything else raises ValueError.
+        The new one takes the device and dtype of the first convolution. timm passes `global_pool`:
+        "avg" or None keeps the network's average pooling, anything else raises ValueError.
         """
         check_int("num_classes", num_classes, 0)
         if global_pool not in (None, "avg"):
@@ -221,30 +245,33 @@ class EPSANet(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As nn.Module's, and it takes what was saved from a model in (Distributed)DataParallel.
+        """Load a `state_dict`, also one saved from a model in (Distributed)DataParallel.
 
-        Where every key begins with "module.", that is dropped. A state_dict of another
-        architecture raises RuntimeError that says which keys and shapes differ, and unlike
-        nn.Module's loads nothing, unless there are load_state_dict_pre_hooks, which may still mend
-        it. As there, keys may differ without `strict`, shapes never.
+        The prefix "module." is dropped if every key has it.
+
+        Raises:
+            RuntimeError: keys or shapes differ; the message lists them. Nothing is loaded then,
+                unlike with nn.Module. The exception is a model with load_state_dict_pre_hooks:
+                those may change the state_dict, so nn.Module checks it. With `strict=False` keys
+                may differ, shapes may not.
         """
         if not isinstance(state_dict, Mapping):
-            return super().load_state_dict(state_dict, strict, assign)  # says what it expects
+            return super().load_state_dict(state_dict, strict, assign)  # raises its own error
         state_dict = _without_module_prefix(state_dict)
-        # hooks may rename keys or change shapes first
+        # Hooks may rename keys or change shapes first.
         if not any(module._load_state_dict_pre_hooks for module in self.modules()):
             self._check_state_dict(state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:
-        """RuntimeError where nn.Module.load_state_dict would fail halfway."""
+        """Raise RuntimeError where nn.Module.load_state_dict would fail halfway."""
 
         def shape(value: Any) -> str:
             return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
         own = self.state_dict()
-        # BatchNorm supplies num_batches_tracked to checkpoints that are older than it, and
-        # torchvision's FrozenBatchNorm2d, which has running_mean, drops it
+        # BatchNorm adds num_batches_tracked to checkpoints older than that buffer. torchvision's
+        # FrozenBatchNorm2d has running_mean and drops num_batches_tracked.
         count, mean = "num_batches_tracked", "running_mean"
         missing = [k for k in own if k not in state_dict and not k.endswith(count)]
         unexpected = [
@@ -274,8 +301,27 @@ class EPSANet(nn.Module):
         )
 
 
+def _check_configuration(
+    layers: Sequence[int],
+    planes: Sequence[int],
+    expansion: int,
+    in_chans: int,
+    drop_rate: float,
+) -> None:
+    """Raise ValueError or TypeError if no network can be built from these arguments."""
+    for name, stages in (("layers", layers), ("planes", planes)):
+        if len(stages) != 4:
+            raise ValueError(f"{name}: expected one number for each of 4 stages, got {stages}")
+    for i, blocks in enumerate(layers):
+        check_int(f"layers[{i}]", blocks, 1)
+    check_int("in_chans", in_chans, 1)
+    check_int("expansion", expansion, 1)
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
 def check_int(name: str, value: int, least: int, most: int | None = None) -> None:
-    """TypeError or ValueError where the argument `name` is no int from `least` to `most`."""
+    """Raise TypeError or ValueError unless the argument `name` is an int in [least, most]."""
     if not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
@@ -285,23 +331,16 @@ def check_int(name: str, value: int, least: int, most: int | None = None) -> Non
 
 
 def _make_stage(
-    inplanes: int,
-    planes: int,
-    blocks: int,
-    stride: int,
-    *,
-    expansion: int,
-    norm_layer: Callable[[int], nn.Module],
-    **options: Any,
+    inplanes: int, planes: int, blocks: int, stride: int, options: BlockOptions
 ) -> nn.Sequential:
-    """`blocks` blocks, the first of them with `stride` and where needed a downsample."""
-    outplanes = planes * expansion
+    """`blocks` blocks; the first has `stride`, and a downsample if shapes change."""
+    outplanes = planes * options["expansion"]
     downsample = None
     if stride != 1 or inplanes != outplanes:
         downsample = nn.Sequential(
-            nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False), norm_layer(outplanes)
+            nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False),
+            options["norm_layer"](outplanes),
         )
-    options |= {"expansion": expansion, "norm_layer": norm_layer}
     first = EPSABlock(inplanes, planes, stride, downsample, **options)
     return nn.Sequential(
         first, *(EPSABlock(outplanes, planes, **options) for _ in range(blocks - 1))
@@ -311,15 +350,14 @@ def _make_stage(
 def _without_module_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     if not state_dict or not all(key.startswith("module.") for key in state_dict):
         return state_dict
-    stripped = OrderedDict(state_dict)
-    if hasattr(state_dict, "_metadata"):  # the layers' versions
+    stripped: Any = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):  # the versions of the layers
         stripped._metadata = OrderedDict(state_dict._metadata)
     consume_prefix_in_state_dict_if_present(stripped, "module.")
-    return stripped
+    return cast(Mapping[str, Any], stripped)
 
 
-def _shortened(kind: str, keys: Iterable[str]) -> str:
-    keys = list(keys)
+def _shortened(kind: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
@@ -328,7 +366,7 @@ def _shortened(kind: str, keys: Iterable[str]) -> str:
 
 # ---- the published models ----
 
-_LARGE = {
+_LARGE: ModelOptions = {
     "planes": (128, 256, 512, 1024),
     "expansion": 2,
     "conv_kernels": (3, 5, 5, 7),
@@ -336,39 +374,48 @@ _LARGE = {
 }
 
 
-def epsanet50(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+@register(Figures(22_561_715, 3_597_860_864, 22.56, 3.62, 77.49, 93.54))
+def epsanet50(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> EPSANet:
     """EPSANet-50 (small): 22.56 M parameters, 3.60 G multiply-adds at 224x224.
 
-    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    Args:
+        num_classes: outputs of the classifier, 0 for none.
+        options: of :class:`EPSANet`, such as fused, in_chans, drop_rate and norm_layer.
     """
-    return EPSANet((3, 4, 6, 3), num_classes, fused=fused, **options)
+    return EPSANet((3, 4, 6, 3), num_classes, **options)
 
 
-def epsanet101(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
-    """EPSANet-101 (small): 38.90 M parameters, 6.79 G multiply-adds at 224x224.
-
-    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
-    """
-    return EPSANet((3, 4, 23, 3), num_classes, fused=fused, **options)
-
-
-def epsanet50_large(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+@register(Figures(27_899_518, 4_692_901_888, 27.90, 4.72, 78.64, 94.18))
+def epsanet50_large(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> EPSANet:
     """EPSANet-50 (large): 27.90 M parameters, 4.69 G multiply-adds at 224x224.
 
     The published code never held the large models. This configuration (planes 128 to 1024,
-    expansion 2, kernels 3, 5, 5, 7 in 32 groups each) is the one found to give exactly the
-    published numbers of parameters, of both depths.
+    expansion 2, kernels 3, 5, 5, 7 in 32 groups each) was inferred: it gives exactly the published
+    numbers of parameters at both depths.
 
-    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    Args:
+        num_classes, options: as of :func:`epsanet50`.
     """
-    return EPSANet((3, 4, 6, 3), num_classes, fused=fused, **(_LARGE | options))
+    return EPSANet((3, 4, 6, 3), num_classes, **(_LARGE | options))
 
 
-def epsanet101_large(num_classes: int = 1000, *, fused: bool = True, **options: Any) -> EPSANet:
+@register(Figures(38_900_279, 6_788_050_944, 38.90, 6.82, 78.43, 94.11))
+def epsanet101(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> EPSANet:
+    """EPSANet-101 (small): 38.90 M parameters, 6.79 G multiply-adds at 224x224.
+
+    Args:
+        num_classes, options: as of :func:`epsanet50`.
+    """
+    return EPSANet((3, 4, 23, 3), num_classes, **options)
+
+
+@register(Figures(49_592_198, 8_923_742_208, 49.59, 8.97, 79.38, 94.58))
+def epsanet101_large(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> EPSANet:
     """EPSANet-101 (large): 49.59 M parameters, 8.92 G multiply-adds at 224x224.
 
     Its configuration was inferred, see :func:`epsanet50_large`.
 
-    `options` are those of :class:`EPSANet`: in_chans, drop_rate, norm_layer.
+    Args:
+        num_classes, options: as of :func:`epsanet50`.
     """
-    return EPSANet((3, 4, 23, 3), num_classes, fused=fused, **(_LARGE | options))
+    return EPSANet((3, 4, 23, 3), num_classes, **(_LARGE | options))

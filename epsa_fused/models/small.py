@@ -1,9 +1,10 @@
-"""Small networks for small images, as the training command's digits and CIFAR-10."""
+"""Small networks for small images, such as the digits and CIFAR-10 of the training command."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,24 @@ from torch import Tensor, nn
 
 from ..reference import SEWeight
 from .epsanet import EPSABlock
+from .registry import register
 
 EXPANSION = 2
 
 
+class SmallOptions(TypedDict, total=False):
+    """The options of :class:`SmallResNet`; see there."""
+
+    in_chans: int
+    drop_rate: float
+    planes: tuple[int, ...]
+
+
 class SEBlock(nn.Module):
-    """The bottleneck block of SENet (arXiv 1709.01507): EPSABlock with a 3x3 convolution for the
-    PSA module, and SE weights on its output's channels before the shortcut is added.
+    """The bottleneck block of SENet (arXiv 1709.01507).
+
+    It differs from :class:`EPSABlock` in two ways: a 3x3 convolution replaces the PSA module, and
+    SE weights scale the output's channels before the shortcut is added.
 
     x [N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride], rounded up.
     """
@@ -48,18 +60,18 @@ class SEBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out * self.se(out) + identity)
+        return cast(Tensor, self.relu(out * self.se(out) + identity))
 
 
 class SmallResNet(nn.Module):
-    """A ResNet for images of 8x8 to 32x32: a 3x3 stem, and one bottleneck block a stage.
+    """A ResNet for images of 8x8 to 32x32: a 3x3 stem, then one bottleneck block per stage.
 
     images [N, in_chans, H, W] -> logits [N, num_classes]. Every stage but the first halves H and W.
 
     Args:
-        block: makes a block of (inplanes, planes, stride, downsample, expansion=...).
+        block: called as block(inplanes, planes, stride, downsample, expansion=...).
         num_classes, in_chans, drop_rate: as of :class:`epsa_fused.EPSANet`.
-        planes: of each stage's block; 64 are the fewest that PSA's SE has a hidden unit for.
+        planes: of each stage's block. With fewer than 64 the SE of PSA has no hidden unit.
     """
 
     def __init__(
@@ -92,14 +104,23 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(F.relu(self.bn1(self.conv1(x))))
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
-        return self.fc(F.dropout(x, self.drop_rate, self.training))
+        return cast(Tensor, self.fc(F.dropout(x, self.drop_rate, self.training)))
 
 
-def small_epsanet(num_classes: int, *, fused: bool = True, **options: object) -> SmallResNet:
-    """SmallResNet with PSA, fused or the reference."""
+@register()
+def small_epsanet(
+    num_classes: int, *, fused: bool = True, **options: Unpack[SmallOptions]
+) -> SmallResNet:
+    """A :class:`SmallResNet` with PSA modules, fused or plain."""
     return SmallResNet(partial(EPSABlock, fused=fused), num_classes, **options)
 
 
-def small_senet(num_classes: int, *, fused: bool = True, **options: object) -> SmallResNet:
-    """SmallResNet with SE, at the depth of :func:`small_epsanet`; nothing in it can be fused."""
+@register()
+def small_senet(
+    num_classes: int, *, fused: bool = True, **options: Unpack[SmallOptions]
+) -> SmallResNet:
+    """A :class:`SmallResNet` with SE, as deep as :func:`small_epsanet`.
+
+    `fused` has no effect: the network has nothing to fuse.
+    """
     return SmallResNet(SEBlock, num_classes, **options)

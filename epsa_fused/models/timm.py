@@ -1,31 +1,23 @@
 """EPSANet in timm's model registry: `epsa_fused.register_timm()`.
 
-A call and not a side effect of importing epsa_fused: importing timm takes seconds, and whether
-`import epsa_fused` registers should not depend on which of the two was imported first.
+Importing epsa_fused does not register. The import of timm takes seconds, and the result must not
+depend on which of the two packages was imported first.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from . import epsanet
+from . import epsanet  # noqa: F401  fills the registry
+from .registry import FIGURES, MODELS
 
-_BUILDERS = (
-    epsanet.epsanet50,
-    epsanet.epsanet101,
-    epsanet.epsanet50_large,
-    epsanet.epsanet101_large,
-)
-
-# As ResNets are evaluated on ImageNet.
-# No weights: the published ones are not on a server that timm loads from. Those in a file load by
-# create_model(name, checkpoint_path=...) or pretrained_cfg_overlay={"file": ...}.
+# The preprocessing is that of ResNets on ImageNet. The URL is empty: no published weights exist.
+# Users load a file by create_model(name, checkpoint_path=...) or pretrained_cfg_overlay.
 default_cfgs = {
-    builder.__name__: {
+    name: {
         "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -37,37 +29,40 @@ default_cfgs = {
         "first_conv": "conv1",
         "classifier": "fc",
     }
-    for builder in _BUILDERS
+    for name in FIGURES
 }
 
 
-@functools.cache  # timm warns of a name that is registered twice
+@functools.cache  # timm warns when a name is registered twice
 def register_timm() -> None:
-    """Make timm.create_model("epsanet50"), epsanet101, epsanet50_large, epsanet101_large work.
+    """Make every published model known to timm: `timm.create_model("epsanet50")`.
 
-    They take what timm's other models do: num_classes, in_chans, drop_rate, features_only and
-    out_indices, checkpoint_path; and `fused`, as :class:`epsa_fused.EPSANet` does. Of the feature
-    maps, index 0 is the stem's (stride 2), as in timm's ResNets, and 1 to 4 are C2 to C5.
-    Arguments that EPSANet lacks raise TypeError; `pretrained=True` without a source of weights
+    The models take timm's usual arguments: num_classes, in_chans, drop_rate, features_only,
+    out_indices and checkpoint_path. They also take `fused`, see :class:`epsa_fused.EPSANet`.
+    Feature map 0 is the stem's (stride 2), as in timm's ResNets; maps 1 to 4 are C2 to C5.
+    An argument that EPSANet lacks raises TypeError. `pretrained=True` without a source of weights
     raises timm's RuntimeError.
 
-    Call it once, before or after importing timm; further calls do nothing.
+    Call it once, before or after timm is imported. Further calls do nothing.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
     """
     from timm.models import register_model
 
-    for builder in _BUILDERS:
-        register_model(_entrypoint(builder))
+    for name in FIGURES:
+        register_model(_entrypoint(name))
 
 
-def _entrypoint(builder: Callable[..., epsanet.EPSANet]) -> Callable[..., nn.Module]:
+def _entrypoint(name: str) -> Any:
     from timm.models import build_model_with_cfg
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(builder, builder.__name__, pretrained, **kwargs)
+    build = MODELS[name]
 
-    # timm registers a function by its name and finds default_cfgs in its module
-    create.__name__, create.__doc__ = builder.__name__, builder.__doc__
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: nn.Module = build_model_with_cfg(build, name, pretrained, **kwargs)
+        return model
+
+    # timm registers a function by its name, and looks for default_cfgs in the function's module.
+    create.__name__, create.__doc__ = name, build.__doc__
     return create

@@ -25,14 +25,19 @@ from epsa_fused import (
     epsanet101,
     epsanet101_large,
 )
+from epsa_fused.models import FIGURES as REGISTERED
+from epsa_fused.models import MODELS
 
 # parameters; multiply-adds at 224x224 of the convolutions (the SE's left out) and the classifier;
 # and both as the paper gives them, in millions and billions
 FIGURES = {
-    epsanet50: (22_561_715, 3_597_860_864, 22.56, 3.62),
-    epsanet101: (38_900_279, 6_788_050_944, 38.90, 6.82),
-    epsanet50_large: (27_899_518, 4_692_901_888, 27.90, 4.72),
-    epsanet101_large: (49_592_198, 8_923_742_208, 49.59, 8.97),
+    MODELS[name]: (
+        figures.parameters,
+        figures.multiply_adds,
+        figures.published_parameters,
+        figures.published_multiply_adds,
+    )
+    for name, figures in REGISTERED.items()
 }
 
 
