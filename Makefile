@@ -9,6 +9,10 @@ PYTHON ?= python3
 #   make TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Half of the suite waits for single-threaded programs: compilers, emulators, imports of torch.
+# Two test processes, each of whole files so that fixtures are made once, keep two cores busy.
+TEST_PROCESSES ?= 2
+PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -22,11 +26,11 @@ demo: $(VENV)/built
 	$(PY) benchmarks/demo.py
 
 test: $(VENV)/built
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # also the exhaustive and large cases: up to 12 GiB of memory
 test-all: $(VENV)/built
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 bench: $(VENV)/built
 	$(PY) benchmarks/latency.py

@@ -37,6 +37,7 @@ OP = torch.ops.epsa_fused.psa_attention.default
 BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -50,6 +51,7 @@ def test_every_shape(case, layout, dtype, device):
         assert grad.stride() == (strides if "feats" in name else t.stride())
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", (BY_NAME["stage3"], BY_NAME["not_square"]), ids=name_of)
@@ -61,6 +63,7 @@ def test_every_layout(case, layout, dtype, device):
         assert result[f"grad of feats[{s}]"].stride() == strides
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
 @pytest.mark.parametrize("case", SMALL, ids=name_of)
@@ -69,6 +72,7 @@ def test_every_kind_of_weights(case, kind, order, device):
     check(inputs, *make_cotangents(case, torch.float32, device=device), branch_order=order)
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_float32_weights_beside_half_precision_features(dtype, kind, device):
@@ -286,6 +290,7 @@ def test_inputs_are_never_written(layout, device):
 # ---- NaN and Inf ----
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize(
     "where",

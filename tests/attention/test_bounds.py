@@ -85,6 +85,7 @@ def convolve_with_guards() -> None:
                         KEPT.clear()
 
 
+@pytest.mark.per_isa
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 def test_nothing_outside_of_the_inputs_is_read():
     assert "every call stayed within its inputs" in python(__file__, "call")

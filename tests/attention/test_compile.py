@@ -1,10 +1,7 @@
 """Everything that runs without data or ahead of time: opcheck, fake tensors, torch.compile,
 torch.export, AOTInductor, autocast and FLOP counts."""
 
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +25,6 @@ from support.tolerance import accumulation_type, assert_close, make_cotangents
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import epsa_fused
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention, psa_attention_reference
 
 OP = torch.ops.epsa_fused.psa_attention.default
@@ -276,33 +272,6 @@ def test_export(tmp_path):
     for n, h, w in SIZES:
         x = torch.randn(n, 16, h, w)
         assert torch.equal(loaded(x), module(x))
-
-
-@pytest.mark.slow
-def test_aot_inductor(tmp_path):
-    """A package of machine code runs in a process that knows of epsa_fused only its operators'
-    library."""
-    module = small_module().eval().double()
-    x = torch.randn(2, 16, 8, 9, dtype=torch.float64)
-    program = torch.export.export(module, (x,))
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "module.pt2")
-    )
-    torch.save(x, tmp_path / "x.pt")
-    library = Path(epsa_fused.__file__).parent / "_ops.so"
-    code = f"""
-        import sys, torch
-        torch.ops.load_library({str(library)!r})
-        run = torch._inductor.aoti_load_package({package!r})
-        torch.save(run(torch.load({str(tmp_path / "x.pt")!r})), {str(tmp_path / "out.pt")!r})
-        assert "epsa_fused" not in sys.modules
-    """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120, cwd=tmp_path
-    )
-    expected = module(x).detach()
-    size = 16 * 81 * expected.abs().max()
-    assert_close(torch.load(tmp_path / "out.pt"), expected, torch.float64, magnitude=size)
 
 
 # ---- autocast ----

@@ -37,6 +37,7 @@ from epsa_fused import psa_attention, psa_attention_reference
 OP = torch.ops.epsa_fused.psa_attention.default
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -49,6 +50,7 @@ def test_every_shape(case, layout, dtype, device):
     assert attention.is_contiguous()
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", (BY_NAME["stage3"], BY_NAME["not_square"]), ids=name_of)
@@ -57,6 +59,7 @@ def test_every_layout(case, layout, dtype, device):
     assert out.stride() == strides_of(case.out_shape, layout.out_format)
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
 @pytest.mark.parametrize("case", SMALL, ids=name_of)
@@ -64,6 +67,7 @@ def test_every_kind_of_weights(case, kind, order, device):
     check(make_inputs(case, layout=CONTIGUOUS, kind=kind, device=device), branch_order=order)
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("kind", WEIGHT_KINDS, ids=name_of)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_float32_weights_beside_half_precision_features(dtype, kind, device):
@@ -109,6 +113,7 @@ def test_inputs_are_never_written(layout, device):
 # ---- pooled: sums that somebody else made already ----
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", (*SMALL, BY_NAME["large_planes"]), ids=name_of)
 def test_pooled_is_the_mean_of_each_map(case, layout, device):
@@ -118,6 +123,7 @@ def test_pooled_is_the_mean_of_each_map(case, layout, device):
     assert_close(pooled, means, torch.float32)
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_a_given_pooled_takes_the_place_of_the_mean(layout, dtype, device):
@@ -150,6 +156,7 @@ def test_the_ops_own_pooled_given_back_changes_nothing(layout, device):
 # ---- NaN and Inf ----
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("where", ("feats[1]", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"))
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)

@@ -12,6 +12,7 @@ from support.convolutions import (
     LAYOUTS,
     OP,
     PLAIN_LAYOUTS,
+    STAGES,
     WEIGHT_LAYOUTS,
     Branch,
     Call,
@@ -25,6 +26,7 @@ from support.convolutions import (
     spc,
     sweep,
 )
+from support.isa import per_isa
 from support.memory import allocations
 from support.tolerance import accumulation_type
 
@@ -58,7 +60,7 @@ def check_kinds(call, layout, dtype, results, weights=None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("call", CALLS, ids=name_of)
+@pytest.mark.parametrize("call", per_isa(CALLS, lambda call: call not in STAGES), ids=name_of)
 def test_every_call(call, dtype):
     exact = None
     for layout in PLAIN_LAYOUTS:
@@ -68,7 +70,11 @@ def test_every_call(call, dtype):
         check_kinds(call, layout, dtype, results)
 
 
-@pytest.mark.parametrize("kernel", KERNELS + FLAT_KERNELS, ids=lambda k: f"{k[0]}x{k[1]}")
+@pytest.mark.parametrize(
+    "kernel",
+    per_isa(KERNELS + FLAT_KERNELS, lambda k: max(k) in (1, 2, 3, 5)),
+    ids=lambda k: f"{k[0]}x{k[1]}",
+)
 def test_every_kind_of_branch(kernel):
     """All groups, strides and dilations; the rest takes turns."""
     for turn, call in enumerate(sweep(kernel)):
@@ -114,6 +120,7 @@ def test_the_sweep_meets_every_method_and_tile():
                 assert len({p[part] for p in plans if p["method"] == method}) >= least
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_the_gradient_of_pixels_that_no_kernel_meets(dtype):
     call = Call("between", 2, 64, 32, 1, 1, (Branch((1, 1), 1, 1),), 2)
@@ -124,6 +131,7 @@ def test_the_gradient_of_pixels_that_no_kernel_meets(dtype):
         check(call, inputs, everything(call))
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("seed", (2838, 4009))
 def test_few_pixels_under_a_kernel(seed):
     """In a corner Winograd's sums hold more than the products that are left."""
@@ -133,6 +141,7 @@ def test_few_pixels_under_a_kernel(seed):
     check(call, make_inputs(call, seed=seed), everything(call))
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 @pytest.mark.parametrize(
     ("stride", "branches"),
@@ -162,6 +171,7 @@ LAYOUT_CALLS = (
 )
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("call", LAYOUT_CALLS, ids=name_of)
@@ -170,6 +180,7 @@ def test_every_layout_of_x(call, layout, dtype):
     check_kinds(call, layout, dtype, check(call, inputs, everything(call)))
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("call", LAYOUT_CALLS, ids=name_of)
@@ -179,7 +190,7 @@ def test_every_layout_of_weights(call, weight_layout, dtype):
     check_kinds(call, CONTIGUOUS, dtype, results, inputs.weights)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", per_isa(DTYPES, lambda t: t == torch.float32), ids=name_of)
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_every_layout_of_gradients(layout, grad_layout, dtype):
@@ -220,6 +231,7 @@ def test_dilation_is_one_by_default():
 # ---- the means ----
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_pooled_is_the_mean_of_the_unrounded_maps(dtype):
     """A map of 100 in every pixel but for a quarter of a rounding step: the rounded map's mean
@@ -259,6 +271,7 @@ def test_output_mask(bits, dtype):
 # ---- NaN and infinity ----
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -277,6 +290,7 @@ def test_special_values_of_x_reach_the_outputs_whose_windows_hold_them(dtype, la
             assert torch.equal(~pooled[:, s].isfinite(), (touched > 0).any((2, 3))), (s, pixel)
 
 
+@pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_special_values_of_a_weight_stay_in_their_channel(dtype):
     call = Call("special", 2, 16, 32, 6, 7, (same(3, 1), same(5, 4), same(3, 16), same(3, 2)))

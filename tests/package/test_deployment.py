@@ -40,6 +40,12 @@ def small_network(**options) -> EPSANet:
     return EPSANet((1, 1, 1, 1), 10, planes=(64, 64, 64, 128), expansion=2, **options)
 
 
+# Four modules of the small one show what sixteen do.
+NETWORKS = pytest.mark.parametrize(
+    "make", (small_network, pytest.param(epsanet50, marks=pytest.mark.slow))
+)
+
+
 def small_model() -> nn.Module:
     """A module of each kind that is fused, as fuse() leaves them."""
     psa = published.PSAModule(16, 64, conv_groups=(1, 2, 4, 8))
@@ -59,10 +65,10 @@ def gradients(model):
 # ---- torch.compile ----
 
 
-def check_compiled(train: bool, dynamic: bool, backend: str) -> None:
+def check_compiled(network: nn.Module, train: bool, dynamic: bool, backend: str) -> None:
     """One graph of the whole network, which gives what eager gives; where `dynamic`, for every
     batch."""
-    network = epsanet50(10).double().train(train)
+    network = network.double().train(train)
     eager = copy.deepcopy(network)
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(network, fullgraph=True, backend=backend)
@@ -83,26 +89,26 @@ def check_compiled(train: bool, dynamic: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
-def test_the_whole_network_is_one_graph(train):
-    check_compiled(train, dynamic=True, backend="aot_eager")
+@NETWORKS
+def test_the_whole_network_is_one_graph(make, train):
+    check_compiled(make(), train, dynamic=True, backend="aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
 def test_the_whole_network_through_inductor(train, dynamic):
-    check_compiled(train, dynamic, backend="inductor")
+    check_compiled(epsanet50(10), train, dynamic, backend="inductor")
 
 
 # ---- torch.export, AOTInductor ----
 
 
-@pytest.mark.parametrize(
-    ("make", "modules"),
-    ((small_network, 4), pytest.param(epsanet50, 16, marks=pytest.mark.slow)),
-)
-def test_export_of_any_batch_and_size(make, modules, tmp_path):
+@NETWORKS
+def test_export_of_any_batch_and_size(make, tmp_path):
     network = make().eval()
+    modules = sum(isinstance(m, FusedPSAModule) for m in network.modules())
+    assert modules in (4, 16)
     size = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         network, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: size, 2: size, 3: size},)
@@ -287,17 +293,11 @@ WORKER = """
     from epsa_fused import EPSANet
 
     torch.set_num_threads(1)
-    wrapper, rank, store, expected = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, store, expected = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
     inputs = torch.load(expected)
-    network = EPSANet(
-        (1, 1, 1, 1), 10, planes=(64, 64, 64, 128), expansion=2,
-        norm_layer=lambda channels: nn.GroupNorm(4, channels),
-    ).double()
-    network.load_state_dict(inputs["state"])
-    if wrapper == "ddp":
-        model = nn.parallel.DistributedDataParallel(network)
-    else:
+
+    def sharded(network):
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -306,12 +306,22 @@ WORKER = """
                 fully_shard(block, mesh=mesh)
         model = fully_shard(network, mesh=mesh)
         assert type(network.layer1[0].conv2.se.fc1.weight).__name__ == "DTensor"
-    # each process has half of the batch; the gradients are the mean of both
-    model(inputs["x"].chunk(2)[rank]).sin().mean().backward()
-    actual = [p.grad.full_tensor() if wrapper == "fsdp" else p.grad for p in network.parameters()]
-    actual = torch.cat([grad.flatten() for grad in actual])
-    error = (actual - inputs["grads"]).abs().max() / inputs["grads"].abs().max()
-    assert error < 1e-12, error
+        return model
+
+    for wrapped in (nn.parallel.DistributedDataParallel, sharded):
+        network = EPSANet(
+            (1, 1, 1, 1), 10, planes=(64, 64, 64, 128), expansion=2,
+            norm_layer=lambda channels: nn.GroupNorm(4, channels),
+        ).double()
+        network.load_state_dict(inputs["state"])
+        # each process has half of the batch; the gradients are the mean of both
+        wrapped(network)(inputs["x"].chunk(2)[rank]).sin().mean().backward()
+        gradients = [p.grad for p in network.parameters()]
+        if wrapped is sharded:
+            gradients = [grad.full_tensor() for grad in gradients]
+        actual = torch.cat([grad.flatten() for grad in gradients])
+        error = (actual - inputs["grads"]).abs().max() / inputs["grads"].abs().max()
+        assert error < 1e-12, (wrapped, error)
     dist.destroy_process_group()
     print("equal")
 """
@@ -320,9 +330,8 @@ WORKER = """
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
 )
-@pytest.mark.parametrize("wrapper", ("ddp", "fsdp"))
-def test_two_processes_get_the_gradients_of_the_whole_batch(wrapper, tmp_path):
-    """GroupNorm, so that a sample's result does not depend on the others."""
+def test_two_processes_get_the_gradients_of_the_whole_batch(tmp_path):
+    """By DDP and FSDP2. GroupNorm, so that a sample's result does not depend on the others."""
     network = small_network(norm_layer=lambda channels: nn.GroupNorm(4, channels)).double()
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     network(x).sin().mean().backward()
@@ -337,7 +346,7 @@ def test_two_processes_get_the_gradients_of_the_whole_batch(wrapper, tmp_path):
     workers = [
         subprocess.Popen(
             [
-                *(sys.executable, "-c", textwrap.dedent(WORKER), wrapper, str(rank)),
+                *(sys.executable, "-c", textwrap.dedent(WORKER), str(rank)),
                 *(str(tmp_path / "store"), str(tmp_path / "expected.pt")),
             ],
             stdout=subprocess.PIPE,

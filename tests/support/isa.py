@@ -1,14 +1,22 @@
 """The instruction sets of the CPU kernels, and which of them this machine runs."""
 
 import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from support.processes import python
+
+
+def per_isa(values: Iterable, chosen: Callable[[Any], bool]) -> list:
+    """Parameters of a test; those that are `chosen` run again for each instruction set."""
+    return [pytest.param(v, marks=pytest.mark.per_isa) if chosen(v) else v for v in values]
 
 
 @functools.cache
 def runs_here(isa: str) -> bool:
-    """Whether the package agrees to use it; the test below says that it refuses rightly."""
+    """Whether the package agrees to use it; test_isa.py checks that it refuses rightly."""
     output = python(
         "-c", "from epsa_fused import _C; print(_C.cpu_isa())", check=False, EPSA_CPU_ISA=isa
     )

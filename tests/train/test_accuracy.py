@@ -11,8 +11,8 @@ from support.paths import ROOT
 from support.tolerance import assert_no_worse, relative_error
 from support.training import saved
 
+from epsa_fused.models import MODELS
 from epsa_fused.train import train
-from epsa_fused.train.networks import MODELS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
