@@ -1,12 +1,13 @@
-# make demo   set up, then the main job on photographs and a quick benchmark
-# make test   set up, then the tests
-# Both create .venv here and build the extension in place; nothing else is touched.
+# make demo         sets up, then runs the operator and EPSANet-50 on photographs
+# make test         sets up, then runs the tests
+# make docs         builds the documentation site in build/docs; docs-serve shows it while you edit
+# All create .venv here, with the packages that they need, and build the extension in place. Nothing
+# else is touched.
 
 PYTHON ?= python3
-# The torch that is developed with; any >= 2.11 works. On Linux, plain `torch` from
-# PyPI brings several GB of CUDA packages: for a CPU-only one, install
-# `torch==2.13.0+cpu` from PyTorch's own index by
-#   make TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"
+# The torch that is developed with; any >= 2.11 works. On Linux, PyPI's torch brings several GB of
+# CUDA packages. PyTorch's own index has one for the CPU alone:
+#   make demo TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 # Half of the suite waits for single-threaded programs: compilers, emulators, imports of torch.
@@ -17,51 +18,77 @@ BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PROGRESS := $(PYTHON) scripts/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all bench lint sdist-check clean
+.PHONY: demo test test-all bench lint sdist-check docs docs-serve clean
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
 
-demo: $(VENV)/built
+demo: $(VENV)/built $(VENV)/packages-demo
 	$(PY) benchmarks/demo.py
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # also the exhaustive and large cases: up to 12 GiB of memory
-test-all: $(VENV)/built
+test-all: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
-bench: $(VENV)/built
+bench: $(VENV)/built $(VENV)/packages-demo
 	$(PY) benchmarks/latency.py
 
-lint: $(VENV)/installed
+lint: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 # the source distribution holds what its build needs
-sdist-check: $(VENV)/installed
+sdist-check: $(VENV)/packages-dev $(VENV)/torch
 	rm -rf build/sdist && mkdir -p build/sdist/unpacked
 	$(PY) -m build --sdist --no-isolation --outdir build/sdist . > build/sdist/log 2>&1 || \
 	  { cat build/sdist/log; exit 1; }
 	tar -xzf build/sdist/epsa_fused-*.tar.gz -C build/sdist/unpacked --strip-components 1
-	for part in csrc epsa_fused tests benchmarks examples; do \
+	for part in csrc epsa_fused tests benchmarks examples docs scripts; do \
 	  diff -rq -x __pycache__ -x '*.so' $$part build/sdist/unpacked/$$part || exit 1; done
 
-$(VENV)/installed: pyproject.toml
+docs: $(VENV)/packages-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "build/docs/index.html"
+
+docs-serve: $(VENV)/packages-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
+# ---- set-up ----
+
+$(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print('\n'.join(r for e in p['optional-dependencies'].values() for r in e))" \
-	  > $(VENV)/requirements.txt
-	$(PY) -m pip install --quiet -r $(VENV)/requirements.txt
+	$(PROGRESS) $(PY) -m pip install --upgrade pip
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
-	@echo "compiling the extension (about a minute)"
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	  $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+$(VENV)/torch: | $(VENV)/created
+	@echo "installing torch: minutes, most of them for the download"
+	$(PROGRESS) $(PY) -m pip install $(TORCH)
+	touch $@
+
+# the extras of pyproject.toml that targets need
+$(VENV)/packages-build: EXTRAS := build
+$(VENV)/packages-demo: EXTRAS := bench
+$(VENV)/packages-dev: EXTRAS := build test train bench lint
+$(VENV)/packages-docs: EXTRAS := docs
+$(VENV)/packages-%: pyproject.toml | $(VENV)/created
+	@$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print('\n'.join(r for e in '$(EXTRAS)'.split() for r in p['optional-dependencies'][e]))" \
+	  > $(VENV)/$*.txt
+	$(PROGRESS) $(PY) -m pip install -r $(VENV)/$*.txt
+	touch $@
+
+# In place, by ninja in a folder that stays: another build compiles only what changed. pip's
+# editable installation would compile everything again.
+$(VENV)/built: $(VENV)/torch $(VENV)/packages-build $(SOURCES)
+	@echo "compiling, several minutes of processor time:"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PROGRESS) --compile build/log \
+	  $(PY) setup.py egg_info build_ext --inplace --build-temp build/temp
+	@$(PY) -c "import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path('purelib'), 'epsa_fused.pth').write_text('$(CURDIR)\n')"
 	touch $@
 
 # ---- CUDA ----

@@ -62,7 +62,7 @@ def measure(case: Case, product: Callable[[], object], threads: int, rounds: int
     weights_last = [w.contiguous(memory_format=last) for w in weights]
     groups, padding = [g for _, g in branches], [k // 2 for k, _ in branches]
 
-    def ours() -> list[torch.Tensor]:
+    def fused() -> list[torch.Tensor]:
         return epsa_fused.convolution.spc_conv(x, weights, groups, stride=stride, padding=padding)[
             0
         ]
@@ -74,13 +74,13 @@ def measure(case: Case, product: Callable[[], object], threads: int, rounds: int
         ]
 
     runs = {
-        "ours": ours,
+        "fused": fused,
         "torch": lambda: torchs(x, weights),
         "torch channels_last": lambda: torchs(x_last, weights_last),
         "product": product,
     }
     flops = 0
-    for actual, expected, (kernel, g) in zip(ours(), torchs(x, weights), branches, strict=True):
+    for actual, expected, (kernel, g) in zip(fused(), torchs(x, weights), branches, strict=True):
         error = (actual - expected).abs().max() / expected.abs().max()
         if not error < 1e-4:
             raise SystemExit(f"{case}: error {error:.1e}, expected below 1e-4")
@@ -113,11 +113,11 @@ def measure(case: Case, product: Callable[[], object], threads: int, rounds: int
         "kernel": branches[0][0] if alone else "all",
         "groups": branches[0][1] if alone else "all",
         "method": methods.pop() if alone else "",
-        "ms": round(1e3 * timings["ours"].median, 3),
-        "gflops": rate(timings["ours"]),
+        "ms": round(1e3 * timings["fused"].median, 3),
+        "gflops": rate(timings["fused"]),
         "torch_gflops": rate(timings["torch"]),
         "torch_channels_last_gflops": rate(timings["torch channels_last"]),
-        "of_peak": round(rate(timings["ours"]) / product_rate, 2),
+        "of_peak": round(rate(timings["fused"]) / product_rate, 2),
     }
 
 

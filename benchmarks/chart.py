@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = {
-    "seed eager": "#b9c6d3",
-    "seed compiled": "#8fa6bd",
+    "published eager": "#b9c6d3",
+    "published compiled": "#8fa6bd",
     "rewrite eager": "#5b7fa6",
     "rewrite compiled": "#27527f",
 }

@@ -2,10 +2,10 @@
 
     make demo
 
-The quick setting of the latency benchmark runs and draws its chart. Then two photographs that
-scikit-learn ships go, whole and as a batch of crops, through EPSANet-50 in plain PyTorch and
-through what epsa_fused.fuse() makes of it, both in channels_last: logits and gradients are
-compared, and the forward is timed.
+First the quick setting of the latency benchmark runs and draws its chart. Then EPSANet-50 gets two
+photographs that scikit-learn ships, whole and as a batch of crops. It runs in plain PyTorch and as
+epsa_fused.fuse() makes it, both in channels_last. Logits and gradients are compared, and the
+forward pass is timed. The last line is the path of the chart.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import latency
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
 CROP = 224
-# Relative errors that two computations in float32 explain that round differently, over 50 layers.
-# In the gradients also by ReLUs whose inputs round to either side of zero.
+# Rounding in float32 over 50 layers explains such relative errors. Gradients differ more, since
+# inputs of ReLUs may round to either side of zero.
 LOGITS_LIMIT, GRADIENTS_LIMIT = 1e-5, 2e-3
 ROUNDS = 3
 
@@ -50,8 +50,10 @@ def center_crop(image: Tensor) -> Tensor:
 
 
 def networks(images: Tensor) -> tuple[nn.Module, nn.Module]:
-    """EPSANet-50 fused and plain, of equal random weights (none are published with it), and with
-    the BatchNorm statistics of `images`: with those that it starts from nothing is normalised."""
+    """EPSANet-50 fused and plain, with equal random weights: no public ones are known.
+
+    BatchNorm gets the statistics of `images`; those that it starts with normalise nothing.
+    """
     plain = epsa_fused.epsanet50(fused=False).to(memory_format=torch.channels_last)
     with torch.no_grad():
         plain.train()(images)
@@ -66,7 +68,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def gradients(model: nn.Module, x: Tensor) -> Tensor:
-    """All as one vector: some parameters' own are sums that cancel to nothing."""
+    """All as one vector, since some parameters' own gradients cancel to nothing."""
     model.zero_grad()
     model(x).square().mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -95,8 +97,8 @@ def report(name: str, x: Tensor, error: float, limit: float, times: str = "") ->
 
 
 def main() -> int:
-    print("Latency of the attention step (quick setting; results/ holds the full benchmark):\n")
-    latency.main(["--quick", "--out", "build/demo", "--name", "latency"])
+    print("Latency of the attention step, quick setting, about a minute:\n", flush=True)
+    table = latency.main(["--quick", "--out", "build/demo", "--name", "latency"])
 
     torch.manual_seed(0)
     images = photographs()
@@ -114,6 +116,7 @@ def main() -> int:
     if not good:
         print("FAILED: the errors are larger than rounding explains")
         return 1
+    print(f"\nThe chart of the latencies:\n{table.with_suffix('.png')}")
     return 0
 
 

@@ -127,22 +127,26 @@ def _compiled(function: Callable) -> Callable:
 
 def contenders(level: str, mode: str, with_compile: bool) -> dict[str, Callable]:
     """Name -> attention function, or what builds a module, "fused" first."""
-    fused, seed, plain = epsa_fused.FusedPSAModule, epsa_fused.PSAModule, RewriteModule
+    fused, published, plain = epsa_fused.FusedPSAModule, epsa_fused.PSAModule, RewriteModule
     if level == "attention":
-        fused, seed, plain = epsa_fused.psa_attention, epsa_fused.psa_attention_reference, rewrite
+        fused, published, plain = (
+            epsa_fused.psa_attention,
+            epsa_fused.psa_attention_reference,
+            rewrite,
+        )
     elif level == "convolutions":
-        names = {"fused": FusedConvolutions, "seed eager": Convolutions}
-        return names | ({"seed compiled": Convolutions} if with_compile else {})
+        names = {"fused": FusedConvolutions, "published eager": Convolutions}
+        return names | ({"published compiled": Convolutions} if with_compile else {})
     elif level == "network":
-        fused, seed, plain = map(_network, (fused, seed, plain))
+        fused, published, plain = map(_network, (fused, published, plain))
     names = {"fused": fused}
     if level != "attention":
         if with_compile:
             names["fused compiled"] = fused
         names["fused prepacked" if mode == "forward" else "fused save_output"] = fused
-    names |= {"seed eager": seed, "rewrite eager": plain}
+    names |= {"published eager": published, "rewrite eager": plain}
     if with_compile:
-        names |= {"seed compiled": seed, "rewrite compiled": plain}
+        names |= {"published compiled": published, "rewrite compiled": plain}
     return names
 
 

@@ -23,7 +23,6 @@ from epsa_fused import (
     epsanet50,
     epsanet50_large,
     epsanet101,
-    epsanet101_large,
 )
 from epsa_fused.models import FIGURES as REGISTERED
 from epsa_fused.models import MODELS

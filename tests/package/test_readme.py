@@ -1,182 +1,179 @@
-"""README.md: every block of Python and every command in it is run here, or named here with the
+"""Every block of Python and every command of README and docs is run here, or named here with the
 reason why not."""
 
-import csv
-import json
 import os
 import re
-import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from support import published
 from support.optional import optional
-from support.paths import ROOT
-
-README = (ROOT / "README.md").read_text()
-
-# Why these commands of the sh blocks are not run. What they do is covered where it says so.
-NOT_RUN = {
-    "make demo": "sets up .venv by pip; benchmarks/demo.py itself is run below",
-    "make test": "sets up .venv by pip, and runs these tests",
-    'pip install "torch>=2.11" "setuptools>=77" ninja pybind11': "changes the environment",
-    "pip install --no-build-isolation .": "changes the environment; make does it for these tests",
-    ".venv/bin/python benchmarks/latency.py --level attention": "minutes of timing; the demo runs "
-    "its quick setting",
-    ".venv/bin/python benchmarks/latency.py --level module": "minutes of timing",
-    ".venv/bin/python benchmarks/latency.py --level convolutions": "minutes of timing",
-    ".venv/bin/python benchmarks/latency.py --level network": "most of an hour of timing",
-    ".venv/bin/python benchmarks/branches.py": "minutes of timing",
-    "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
-    "--workers 8": "needs ImageNet; test_train.py trains on a folder of images",
-    ".venv/bin/python benchmarks/accuracy.py": "half an hour; a short setting is run below",
-    "make gpu-test": "needs a GPU",
-    "make gpu-sanitize": "needs a GPU",
-    "make gpu-bench": "needs a GPU",
-    "make gpu-plans": "needs a GPU",
-}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def block(language: str, marker: str) -> str:
-    found = [b for b in blocks(language) if marker in b]
-    assert len(found) == 1, f"{len(found)} blocks of README have {marker!r}, expected one"
-    return found[0]
-
-
-def commands(code: str) -> list[str]:
-    lines = (re.sub(r"\s+#.*", "", line).strip() for line in code.splitlines())
-    return [line for line in lines if line]
-
+from support.pages import (
+    PAGES,
+    Block,
+    block,
+    blocks,
+    commands,
+    environment,
+    run_python,
+    run_shell,
+)
+from support.paths import ROOT, TESTS
 
 # ---- Python ----
 
-SLOW = {"torch.compile(model", "torch.onnx.export"}
-PACKAGE = "aoti_compile_and_package"  # run by test_the_cpp_block
-
-# What each block is known by, and the packages that it needs besides.
-PYTHON = {
-    "psa = FusedPSAModule(64, 64)": (),
-    "from epsa_fused import psa_attention": (),
-    "model.forward_pyramid": (),
-    "model.load_state_dict(checkpoint": (),
-    "timm.create_model": ("timm",),
-    "fpn_backbone(model": ("torchvision",),
-    "epsa_fused.fuse(model)": (),
-    "epsa_fused.prepack(model": (),
-    "torch.compile(model": (),
-    PACKAGE: (),
+PACKAGE = block("python", "aoti_compile_and_package")  # run by test_the_cpp_block
+SLOW = ("torch.compile(model", "torch.onnx.export")
+NEEDS = {
+    "import timm": ("timm",),
+    "from torchvision": ("torchvision",),
     "torch.onnx.export": ("onnx", "onnxscript"),
 }
+PYTHON = [b for b in blocks("python") if b != PACKAGE]
+FAST = [b for b in PYTHON if not any(marker in b.code for marker in SLOW)]
 
 
-def run_block(marker: str, folder: Path) -> dict:
-    """What it prints and the shapes of its tensors; it runs in `folder`, in its own process."""
-    code = block("python", marker)
-    show = """
-import json
-_shapes = {k: list(v.shape) for k, v in list(globals().items()) if isinstance(v, torch.Tensor)}
-with open("shapes.json", "w") as _file:
-    json.dump(_shapes, _file)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport torch\n{show}"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, f"{code}\n{result.stderr[-4000:]}"
-    shapes = json.loads((folder / "shapes.json").read_text())
-    return {"stdout": result.stdout, "shapes": shapes}
+def packages(code: str) -> list[str]:
+    return [name for marker, names in NEEDS.items() if marker in code for name in names]
 
 
-def environment() -> dict[str, str]:
-    """As here, with this Python and this checkout's package first."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PATH": path, "PYTHONPATH": python_path}
+def prepared(folder: Path, code: str) -> Path:
+    """The folder with what the block reads: the published code, a checkpoint of its training."""
+    folder.mkdir()
+    if "models.epsanet" in code:
+        (folder / "models").mkdir()
+        (folder / "models" / "epsanet.py").write_text((TESTS / "support/published.py").read_text())
+    if "torch.load(" in code:
+        model = torch.nn.DataParallel(published.epsanet50())
+        torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "checkpoint.pth.tar")
+    return folder
 
 
-def test_every_python_block_is_known():
-    for code in blocks("python"):
-        assert sum(marker in code for marker in PYTHON) == 1, code
+def importable(code: str) -> bool:
+    try:
+        for name in packages(code):
+            optional(name)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def fast_results(tmp_path_factory) -> dict[Block, dict]:
+    folder = tmp_path_factory.mktemp("blocks")
+    runnable = [b for b in FAST if importable(b.code)]
+    return run_python({prepared(folder / str(i), b.code): b for i, b in enumerate(runnable)})
 
 
 @pytest.mark.parametrize(
-    "marker",
-    [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in PYTHON if m != PACKAGE],
+    "found",
+    [pytest.param(b, marks=() if b in FAST else pytest.mark.slow, id=str(b)) for b in PYTHON],
 )
-def test_python_block(marker, tmp_path):
-    for package in PYTHON[marker]:
+def test_python_block(found, request, tmp_path):
+    for package in packages(found.code):
         optional(package)
-    # the file that one of them loads: as the published training script saves it
-    if "load_state_dict(checkpoint" in marker:
-        model = torch.nn.DataParallel(published.epsanet50())
-        torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "epsanet50.pth.tar")
-    result = run_block(marker, tmp_path)
-    shapes = result["shapes"]
+    if found in FAST:
+        result = request.getfixturevalue("fast_results")[found]
+    else:
+        result = run_python({prepared(tmp_path / "block", found.code): found})[found]
+    assert result["error"] is None, f"{found.code}\n{result['error']}"
     # every shape that a comment of the block gives
-    for name, shape in re.findall(r"^(\w+) = .*# (\[[\d, ]+\])$", block("python", marker), re.M):
-        assert str(shapes[name]) == shape
-    if "fuse(model)" in marker:
+    for name, shape in re.findall(r"^(\w+) = .*# (\[[\d, ]+\])$", found.code, re.MULTILINE):
+        assert str(result["shapes"][name]) == shape
+    if ".fuse(" in found.code:
         assert result["stdout"].startswith("fuse: 16 replaced, 0 left alone\n")
-    if "onnx" in marker:
-        assert (tmp_path / "epsanet50.onnx").exists()
+    if "onnx" in found.code:
+        assert (tmp_path / "block" / "epsanet50.onnx").exists()
 
 
 # ---- commands ----
 
+ACTIVATE = ". .venv/bin/activate"
 CPP = "run_package.cpp"
 
-
-# They are run with SHORT added.
+# Why these commands are not run. What they do is covered where it says so.
+SETS_UP = "sets up .venv by pip, minutes"
+TIMING = "minutes of timing or more; test_the_demo runs the quick setting"
+GPU = "needs a GPU"
+NOT_RUN = {
+    "make demo": f"{SETS_UP}; test_the_demo runs what it does then",
+    'make demo TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"': SETS_UP,
+    "make test": f"{SETS_UP}, and runs these tests",
+    'pip install "torch>=2.11" "setuptools>=77" ninja pybind11': "changes the environment",
+    "pip install --no-build-isolation .": "changes the environment; make does it for these tests",
+    'pip install --no-build-isolation ".[train]"': "changes the environment",
+    "python benchmarks/latency.py --level attention": TIMING,
+    "python benchmarks/latency.py --level module": TIMING,
+    "python benchmarks/latency.py --level convolutions": TIMING,
+    "python benchmarks/latency.py --level network": TIMING,
+    "python benchmarks/branches.py": TIMING,
+    "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
+    "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
+    "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
+    "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",
+    "make gpu-test": GPU,
+    "make gpu-sanitize": GPU,
+    "make gpu-bench": GPU,
+    "make gpu-plans": GPU,
+}
+SELF_CHECK = "python -m epsa_fused"
+FIGURES = "python docs/figures/benchmarks.py"  # test_pages.py runs it
 TRAIN = [
     "python -m epsa_fused.train --out runs/digits",
     "python -m epsa_fused.train --out runs/digits --resume",
     "torchrun --standalone --nproc-per-node 2 -m epsa_fused.train --out runs/pair",
 ]
 SHORT = " --epochs 1 --batch 512"  # two steps
+IN_CPP_BLOCK = ("TORCH=", "OPERATORS=", "g++ ", "./run_package ")
+NEEDS_PYTHON = ("python ", "torchrun ", "TORCH=", "OPERATORS=")
 
 
 def test_every_command_is_run_or_named():
-    seen = [c for code in blocks("sh") if CPP not in code for c in commands(code)]
-    assert sorted(seen) == sorted([*NOT_RUN, "python -m epsa_fused", *TRAIN])
+    seen = {c for page in PAGES for c in commands(page) if not c.startswith(IN_CPP_BLOCK)}
+    assert seen == {*NOT_RUN, ACTIVATE, SELF_CHECK, *TRAIN, FIGURES}
 
 
-def test_the_self_check():
-    result = subprocess.run(
-        ["python", "-m", "epsa_fused"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_come_after_what_they_need(page):
+    """A shell that ran only the page's commands finds Python and the package."""
+    ready = False
+    for command in commands(page):
+        ready |= command in (ACTIVATE, "pip install --no-build-isolation .")
+        assert ready or not command.startswith(NEEDS_PYTHON), command
+
+
+def test_readme_in_a_new_shell(tmp_path):
+    """Its commands in their order, in a shell whose PATH has no environment."""
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("this Python is in no environment that could be activated")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    path = [p for p in os.environ["PATH"].split(os.pathsep) if not p.startswith(sys.prefix)]
+    script = "\n".join(c for c in commands("README.md") if c not in NOT_RUN)
+    assert ACTIVATE in script and SELF_CHECK in script
+    result = run_shell(script.replace("activate", "activate\nset +u"), tmp_path,
+                       PATH=os.pathsep.join(path))  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "self-check on cpu" in result.stdout and "WRONG" not in result.stdout
+
+
+def run_trainings(commands: list[str], folder: Path) -> None:
+    """One after another, each with SHORT added."""
+    for command in commands:
+        result = run_shell(command + SHORT, folder, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+        assert "done: 2 steps" in result.stdout
+        assert ("resumed after 2 steps" in result.stdout) == ("--resume" in command)
 
 
 def test_the_trainings(tmp_path):
     for package in ("tqdm", "sklearn"):
         optional(package)
-    for command in TRAIN:
-        result = subprocess.run(
-            ["bash", "-c", command + SHORT],
-            cwd=tmp_path,
-            env=environment() | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-        assert "done: 2 steps" in result.stdout
-        assert ("resumed after 2 steps" in result.stdout) == ("--resume" in command)
+    with ThreadPoolExecutor() as pool:  # most of their time goes into imports
+        list(pool.map(run_trainings, (TRAIN[:2], TRAIN[2:]), (tmp_path, tmp_path)))
     for run in ("digits", "pair"):
         assert (tmp_path / "runs" / run / "best.pt").exists()
 
@@ -185,16 +182,9 @@ def test_the_trainings(tmp_path):
 def test_the_accuracy_benchmark(tmp_path):
     for package in ("tqdm", "sklearn", "matplotlib"):
         optional(package)
-    command = [sys.executable, ROOT / "benchmarks" / "accuracy.py", "--epochs", "1", "--seeds", "1"]
+    command = f"python {ROOT}/benchmarks/accuracy.py --epochs 1 --seeds 1 --out results"
     for again in (False, True):  # the second time it finds its trainings done
-        result = subprocess.run(
-            [*command, "--out", "results"],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
+        result = run_shell(command, tmp_path)
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
         assert result.stdout.count("resumed after") == (3 if again else 0)
         assert "0 of 2 change their accuracy" in result.stdout
@@ -205,35 +195,14 @@ def test_the_accuracy_benchmark(tmp_path):
 @pytest.mark.slow
 def test_the_cpp_block(tmp_path):
     """In a folder as a clone is, after the block that makes what it reads."""
-    run_block(PACKAGE, tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block("sh", CPP)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_python({prepared(tmp_path / "clone", ""): PACKAGE})[PACKAGE]
+    assert result["error"] is None, result["error"]
+    (tmp_path / "clone" / "examples").symlink_to(ROOT / "examples")
+    script = block("sh", CPP).code.replace(ACTIVATE, "")  # environment() has this Python first
+    result = run_shell(script, tmp_path / "clone")
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip() == "[8, 1000]"
-    assert (tmp_path / "logits.f32").stat().st_size == 8 * 1000 * 4
-
-
-def test_the_accuracy_table_gives_the_committed_results():
-    """benchmarks/accuracy.py wrote both."""
-    with (ROOT / "benchmarks" / "results" / "accuracy-digits.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 15
-    for network in ("SE", "PSA, reference", "PSA, fused"):
-        own = [row for row in rows if row["network"] == network]
-        top1 = [100 * float(row["top1"]) for row in own]
-        speed = statistics.median(float(row["images_per_s"]) for row in own)
-        row = (
-            f"| {network} | {int(own[0]['parameters']):,} | {statistics.mean(top1):.2f} ± "
-            f"{statistics.stdev(top1):.2f} | {min(top1):.2f} | {speed:,.0f} |"
-        )
-        assert row in README, row
+    assert (tmp_path / "clone" / "logits.f32").stat().st_size == 8 * 1000 * 4
 
 
 @pytest.mark.slow
@@ -241,51 +210,34 @@ def test_the_demo(tmp_path):
     """What `make demo` runs."""
     for package in ("sklearn", "matplotlib"):
         optional(package)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "demo.py")],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    result = run_shell(f"python {ROOT}/benchmarks/demo.py", tmp_path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     last = result.stdout.split("EPSANet-50 on photographs")[1]
     assert last.count("  ok  ") == 4 and "WRONG" not in last
+    assert (tmp_path / result.stdout.splitlines()[-1]).suffix == ".png"
+    assert (tmp_path / result.stdout.splitlines()[-1]).exists()
 
 
-def test_make_knows_its_targets():
-    """Those that the text names too."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make\s+([\w-]+)", README, re.MULTILINE))
-    assert {"demo", "test", "bench", "cuda-check"} <= named <= targets
+def test_progress_shows_lines_silence_and_failure(tmp_path):
+    """scripts/progress.py, in front of what `make` installs and compiles."""
+    command = "echo '[1/2] c++ -MMD -c /x/csrc/a.cpp -o a.o'; sleep 0.5; echo other; exit 3"
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})
+import progress; progress.SILENCE = 0.2
+sys.exit(progress.main(sys.argv[1:]))"""
 
-
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
-
-
-def test_the_models_table_gives_the_asserted_figures():
-    """test_models.py asserts them against the networks."""
-    from test_models import FIGURES
-
-    for build, (parameters, multiply_adds, millions, billions) in FIGURES.items():
-        row = (
-            f"| `{build.__name__}` | {parameters / 1e6:.2f} / {millions:.2f} "
-            f"| {multiply_adds / 1e9:.2f} / {billions:.2f} |"
+    def run(*options: str) -> subprocess.CompletedProcess:
+        arguments = [sys.executable, "-c", script, *options, "sh", "-c", command]
+        return subprocess.run(
+            arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
         )
-        assert row in README, row
 
-
-def test_the_detectors_table_gives_the_asserted_figures():
-    """test_detection.py asserts them against the detectors."""
-    from test_detection import FIGURES
-
-    for detector in ("FasterRCNN", "MaskRCNN", "RetinaNet"):
-        small, large = (f for (name, _), f in FIGURES.items() if name == detector)
-        row = (
-            f"| {detector.replace('RCNN', ' R-CNN')} | {small[0] / 1e6:.2f} / {small[1]:.2f} "
-            f"| {large[0] / 1e6:.2f} / {large[1]:.2f} |"
-        )
-        assert row in README, row
+    plain, compiling = run(), run("--compile", "build/log")
+    assert plain.returncode == compiling.returncode == 3
+    assert plain.stdout.splitlines()[0].startswith("[1/2]") and "other" in plain.stdout
+    for result in (plain, compiling):
+        assert re.search(r"^  \.\.\. \d+ s", result.stdout, re.MULTILINE)
+    first, second = compiling.stdout.splitlines()[:2]
+    assert first.startswith("  [1/2]") and first.endswith("csrc/a.cpp") and "[1/2]" in second
+    assert "the build failed" in compiling.stdout
+    assert (tmp_path / "build" / "log").read_text().endswith("other\n")

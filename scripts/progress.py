@@ -1,0 +1,86 @@
+"""Runs a command and never lets the screen stand still for long.
+
+    progress.py COMMAND...                 its own lines; the seconds while it is silent
+    progress.py --compile LOG COMMAND...   ninja's counter alone; everything goes into LOG
+
+On a terminal the first form leaves the screen to the command, since pip draws bars there.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SILENCE = 10.0  # seconds until the next sign of life
+TAIL = 50  # lines of the log that a failed build shows
+COMPILED = re.compile(r"(\[\d+/\d+\]).* -c (?:-c )?(\S+\.(?:cpp|cu))\b")
+
+
+def lines_of(process: subprocess.Popen) -> Iterator[str | None]:
+    """The lines of its output; None each time that it was silent for SILENCE seconds."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=SILENCE)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def show(process: subprocess.Popen, log: Path | None) -> None:
+    start, counter = time.monotonic(), ""
+    with open(log or os.devnull, "w") as file:
+        for line in lines_of(process):
+            if line is None:
+                print(f"  ... {time.monotonic() - start:.0f} s {counter}", flush=True)
+                continue
+            file.write(line)
+            match = COMPILED.match(line)
+            if log is None:
+                print(line, end="", flush=True)
+            elif match:
+                counter = match[1]
+                print(f"  {counter} {os.path.relpath(match[2])}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    log = None
+    if arguments[0] == "--compile":
+        log, arguments = Path(arguments[1]), arguments[2:]
+        log.parent.mkdir(parents=True, exist_ok=True)
+    elif sys.stdout.isatty():
+        os.execvp(arguments[0], arguments)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    try:
+        show(process, log)
+    except KeyboardInterrupt:
+        process.wait()
+        return 130
+    code = process.wait()
+    if code and log is not None:
+        print("".join(log.read_text().splitlines(keepends=True)[-TAIL:]))
+        print(f"the build failed; all of its output is in {log}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
