@@ -219,10 +219,10 @@ def test_the_demo(tmp_path):
 
 
 def test_progress_shows_lines_silence_and_failure(tmp_path):
-    """scripts/progress.py, in front of what `make` installs and compiles."""
+    """.ci/progress.py, in front of what `make` installs and compiles."""
     command = "echo '[1/2] c++ -MMD -c /x/csrc/a.cpp -o a.o'; sleep 0.5; echo other; exit 3"
     script = f"""
-import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})
+import sys; sys.path.insert(0, {str(ROOT / ".ci")!r})
 import progress; progress.SILENCE = 0.2
 sys.exit(progress.main(sys.argv[1:]))"""
 
