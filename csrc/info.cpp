@@ -13,11 +13,13 @@
 #include "cpu/conv_plan.h"
 #include "cpu/isa.h"
 #include "cuda/plan.h"
+#include "types.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using namespace epsa;
 using namespace epsa::cuda;
 
 template <class E, size_t n>
@@ -129,9 +131,9 @@ std::vector<py::dict> cuda_plans(
     std::optional<bool> aligned, bool pooled_given, bool grad_out_given,
     bool feats_wanted, bool weights_wanted) {
   at_least(1, "samples", samples);
-  if (branches < 2 || branches > kMaxBranches) {
+  if (branches < kMinBranches || branches > kMaxBranches) {
     throw py::value_error(
-        "branches: expected 2 to " + std::to_string(kMaxBranches) + ", got " +
+        "branches: expected " + std::to_string(kMinBranches) + " to " + std::to_string(kMaxBranches) + ", got " +
         std::to_string(branches));
   }
   at_least(1, "channels", channels);
@@ -240,6 +242,9 @@ py::dict conv_plan(
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about this build of epsa_fused and this machine.";
+
+  m.attr("MIN_BRANCHES") = epsa::kMinBranches;
+  m.attr("MAX_BRANCHES") = epsa::kMaxBranches;
 
   m.def(
       "build_info",

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+MIN_BRANCHES: int
+MAX_BRANCHES: int
+
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
 def conv_plan(

@@ -25,3 +25,7 @@ def _load_library() -> None:
 
 
 _load_library()
+
+from . import _C  # noqa: E402  after the check of its version
+
+MIN_BRANCHES, MAX_BRANCHES = _C.MIN_BRANCHES, _C.MAX_BRANCHES

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._library import MAX_BRANCHES, MIN_BRANCHES
+
 BRANCH_ORDERS = ("reversed", "forward")
-MIN_BRANCHES, MAX_BRANCHES = 2, 8
 
 
 def is_reversed(branch_order: str) -> bool:

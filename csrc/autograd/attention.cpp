@@ -114,7 +114,7 @@ struct Inputs {
 // out [N, S*C, H, W] and attention [N, S, C]
 std::pair<Tensor, Tensor> formula(const Inputs& in, bool reversed) {
   const auto dtype = in.feats[0].scalar_type();
-  const auto acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(dtype);
   const int branches = static_cast<int>(in.feats.size());
   variable_list maps, means, slots(branches);
   for (const Tensor& f : in.feats) {

@@ -17,8 +17,6 @@ using namespace glue;
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-static_assert(kMaxBranches == epsa::kMaxBranches);
-
 Geometry geometry_of(const Problem& p, at::MemoryFormat format) {
   return make_geometry(
       static_cast<int>(p.S), p.C, p.pixels(), p.hidden,
@@ -176,7 +174,7 @@ Forward attention_forward(
   if (pooled_in) {
     check_branch_vector(op, "pooled", *pooled_in, p, feats_[0]);
   }
-  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
+  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
   Tensor pooled = pooled_in
@@ -209,8 +207,8 @@ Forward attention_forward(
   char* partial = chunked ? workspace.take(p.N * g.partials()) : pooled_data;
   const int64_t partial_bytes = g.partials() * pooled.element_size();
 
-  const Maps x = maps_of<Maps>(feats);
-  const Maps y = slots_of<Maps>(out, p, format, reversed);
+  const Maps x = maps_of(feats);
+  const Maps y = slots_of(out, p, format, reversed);
   const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
     if (!pooled_in) {
       k.reduce(g, x, nullptr, partial + n * partial_bytes, n, begin, end);
@@ -240,7 +238,7 @@ Backward attention_backward(
   const Problem p = check_backward_arguments(
       op, grad_out_, grad_attention_, feats_, fc1_weight,
       fc1_bias, fc2_weight, fc2_bias, pooled_, attention_, output_mask);
-  const Kernels& k = kernels(dtype_of<Dtype>(p.dtype), isa_in_use());
+  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   bool any_feats = false;
   std::vector<Tensor> grad_feats;
@@ -320,10 +318,10 @@ Backward attention_backward(
   const auto* grad_attention_data = grad_attention_
       ? static_cast<const char*>(grad_attention.const_data_ptr())
       : nullptr;
-  const Maps x = maps_of<Maps>(feats);
-  const Maps dx = wanted_maps<Maps>(grad_feats, output_mask);
+  const Maps x = maps_of(feats);
+  const Maps dx = wanted_maps(grad_feats, output_mask);
   const Maps dy =
-      grad_out_ ? slots_of<Maps>(grad_out, p, format, reversed) : Maps{};
+      grad_out_ ? slots_of(grad_out, p, format, reversed) : Maps{};
 
   const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
     if (grad_out_) {
@@ -391,11 +389,11 @@ struct AttentionStep::State {
       const Tensor& w1, const OptTensor& b1, const Tensor& w2,
       const OptTensor& b2, bool reversed)
       : p(problem),
-        k(kernels(dtype_of<Dtype>(p.dtype), isa_in_use())),
+        k(kernels(dtype_of(p.dtype), isa_in_use())),
         g(geometry_of(p, format)),
         workspace(p.acc, PackedWeights::elements(p), 1),
         weights(p, w1, b1, w2, b2, workspace),
-        maps(slots_of<Maps>(out, p, format, reversed)) {}
+        maps(slots_of(out, p, format, reversed)) {}
 };
 
 AttentionStep::AttentionStep(

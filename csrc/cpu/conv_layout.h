@@ -139,7 +139,7 @@ inline Tensor evenly(const Tensor& w) {
 inline const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
   // there are none for double, of which nothing is asked
   return conv_kernels(
-      p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of<Dtype>(p.dtype), isa);
+      p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
 }
 
 // The weights of all units of several plans, as the kernels read them.

@@ -18,8 +18,6 @@ using namespace glue;
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-static_assert(kMaxBranches == epsa::kMaxBranches);
-
 // Can every access to these maps be one of 16 bytes, where a sample's are?
 bool aligned(const Maps& maps, const Problem& p) {
   const int64_t size = element_size(p.dtype);
@@ -49,7 +47,7 @@ Problem problem_of(
   problem.pixels = static_cast<int>(p.pixels());
   problem.hidden = static_cast<int>(p.hidden);
   problem.shared = p.shared;
-  problem.dtype = dtype_of<Dtype>(p.dtype);
+  problem.dtype = dtype_of(p.dtype);
   problem.layout = along_pixels(p, format) ? Layout::contiguous
                                            : Layout::channels_last;
   problem.aligned = may_align(
@@ -119,8 +117,8 @@ Forward forward(
 
   const auto feats = feats_in_layout(feats_, format);
   Params params{};
-  params.feats = maps_of<Maps>(feats);
-  params.out = slots_of<Maps>(out, p, format, reversed);
+  params.feats = maps_of(feats);
+  params.out = slots_of(out, p, format, reversed);
   params.pooled = pooled.mutable_data_ptr();
   params.attention = attention.mutable_data_ptr();
   const DenseWeights weights(
@@ -181,15 +179,15 @@ Backward backward(
     const Tensor attention = attention_.contiguous();
 
     Params params{};
-    params.feats = maps_of<Maps>(feats);
+    params.feats = maps_of(feats);
     params.pooled = data_of(pooled);
     params.attention = data_of(attention);
     if (grad_out_) {
-      params.grad_out = slots_of<Maps>(grad_out, p, format, reversed);
+      params.grad_out = slots_of(grad_out, p, format, reversed);
     }
     params.grad_attention =
         grad_attention_ ? grad_attention.const_data_ptr() : nullptr;
-    params.grad_feats = wanted_maps<Maps>(grad_feats, output_mask);
+    params.grad_feats = wanted_maps(grad_feats, output_mask);
     params.grad_fc1 = grad_data[0];
     params.grad_fc1_bias = grad_data[1];
     params.grad_fc2 = grad_data[2];

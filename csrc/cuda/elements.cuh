@@ -36,7 +36,7 @@ template <class T>
 constexpr int kMinBlocks = threads_by_registers(dtype_of<T>()) / kMaxThreads;
 
 template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Acc = AccumulationType<T>;
 
 template <class T>
 EPSA_DEVICE Acc<T> to_acc(T x) {

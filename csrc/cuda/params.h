@@ -5,15 +5,6 @@
 
 namespace epsa::cuda {
 
-// S maps [N, C, H, W], strides in elements. In the contiguous layout the inner
-// three dimensions are dense; in channels_last a pixel's C channels are.
-// The S slots of an output are maps too: slices of one tensor.
-struct Maps {
-  void* data[kMaxBranches];  // null: not wanted (writes), zero (reads)
-  int64_t batch_stride[kMaxBranches];
-  int64_t pixel_stride[kMaxBranches];  // channels_last only
-};
-
 // `Acc` is the accumulation type: double for f64, else float.
 struct Params {
   int samples;  // N

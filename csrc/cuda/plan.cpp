@@ -173,14 +173,6 @@ std::string kernel_name(Pass pass, Variant variant) {
       name_of(variant);
 }
 
-int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
-
-int64_t accumulator_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : 4;
-}
-
 std::string size_error(
     int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
     int64_t hidden, bool shared) {
@@ -289,7 +281,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
 }
 
 int64_t shared_bytes(const Problem& p, const Plan& plan) {
-  const int64_t acc = accumulator_size(p.dtype);
+  const int64_t acc = element_size(accumulation_type(p.dtype));
   const int64_t message = 16;
   const int64_t lanes = p.layout == Layout::channels_last ? plan.vector : 1;
   const int64_t meet = round_up(plan.threads * lanes * acc, 16);
@@ -316,7 +308,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   const bool streaming = plan.variant == Variant::streaming;
   const bool backward = p.pass == Pass::backward;
   const bool weights = backward && p.weights_wanted;
-  const int64_t acc = accumulator_size(p.dtype);
+  const int64_t acc = element_size(accumulation_type(p.dtype));
   const int64_t groups = ceil_div(p.samples, plan.group);
   const int64_t partials = partials_of(p, plan.split);
   const int64_t vectors = int64_t{p.samples} * p.vector() * acc;

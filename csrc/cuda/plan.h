@@ -7,12 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "types.h"
+
 namespace epsa::cuda {
 
-constexpr int kMaxBranches = 8;
-
-enum class Dtype { f32, f64, bf16, f16 };
-enum class Layout { contiguous, channels_last };
 enum class Pass { forward, backward };
 
 // resident: a cluster of blocks holds a sample in shared memory, so that device
@@ -23,8 +21,6 @@ enum class Variant { resident, streaming };
 const char* name_of(Variant variant);
 std::string kernel_name(Pass pass, Variant variant);  // such as forward_resident
 
-int64_t element_size(Dtype dtype);
-int64_t accumulator_size(Dtype dtype);  // 8 for f64, else 4
 
 // Elements of one access of 16 bytes. double, which serves gradient checks, is
 // never packed.

@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-namespace epsa {
+#include "types.h"
 
-constexpr int64_t kMinBranches = 2, kMaxBranches = 8;
+namespace epsa {
 
 // Sizes and types of one checked call.
 struct Problem {
@@ -21,11 +21,15 @@ struct Problem {
   bool shared;  // one set of SE weights for all branches?
   at::ScalarType dtype;  // of features and output
   at::ScalarType weight_dtype;
-  at::ScalarType acc;  // double for double, else float
+  at::ScalarType acc;  // accumulation type
 
   int64_t pixels() const { return H * W; }
   int64_t weight_sets() const { return shared ? 1 : S; }
 };
+
+inline at::ScalarType accumulation_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Checks one call's arguments; every error names the argument and states what
 // was expected and what was given. `op` begins the message.

@@ -105,7 +105,7 @@ Problem check_arguments(
   p.dtype = dtype;
   check_device(op, "fc1_weight", fc1_weight, first);
   p.weight_dtype = fc1_weight.scalar_type();
-  p.acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  p.acc = accumulation_type(dtype);
   TORCH_CHECK_VALUE(
       p.C >= 1 && p.H >= 1 && p.W >= 1, op, ": feats[0] has shape ",
       first.sizes(),

@@ -24,7 +24,7 @@ struct SpcProblem {
   int64_t S, C;  // branches, and output channels of each
   int64_t out_h, out_w;
   at::ScalarType dtype;
-  at::ScalarType acc;  // double for double, else float
+  at::ScalarType acc;  // accumulation type
 };
 
 // Checks one call's arguments; every error names the argument and states what

@@ -85,7 +85,7 @@ SpcProblem check_spc_arguments(
   p.W = x.size(3);
   p.S = S;
   p.dtype = dtype;
-  p.acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  p.acc = accumulation_type(dtype);
   for (int64_t s = 0; s < S; ++s) {
     const at::Tensor& w = weights[s];
     const int64_t groups = settings.groups[s];

@@ -1,16 +1,15 @@
-// What the backends' glue shares: tensors as the kernels' maps. `Maps` and
-// `Dtype` are the backend's own types, which have the same fields.
+// What the backends' glue shares: tensors as the kernels' maps.
 #pragma once
 
 #include "ops/attention.h"
+#include "types.h"
 
 #define EPSA_FN inline
 namespace epsa {
 namespace glue {
 #include "ops/attention_math.inc"
 
-template <class Dtype>
-Dtype dtype_of(at::ScalarType t) {
+inline Dtype dtype_of(at::ScalarType t) {
   switch (t) {
     case at::kFloat:
       return Dtype::f32;
@@ -35,15 +34,13 @@ inline void* data_of(const at::Tensor& t) {
   return const_cast<void*>(t.const_data_ptr());
 }
 
-template <class Maps>
-void set_map(Maps& maps, int64_t s, void* data, const at::Tensor& t) {
+inline void set_map(Maps& maps, int64_t s, void* data, const at::Tensor& t) {
   maps.data[s] = data;
   maps.batch_stride[s] = t.stride(0);
   maps.pixel_stride[s] = t.size(3) > 1 ? t.stride(3) : t.stride(2);
 }
 
-template <class Maps>
-Maps maps_of(at::TensorList tensors) {
+inline Maps maps_of(at::TensorList tensors) {
   Maps maps{};
   for (size_t s = 0; s < tensors.size(); ++s) {
     set_map(maps, s, data_of(tensors[s]), tensors[s]);
@@ -52,8 +49,7 @@ Maps maps_of(at::TensorList tensors) {
 }
 
 // The branches' slots of out or grad_out [N, S*C, H, W].
-template <class Maps>
-Maps slots_of(
+inline Maps slots_of(
     const at::Tensor& t, const Problem& p, at::MemoryFormat format,
     bool reversed) {
   const int64_t channel_stride =
@@ -70,8 +66,7 @@ Maps slots_of(
 
 // Of the gradients [N, C, H, W] of the branches, those that are wanted; else
 // there is no map.
-template <class Maps>
-Maps wanted_maps(
+inline Maps wanted_maps(
     const std::vector<at::Tensor>& grads, const c10::List<bool>& output_mask) {
   Maps maps{};
   for (size_t s = 0; s < grads.size(); ++s) {

@@ -9,30 +9,9 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "types.h"
 
 namespace epsa::cpu {
-
-constexpr int kMaxBranches = 8;
-
-enum class Dtype { f32, f64, bf16, f16 };
-enum class Layout { contiguous, channels_last };
-
-// Storage types of the 16-bit floats; arithmetic is always done in float.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-// S maps [N, C, H, W], strides in elements. In the contiguous layout the inner
-// three dimensions are dense; in channels_last a pixel's C channels are.
-// The S slots of an output are maps too: slices of one tensor.
-struct Maps {
-  void* data[kMaxBranches];  // null: a map that is not wanted (writes only)
-  int64_t batch_stride[kMaxBranches];
-  int64_t pixel_stride[kMaxBranches];  // channels_last only
-};
 
 struct Geometry {
   int branches;  // S
