@@ -126,7 +126,7 @@ GPU_BUILD := build/gpu
 
 # what the GPU machine's own torch runs: the tests of the operator, on the GPU
 gpu-test: $(GPU_BUILD)/built
-	$(GPU_PYTHON) -m pytest -m "not slow" -k cuda --ignore tests/cuda/test_compile.py $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m "gpu and not slow" $(PYTEST_ARGS)
 
 # compute-sanitizer's four tools over the case table, without torch
 gpu-sanitize: $(GPU_BUILD)/cases

@@ -20,6 +20,8 @@ from support.tolerance import assert_close, make_cotangents, run
 
 from epsa_fused import FusedPSAModule, psa_attention, psa_attention_reference
 
+pytestmark = pytest.mark.emulated
+
 TINY = Case("tiny", 2, 2, 3, 2, 3, 2)
 # numeric derivatives are at best good to the square root of eps
 

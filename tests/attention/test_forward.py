@@ -34,6 +34,8 @@ from support.tolerance import (
 
 from epsa_fused import psa_attention, psa_attention_reference
 
+pytestmark = pytest.mark.emulated
+
 OP = torch.ops.epsa_fused.psa_attention.default
 
 

@@ -2,14 +2,17 @@
 
 import math
 
+import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import convolutions
 from support.cases import DTYPES, LAYOUTS, ORDERS, WEIGHT_KINDS, Case, make_inputs, strides_of
 from support.tolerance import accumulation_type, check, make_cotangents, run
 
 from epsa_fused import psa_attention
+
+pytest.importorskip("hypothesis", reason="a GPU machine may lack it")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 bounded = settings(deadline=None, derandomize=True, max_examples=500, database=None)
 
@@ -47,6 +50,7 @@ def calls(draw) -> dict:
     }
 
 
+@pytest.mark.emulated
 @bounded
 @given(call=calls(), order=st.sampled_from(ORDERS), loss_on=st.sampled_from(("out", "a", "both")))
 def test_any_call_agrees_with_the_reference(call, order, loss_on):

@@ -10,9 +10,10 @@ from support.tolerance import check, make_cotangents, run
 
 from epsa_fused import psa_attention
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in DEVICES, reason="needs a GPU and a build with CUDA kernels"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a build with CUDA kernels"),
+]
 
 STAGES = [(16, 56), (32, 28), (64, 14), (128, 7)]  # C and H = W of EPSANet's four stages
 STAGE_CASES = [

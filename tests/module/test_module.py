@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from support.cases import DTYPES, FORMATS, ORDERS, name_of, strides_of
+from support.modules import convolutions_of, se_weights
 from support.tolerance import accumulation_type, assert_close, assert_near
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -24,12 +25,7 @@ def small(cls=FusedPSAModule, **options):
 
 
 def features(module, x):
-    return [getattr(module, f"conv_{i + 1}")(x) for i in range(module.branches)]
-
-
-def se_weights(module):
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return [conv(x) for conv in convolutions_of(module)]
 
 
 # ---- construction ----

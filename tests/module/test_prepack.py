@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from support.cases import FORMATS, name_of
+from support.modules import CASES, arguments, build, image
 from support.tolerance import assert_no_worse
 from torch import nn
 
@@ -13,43 +15,21 @@ from epsa_fused import FusedPSAModule
 
 PREPACK = torch.ops.epsa_fused.spc_prepack.default
 OP = torch.ops.epsa_fused.psa_forward.default
-# in channels, planes, kernels, groups, stride, N, H = W
-CASES = {
-    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 56),
-    "stage2_first": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 28),
-    "stage3": (256, 256, (3, 5, 7, 9), (1, 4, 8, 16), 1, 1, 14),
-    "stage4": (512, 512, (3, 5, 7, 9), (1, 4, 8, 16), 1, 2, 7),
-    "large": (128, 128, (3, 5, 5, 7), (32, 32, 32, 32), 1, 1, 14),
-    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 9),
-}
+NAMES = ("stage1", "stage2_first", "stage3", "stage4", "large", "a_branch_for_the_library")
 
 
 def make(name="stage2_first", dtype=torch.float32) -> tuple[FusedPSAModule, torch.Tensor]:
-    torch.manual_seed(0)
-    inplans, planes, kernels, groups, stride, n, size = CASES[name]
-    module = FusedPSAModule(inplans, planes, kernels, stride, groups, reduction=4)
-    return module.to(dtype).eval(), torch.randn(n, inplans, size, size).to(dtype)
+    return build(name, dtype=dtype).eval(), image(name, dtype)
 
 
 def exactly(module: FusedPSAModule, x: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy(module).double()(x.double())
 
 
-def arguments(module: FusedPSAModule) -> tuple:
-    convs = [getattr(module, f"conv_{i + 1}") for i in range(module.branches)]
-    return (
-        [c.weight.detach() for c in convs],
-        [c.groups for c in convs],
-        convs[0].stride[0],
-        [c.padding[0] for c in convs],
-        [c.dilation[0] for c in convs],
-    )
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits(name, dtype, memory_format):
     module, x = make(name, dtype)
     x = x.to(memory_format=memory_format)
@@ -288,19 +268,17 @@ def test_an_exported_program_has_no_packed_weights(tmp_path):
 @pytest.mark.parametrize("name", ("stage3", "stage4"))
 def test_more_samples_than_one_wave_holds(name):
     module, _ = make(name)
-    size = CASES[name][-1]
-    x = torch.randn(22, CASES[name][0], size, size)
+    _, height, width = CASES[name].x
+    x = torch.randn(22, CASES[name].inplans, height, width)
     expected = module(x)
-    assert torch.equal(module.prepack(size, size)(x), expected)
+    assert torch.equal(module.prepack(height, width)(x), expected)
 
 
 @torch.no_grad()
 def test_opcheck_with_packed_weights():
     module, x = make()
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    se = [t.detach() for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
-    packed = PREPACK(x, *arguments(module))
-    torch.library.opcheck(OP, (x, *arguments(module), *se, True, packed))
+    given = arguments(module, x)
+    torch.library.opcheck(OP, (*given, PREPACK(*given[:6])))
 
 
 # ---- a whole model ----
@@ -397,9 +375,8 @@ def test_sizes_that_are_none(size):
 @torch.no_grad()
 def test_bytes_of_something_else():
     module, x = make()
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    se = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, True)
-    convolutions = arguments(module)
+    _, *convolutions = arguments(module, x)
+    convolutions, se = convolutions[:5], convolutions[5:]
     packed = PREPACK(x, *convolutions)
 
     def refused(message, packed, x=x, convolutions=convolutions):

@@ -4,59 +4,25 @@ import itertools
 
 import pytest
 import torch
+from support.cases import DTYPES, FORMATS, ORDERS, name_of
+from support.modules import CASES, arguments, build, image
 from support.tolerance import assert_near, assert_no_worse
 from torch import nn
 
-from epsa_fused import _C, FusedPSAModule, PSAModule
+from epsa_fused import FusedPSAModule, PSAModule
 
 OP = torch.ops.epsa_fused.psa_forward.default
 CONV = torch.ops.epsa_fused.spc_conv.default
 ATTENTION = torch.ops.epsa_fused.psa_attention.default
 
-# in channels, out channels, kernels, groups, stride, N, H, W
-CASES = {
-    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 11, 56),
-    "stage2": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 1, 2, 28, 28),
-    "stage2_first": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 28, 28),
-    "stage3": (256, 256, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 14, 14),
-    "stage4": (512, 512, (3, 5, 7, 9), (1, 4, 8, 16), 1, 1, 7, 7),
-    "large": (128, 128, (3, 5, 5, 7), (32, 32, 32, 32), 1, 2, 9, 10),
-    "two_branches": (32, 32, (1, 3), (1, 2), 1, 5, 6, 5),
-    "eight_branches": (64, 128, (1, 3, 3, 5, 5, 7, 9, 11), (1, 1, 2, 4, 8, 4, 2, 1), 1, 2, 5, 19),
-    "one_pixel": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 4, 1, 1),
-    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 8, 9),
-    "stride_3": (32, 64, (3, 5, 7, 9), (1, 4, 8, 16), 3, 2, 10, 11),
-    "empty": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 0, 7, 7),
-}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FORMATS = (torch.contiguous_format, torch.channels_last)
-
-
-def name_of(value) -> str:
-    return str(value).removeprefix("torch.")
-
 
 def make(name, dtype=torch.float32, memory_format=torch.contiguous_format, order="reversed"):
-    """The arguments of one call."""
-    torch.manual_seed(0)
-    inplans, planes, kernels, groups, stride, n, h, w = CASES[name]
-    module = PSAModule(
-        inplans, planes, kernels, stride, groups, reduction=4, branch_order=order
-    ).to(dtype)
-    x = torch.randn(n, inplans, h, w).to(dtype).to(memory_format=memory_format)
-    convs = [getattr(module, f"conv_{i + 1}") for i in range(len(kernels))]
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    settings = (
-        list(groups),
-        stride,
-        [k // 2 for k in kernels],
-        [1] * len(kernels),
-    )
-    se = [t.detach() for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
-    return module, (x, [c.weight.detach() for c in convs], *settings, *se, order == "reversed")
+    """A reference module, and the arguments of one call."""
+    module = build(name, PSAModule, dtype, branch_order=order)
+    return module, arguments(module, image(name, dtype, memory_format))
 
 
-@pytest.mark.parametrize("order", ("reversed", "forward"))
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
@@ -80,33 +46,14 @@ def test_it_is_the_reference(name):
     assert_no_worse(OP(*args), eager, exact, terms=weights[0][0].numel())
 
 
-def computed_in_place(name: str) -> bool:
-    """Whether no branch is computed by PyTorch's library."""
-    inplans, planes, kernels, groups, stride, _, h, w = CASES[name]
-    methods = [
-        _C.conv_plan(
-            in_channels=inplans,
-            out_channels=planes // len(kernels),
-            groups=g,
-            kernel=(k, k),
-            height=h,
-            width=w,
-            stride=stride,
-            padding=k // 2,
-        )["method"]
-        for k, g in zip(kernels, groups, strict=True)
-    ]
-    return "library" not in methods
-
-
 def test_epsanets_modules_are_computed_in_place():
     for name in ("stage1", "stage2", "stage2_first", "stage3", "stage4", "large"):
-        assert computed_in_place(name), name
+        assert CASES[name].computed_in_place(), name
 
 
 def test_the_same_for_any_number_of_threads():
     """PyTorch's library promises no equal bits, so its cases stay out."""
-    names = [name for name in CASES if computed_in_place(name)]
+    names = [name for name, case in CASES.items() if case.computed_in_place()]
     outs = []
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)

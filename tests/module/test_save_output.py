@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from support.modules import gradient_sizes
+from support.cases import FORMATS, ORDERS, name_of
+from support.modules import (
+    CASES,
+    arguments,
+    build,
+    convolution_arguments,
+    gradient_sizes,
+    image,
+    se_weights,
+)
 from support.tolerance import assert_near, relative_error
 from torch import nn
 
@@ -10,33 +19,19 @@ from epsa_fused import FusedPSAModule, PSAModule
 
 OP = torch.ops.epsa_fused.psa_save_output.default
 BACKWARD = torch.ops.epsa_fused.psa_save_output_backward.default
-# in channels, planes, kernels, groups, stride, N, H, W
-CASES = {
-    "stage1": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 3, 11, 56),
-    "stride_2": (128, 128, (3, 5, 7, 9), (1, 4, 8, 16), 2, 2, 9, 14),
-    "two_branches": (32, 32, (1, 3), (1, 2), 1, 5, 6, 5),
-    "eight_branches": (64, 128, (1, 3, 3, 5, 5, 7, 9, 11), (1, 1, 2, 4, 8, 4, 2, 1), 1, 2, 5, 9),
-    "a_branch_for_the_library": (24, 36, (3, 3, 5), (1, 12, 3), 1, 2, 8, 9),
-    "stride_3": (32, 64, (3, 5, 7, 9), (1, 4, 8, 16), 3, 2, 10, 11),
-    "one_pixel": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 4, 1, 1),
-    "empty": (64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, 0, 7, 7),
-}
-FORMATS = (torch.contiguous_format, torch.channels_last)
+NAMES = ("stage1", "stride_2", "two_branches", "eight_branches", "a_branch_for_the_library")
+NAMES += ("stride_3", "one_pixel", "empty")
 
 
-def make(name, kind=FusedPSAModule, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    inplans, planes, kernels, groups, stride, *_ = CASES[name]
-    module = kind(inplans, planes, kernels, stride, groups, reduction=4, **options)
-    # a few of the hidden units stay alive
+def make(name, cls=FusedPSAModule, dtype=torch.float32, **options):
+    module = build(name, cls, dtype, **options)
+    # some hidden units stay alive
     nn.init.ones_(module.se.fc1.bias)
-    return module.to(dtype)
+    return module
 
 
-def make_x(name, dtype=torch.float32, memory_format=torch.contiguous_format):
-    inplans, *_, n, h, w = CASES[name]
-    x = torch.randn(n, inplans, h, w, generator=torch.Generator().manual_seed(1))
-    return x.to(dtype).to(memory_format=memory_format).requires_grad_()
+def make_x(*given):
+    return image(*given).requires_grad_()
 
 
 def grad_of(out):
@@ -50,17 +45,17 @@ def step(module, x):
     return out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], grad)
 
 
-@pytest.mark.parametrize("order", ("reversed", "forward"))
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_reference(name, memory_format, order):
     """Errors are compared with those of the default, whose own tests are strict."""
     module = make(name, branch_order=order, save_output=True)
     plain = make(name, PSAModule, torch.float64, branch_order=order)
     exact = step(plain, make_x(name, torch.float64, memory_format))
-    saving = step(module, make_x(name, memory_format=memory_format))
+    saving = step(module, make_x(name, torch.float32, memory_format))
     module.save_output = False
-    keeping = step(module, make_x(name, memory_format=memory_format))
+    keeping = step(module, make_x(name, torch.float32, memory_format))
     assert torch.equal(saving[0], keeping[0])
     for got, default, expected in zip(saving, keeping, exact, strict=True):
         assert got.dtype == torch.float32 and got.stride() == default.stride()
@@ -97,9 +92,8 @@ def functional(module, x):
 
 @pytest.mark.parametrize("name", ("two_branches", "a_branch_for_the_library"))
 def test_gradcheck_and_gradgradcheck(name):
-    inplans, *_ = CASES[name]
     module = make(name, dtype=torch.float64, save_output=True)
-    x = torch.randn(2, inplans, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, CASES[name].inplans, 3, 4, dtype=torch.float64, requires_grad=True)
     call, inputs = functional(module, x)
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
@@ -129,27 +123,10 @@ def test_without_grad_it_is_the_same_call():
 
 def test_opcheck():
     module, x = make("two_branches", save_output=True), make_x("two_branches")
-    convs = module._convs()
-    fc1, fc2 = module.se.fc1, module.se.fc2
-    arguments = (
-        x,
-        [c.weight for c in convs],
-        [c.groups for c in convs],
-        1,
-        [0, 1],
-        [1, 1],
-        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias, True),
-    )
-    torch.library.opcheck(OP, arguments)
+    with_grad = (x, *convolution_arguments(module), *se_weights(module), True)
+    torch.library.opcheck(OP, with_grad)
     with torch.no_grad():
-        plain = [
-            [w.detach() for w in a]
-            if isinstance(a, list) and torch.is_tensor(a[0])
-            else a.detach()
-            if torch.is_tensor(a)
-            else a
-            for a in arguments
-        ]
+        plain = arguments(module, x.detach())
         out, pooled, attention = OP(*plain)
         for mask in ([True] * 7, [False] * 3 + [True] * 4, [True, False, True] + [False] * 4):
             torch.library.opcheck(
@@ -269,18 +246,15 @@ def test_layers_that_are_not_plain_are_refused():
 
 def test_errors_name_the_operator():
     module, x = make("two_branches"), make_x("two_branches").detach()
-    convs, se = module._convs(), module.se
-    weights = [c.weight.detach() for c in convs]
-    settings = ([1, 2], 1, [0, 1], [1, 1])
-    fc = [t.detach() for t in (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)]
+    x, weights, *settings, reversed_ = arguments(module, x)
     with pytest.raises(ValueError, match=r"psa_save_output: groups has 1 entries, expected 2"):
-        OP(x, weights, [1], *settings[1:], *fc, True)
-    out, pooled, attention = OP(x, weights, *settings, *fc, True)
+        OP(x, weights, [1], *settings[1:], reversed_)
+    out, pooled, attention = OP(x, weights, *settings, reversed_)
     saved = (out, pooled, attention)
 
     def refused(message, grad_out=out, saved=saved, mask=(True,) * 7):
         with pytest.raises((ValueError, TypeError), match=f"psa_save_output_backward: {message}"):
-            BACKWARD(grad_out, x, weights, *settings, *fc, *saved, True, list(mask))
+            BACKWARD(grad_out, x, weights, *settings, *saved, True, list(mask))
 
     refused(r"output_mask has 3 entries, expected 7", mask=(True,) * 3)
     refused(r"out has shape \[5, 32, 6, 4\], expected", saved=(out[..., :4], pooled, attention))
