@@ -25,7 +25,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
 
 demo: $(VENV)/built $(VENV)/packages-demo
-	$(PY) benchmarks/demo.py
+	@$(PROGRESS) $(PY) benchmarks/demo.py
 
 test: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -60,13 +60,13 @@ docs-serve: $(VENV)/packages-docs
 # ---- set-up ----
 
 $(VENV)/created:
-	$(PYTHON) -m venv $(VENV)
-	$(PROGRESS) $(PY) -m pip install --upgrade pip
+	$(PROGRESS) $(PYTHON) -m venv $(VENV)
+	$(PROGRESS) --bars $(PY) -m pip install --upgrade pip
 	touch $@
 
 $(VENV)/torch: | $(VENV)/created
 	@echo "installing torch: minutes, most of them for the download"
-	$(PROGRESS) $(PY) -m pip install $(TORCH)
+	$(PROGRESS) --bars $(PY) -m pip install $(TORCH)
 	touch $@
 
 # the extras of pyproject.toml that targets need
@@ -78,7 +78,7 @@ $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 	@$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print('\n'.join(r for e in '$(EXTRAS)'.split() for r in p['optional-dependencies'][e]))" \
 	  > $(VENV)/$*.txt
-	$(PROGRESS) $(PY) -m pip install -r $(VENV)/$*.txt
+	$(PROGRESS) --bars $(PY) -m pip install -r $(VENV)/$*.txt
 	touch $@
 
 # In place, by ninja in a folder that stays: another build compiles only what changed. pip's

@@ -1,9 +1,8 @@
 """Runs a command and never lets the screen stand still for long.
 
-    progress.py COMMAND...                 its own lines; the seconds while it is silent
-    progress.py --compile LOG COMMAND...   ninja's counter alone; everything goes into LOG
-
-On a terminal the first form leaves the screen to the command, since pip draws bars there.
+progress.py COMMAND...                 its own lines, and the seconds while it is silent
+progress.py --bars COMMAND...          the same, but a terminal is left to the command: pip
+progress.py --compile LOG COMMAND...   ninja's counter alone; everything goes into LOG
 """
 
 from __future__ import annotations
@@ -65,10 +64,17 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "--compile":
         log, arguments = Path(arguments[1]), arguments[2:]
         log.parent.mkdir(parents=True, exist_ok=True)
-    elif sys.stdout.isatty():
-        os.execvp(arguments[0], arguments)
+    elif arguments[0] == "--bars":
+        arguments = arguments[1:]
+        if sys.stdout.isatty():
+            os.execvp(arguments[0], arguments)
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+        errors="replace",
     )
     try:
         show(process, log)

@@ -232,10 +232,11 @@ sys.exit(progress.main(sys.argv[1:]))"""
             arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
         )
 
-    plain, compiling = run(), run("--compile", "build/log")
-    assert plain.returncode == compiling.returncode == 3
-    assert plain.stdout.splitlines()[0].startswith("[1/2]") and "other" in plain.stdout
-    for result in (plain, compiling):
+    plain, bars, compiling = run(), run("--bars"), run("--compile", "build/log")
+    assert plain.returncode == bars.returncode == compiling.returncode == 3
+    for result in (plain, bars):
+        assert result.stdout.startswith("[1/2]") and "other" in result.stdout
+    for result in (plain, bars, compiling):
         assert re.search(r"^  \.\.\. \d+ s", result.stdout, re.MULTILINE)
     first, second = compiling.stdout.splitlines()[:2]
     assert first.startswith("  [1/2]") and first.endswith("csrc/a.cpp") and "[1/2]" in second
