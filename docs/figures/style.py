@@ -64,9 +64,9 @@ def plain_axes(axes: Axes, theme: Theme) -> None:
 
 
 def save(figure: Figure, path: Path, description: str | None = None) -> None:
-    """As SVG, the same bytes in every run."""
+    """As SVG with its words as text, the same bytes in every run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"svg.hashsalt": path.name, "svg.fonttype": "path", "path.simplify": True}
+    settings = {"svg.hashsalt": path.name, "svg.fonttype": "none", "path.simplify": True}
     metadata = {"Date": None, "Creator": None, "Description": description}
     with matplotlib.rc_context(settings):
         figure.savefig(path, metadata=metadata)
