@@ -144,6 +144,13 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if type(a) is type(b) and a == b else [where]
 
 
+def assert_same_run(a: Path, b: Path) -> None:
+    assert differences(saved(a), saved(b)) == []
+    assert losses(a) == losses(b)
+    assert differences(rows(a, "epochs.csv"), rows(b, "epochs.csv")) == []
+    assert differences(saved(a, "best.pt"), saved(b, "best.pt")) == []
+
+
 def image_folder(folder: Path, train: int = 8, held_out: int = 4, size: int = 24) -> Path:
     """PNG and JPEG files of random pixels, brighter from class to class."""
     from PIL import Image

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from epsa_fused.train.networks import MODELS
 from support.paths import ROOT
 from support.tolerance import assert_no_worse, relative_error
 from support.training import saved
