@@ -40,6 +40,7 @@ bench: $(VENV)/built $(VENV)/packages-demo
 lint: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # the source distribution holds what its build needs
 sdist-check: $(VENV)/packages-dev $(VENV)/torch

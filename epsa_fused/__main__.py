@@ -1,15 +1,17 @@
-"""`python -m epsa_fused`: what was built, what this machine runs, and a self-check."""
+"""`python -m epsa_fused`: the build, this machine, and a self-check of the operator."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from . import _C, __version__, psa_attention, psa_attention_reference
 
-# Error of a result, relative to its largest value, that rounding explains; in float64 the
-# reference itself is exact for this purpose.
+# Rounding explains errors up to these, relative to a result's largest value. The float64 reference
+# counts as exact.
 LIMITS = {
     torch.float64: 1e-13,
     torch.float32: 1e-5,
@@ -39,13 +41,15 @@ def _errors(device: str, dtype: torch.dtype, layout: torch.memory_format) -> tup
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 20, 15, 13)] * 4 + [(5, 20), (5,), (20, 5), (20,)]
     values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    values[5] += 3  # every hidden unit alive
+    values[5] += 3  # keeps every hidden unit alive
     grad = torch.randn(3, 80, 15, 13, generator=generator, dtype=torch.float64).to(dtype)
     inputs = [v.to(device, dtype) for v in values]
     inputs = [v.contiguous(memory_format=layout) if v.dim() == 4 else v for v in inputs]
     exact = [v.double().cpu() for v in inputs]
 
-    def run(function, tensors, g):
+    def run(
+        function: Callable[..., Tensor], tensors: list[Tensor], g: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         tensors = [t.detach().requires_grad_() for t in tensors]
         out = function(tensors[:4], *tensors[4:])
         return out, torch.autograd.grad(out, tensors, g)
@@ -53,8 +57,8 @@ def _errors(device: str, dtype: torch.dtype, layout: torch.memory_format) -> tup
     out, grads = run(psa_attention, inputs, grad.to(device))
     exact_out, exact_grads = run(psa_attention_reference, exact, grad.double())
 
-    def error(a: torch.Tensor, b: torch.Tensor) -> float:
-        # tiny: where the true value is zero, only zero will do; max keeps a NaN
+    def error(a: Tensor, b: Tensor) -> float:
+        # The tiny divisor makes every nonzero result wrong where zero is right. max keeps a NaN.
         return ((a.double().cpu() - b).abs().max() / b.abs().max().clamp_min(1e-300)).item()
 
     errors = torch.tensor(list(map(error, grads, exact_grads)))
@@ -81,7 +85,7 @@ def main() -> int:
     devices = ["cpu"]
     if _C.build_info()["cuda"] and torch.cuda.is_available():
         devices.append("cuda")
-    # every device is checked, also after a failure
+    # A list, not a generator: every device is checked, also after a failure.
     return 0 if all([_self_check(device) for device in devices]) else 1
 
 

@@ -1,28 +1,28 @@
-"""The fused operators in standard ones, for consumers of graphs that do not know them.
+"""The fused operators as standard ones, for consumers of graphs that lack the fused ones.
 
-torch.onnx.export(dynamo=True) decomposes what it has no translation of by PyTorch's table of
-decompositions, where these are put. Inductor and torch.export have tables of their own and keep
-the operators whole.
+torch.onnx.export(dynamo=True) decomposes operators that it cannot translate, by PyTorch's table of
+decompositions. This module fills that table. Inductor and torch.export have tables of their own
+and keep the operators whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
+from ._arguments import ModuleArguments
 from ._fake import fake_psa_attention, fake_psa_forward, fake_psa_save_output, fake_spc_conv
-
-_OP = torch.ops.epsa_fused.psa_attention.default
-_CONV = torch.ops.epsa_fused.spc_conv.default
-_MODULE = torch.ops.epsa_fused.psa_forward.default
-_SAVE_OUTPUT = torch.ops.epsa_fused.psa_save_output.default
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tensor:
-    """x [N, S, inner] by [out, inner] or [S, out, inner] and trailing ones -> [N, S, out]."""
+    """x [N, S, inner] -> [N, S, out], for a weight [out, inner] or [S, out, inner].
+
+    The weight may have trailing dimensions of 1.
+    """
     per_branch = weight.dim() in (3, 5)
     weight = weight.to(x.dtype)
     weight = weight.reshape(weight.shape[0], -1, inner) if per_branch else weight.reshape(-1, inner)
@@ -30,8 +30,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tenso
     return out if bias is None else out + bias.to(x.dtype)
 
 
-@register_decomposition(_OP)
-def psa_attention(
+def _psa_attention(
     feats: Sequence[Tensor],
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
@@ -53,65 +52,51 @@ def psa_attention(
     return torch.cat(products[::-1] if reversed else products, 1).to(dtype), pooled, attention
 
 
-def _convolve(x, weights, groups, stride, padding, dilation) -> list[Tensor]:
+def _convolve(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Tensor]:
+    """The branches' maps, S x [N, C, H', W']."""
     return [
         torch.conv2d(x, w, None, stride, p, d, g)
         for w, g, p, d in zip(weights, groups, padding, dilation, strict=True)
     ]
 
 
-@register_decomposition(_CONV)
-def spc_conv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[list[Tensor], Tensor]:
+def _spc_conv(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """As epsa_fused::spc_conv: S x [N, C, H', W'], and their means [N, S, C]."""
-    feats = _convolve(x, weights, groups, stride, padding, dilation)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    feats = _convolve(*arguments)
+    acc = torch.float64 if feats[0].dtype == torch.float64 else torch.float32
     return feats, torch.stack([f.to(acc).mean((2, 3)) for f in feats], 1)
 
 
-@register_decomposition(_MODULE)
-def psa_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    reversed: bool,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """As epsa_fused::psa_forward: [N, S*C, H', W']."""
-    feats = _convolve(x, weights, groups, stride, padding, dilation)
-    return psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed)[0]
-
-
-@register_decomposition(_SAVE_OUTPUT)
-def psa_save_output(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *se: Tensor | bool | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As epsa_fused::psa_save_output: out, and pooled and attention [N, S, C]."""
-    return psa_attention(_convolve(x, weights, groups, stride, padding, dilation), *se)
+    module = ModuleArguments(*arguments)
+    return _psa_attention(_convolve(*module[:6]), *module[6:])
 
 
-# Fake tensors of symbolic sizes would take a decomposition above for the operator's shapes,
-# whose strides may be others; what is in this table, they leave to the fake kernel.
-register_decomposition(_OP, type="meta")(fake_psa_attention)
-register_decomposition(_CONV, type="meta")(fake_spc_conv)
-register_decomposition(_MODULE, type="meta")(fake_psa_forward)
-register_decomposition(_SAVE_OUTPUT, type="meta")(fake_psa_save_output)
+def _psa_forward(*arguments: Any) -> Tensor:
+    """As epsa_fused::psa_forward, which may have packed weights as a last argument."""
+    return _psa_save_output(*arguments[: len(ModuleArguments._fields)])[0]
+
+
+def _register(operator: Any, decomposition: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Enter the decomposition, and the fake kernel as the operator's "meta" entry.
+
+    Fake tensors of symbolic sizes would take the decomposition for the operator's shapes, but its
+    strides may differ. With a "meta" entry they use the fake kernel.
+    """
+    register_decomposition(operator)(decomposition)
+    register_decomposition(operator, type="meta")(fake)
+
+
+_OPS = torch.ops.epsa_fused
+_register(_OPS.psa_attention.default, _psa_attention, fake_psa_attention)
+_register(_OPS.spc_conv.default, _spc_conv, fake_spc_conv)
+_register(_OPS.psa_forward.default, _psa_forward, fake_psa_forward)
+_register(_OPS.psa_save_output.default, _psa_save_output, fake_psa_save_output)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  loads the operators
+from ._arguments import ModuleArguments
 from ._layout import common_layout, conv_layout, empty
 from .reference import MAX_BRANCHES, MIN_BRANCHES
 
@@ -51,7 +53,15 @@ def _keep_whole(op: torch._ops.OpOverload) -> None:
 
 
 @torch.library.register_fake("epsa_fused::psa_attention")
-def fake_psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled=None):
+def fake_psa_attention(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    reversed: bool,
+    pooled: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     _keep_whole(torch.ops.epsa_fused.psa_attention.default)
     _check_fake(
         "psa_attention",
@@ -72,18 +82,18 @@ def fake_psa_attention(feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, revers
 
 @torch.library.register_fake("epsa_fused::psa_attention_backward")
 def _(
-    grad_out,
-    grad_attention,
-    feats,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    pooled,
-    attention,
-    reversed,
-    output_mask,
-):
+    grad_out: Tensor | None,
+    grad_attention: Tensor | None,
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    pooled: Tensor,
+    attention: Tensor,
+    reversed: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Any, ...]:
     names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check_fake(
@@ -107,11 +117,13 @@ def _(
     return grad_feats, *grad_weights
 
 
-def _out_size(size, kernel, stride: int, padding: int, dilation: int):
+def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _maps_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> tuple:
+def _maps_shape(
+    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
+) -> tuple[int, int, int, int]:
     return (
         x.shape[0],
         weight.shape[0],
@@ -120,7 +132,14 @@ def _maps_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: 
     )
 
 
-def _check_conv(op: str, x: Tensor, weights: Sequence[Tensor], groups, padding, dilation) -> None:
+def _check_conv(
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
     """What the fake kernels rely on. The real kernels check all: csrc/ops/conv_checks.cpp."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected 4 dimensions [N, C, H, W]")
@@ -152,7 +171,14 @@ def _check_conv(op: str, x: Tensor, weights: Sequence[Tensor], groups, padding, 
 
 
 @torch.library.register_fake("epsa_fused::spc_conv")
-def fake_spc_conv(x, weights, groups, stride, padding, dilation):
+def fake_spc_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
     _keep_whole(torch.ops.epsa_fused.spc_conv.default)
     _check_conv("spc_conv", x, weights, groups, padding, dilation)
     layout = conv_layout(x)
@@ -167,7 +193,9 @@ def fake_spc_conv(x, weights, groups, stride, padding, dilation):
     return feats, pooled
 
 
-def _fake_gradients(x: Tensor, weights: Sequence[Tensor], output_mask) -> tuple:
+def _fake_gradients(
+    x: Tensor, weights: Sequence[Tensor], output_mask: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
     """Of x and of the weights; an empty tensor where none is wanted."""
     grad_x = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=conv_layout(x))
@@ -182,7 +210,16 @@ def _fake_gradients(x: Tensor, weights: Sequence[Tensor], output_mask) -> tuple:
 
 
 @torch.library.register_fake("epsa_fused::spc_conv_backward")
-def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
+def _(
+    grad_feats: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
     _check_conv("spc_conv_backward", x, weights, groups, padding, dilation)
     for s, g in enumerate(grad_feats):
         if g.device != x.device:
@@ -193,28 +230,26 @@ def _(grad_feats, x, weights, groups, stride, padding, dilation, output_mask):
     return _fake_gradients(x, weights, output_mask)
 
 
-def _fake_output(op: str, x, weights, groups, stride, padding, dilation) -> Tensor:
+def _fake_output(op: str, module: ModuleArguments) -> Tensor:
+    x, weights, groups, stride, padding, dilation = module[:6]
     _check_conv(op, x, weights, groups, padding, dilation)
     n, c, h, w = _maps_shape(x, weights[0], stride, padding[0], dilation[0])
-    return torch.empty(
-        (n, len(weights) * c, h, w), dtype=x.dtype, device=x.device, memory_format=conv_layout(x)
-    )
+    return empty(x, (n, len(weights) * c, h, w), conv_layout(x))
 
 
 @torch.library.register_fake("epsa_fused::psa_forward")
-def fake_psa_forward(
-    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed, packed=None
-):
+def fake_psa_forward(*arguments: Any) -> Tensor:
     _keep_whole(torch.ops.epsa_fused.psa_forward.default)
-    return _fake_output("psa_forward", x, weights, groups, stride, padding, dilation)
+    # Packed weights may follow the module's arguments.
+    return _fake_output("psa_forward", ModuleArguments(*arguments[: len(ModuleArguments._fields)]))
 
 
 @torch.library.register_fake("epsa_fused::psa_save_output")
-def fake_psa_save_output(
-    x, weights, groups, stride, padding, dilation, fc1_w, fc1_b, fc2_w, fc2_b, reversed
-):
+def fake_psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _keep_whole(torch.ops.epsa_fused.psa_save_output.default)
-    out = _fake_output("psa_save_output", x, weights, groups, stride, padding, dilation)
+    module = ModuleArguments(*arguments)
+    out = _fake_output("psa_save_output", module)
+    x, weights = module.x, module.weights
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     vector = (x.shape[0], len(weights), weights[0].shape[0])
     return out, x.new_empty(vector, dtype=acc), x.new_empty(vector, dtype=acc)
@@ -222,32 +257,31 @@ def fake_psa_save_output(
 
 @torch.library.register_fake("epsa_fused::psa_save_output_backward")
 def _(
-    grad_out,
-    x,
-    weights,
-    groups,
-    stride,
-    padding,
-    dilation,
-    fc1_w,
-    fc1_b,
-    fc2_w,
-    fc2_b,
-    out,
-    pooled,
-    attention,
-    reversed,
-    output_mask,
-):
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    out: Tensor,
+    pooled: Tensor,
+    attention: Tensor,
+    reversed: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Any, ...]:
     _check_conv("psa_save_output_backward", x, weights, groups, padding, dilation)
     grad_x, grad_weights = _fake_gradients(x, weights, output_mask)
     grad_se = [
-        w.new_empty(w.shape) if wanted and w is not None else fc1_w.new_empty(0)
+        w.new_empty(w.shape) if wanted and w is not None else fc1_weight.new_empty(0)
         for w, wanted in zip(
-            (fc1_w, fc1_b, fc2_w, fc2_b), output_mask[len(weights) + 1 :], strict=True
+            (fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+            output_mask[len(weights) + 1 :],
+            strict=True,
         )
     ]
     return grad_x, grad_weights, *grad_se
-
-
-# ---- floating-point operations, for torch.utils.flop_counter.FlopCounterMode ----

@@ -40,5 +40,5 @@ def conv_layout(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
-def empty(like: Tensor, shape, memory_format: torch.memory_format) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -8,14 +8,18 @@ import torch
 
 
 def _load_library() -> None:
-    """Load the operators; ImportError, saying what to do, where that cannot work."""
+    """Load the operators.
+
+    Raises:
+        ImportError: the extension is not built, or for another torch; the message says what to do.
+    """
     build = "build it with `pip install --no-build-isolation .`"
     try:
         from . import _C
     except ImportError as error:
         raise ImportError(f"epsa_fused's extension is not built: {build} ({error})") from error
     built_with, running = _C.build_info()["torch"], torch.__version__
-    # torch keeps its C++ interface stable within a minor version only
+    # torch keeps its C++ interface stable only within a minor version.
     if built_with.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(
             f"epsa_fused was built with torch {built_with}, but torch {running} is running: "

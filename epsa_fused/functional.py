@@ -1,8 +1,9 @@
-"""The public functions: PSA's attention step and its convolutions, each one fused operator."""
+"""The public functions: PSA's attention step and its convolutions, one fused operator each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,39 @@ from . import _library  # noqa: F401  loads the operators
 from .reference import MAX_BRANCHES, MIN_BRANCHES, is_reversed
 
 
+@overload
+def psa_attention(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def psa_attention(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def psa_attention(
     feats: Sequence[Tensor],
     fc1_weight: Tensor,
@@ -23,8 +57,8 @@ def psa_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention step of PSA as one fused operator (EPSANet, arXiv 2105.14447, eq. 4 to 8).
 
-    Each branch's maps are pooled, an SE MLP weighs its channels, a softmax across the branches
-    recalibrates the weights, and each map is multiplied by its own::
+    Each branch's map is pooled, an SE MLP weighs its channels, a softmax across the branches
+    recalibrates the weights, and each map is multiplied by its own weights::
 
         p = mean(F_s over H, W)                                   [N, S, C]
         z = sigmoid(W2 relu(W1 p + b1) + b2)                      [N, S, C]
@@ -32,34 +66,32 @@ def psa_attention(
         out[:, slot(s)*C : (slot(s)+1)*C] = F_s * a_s             [N, S*C, H, W]
 
     Args:
-        feats: the S branches' maps, 2 to 8 tensors [N, C, H, W] of one shape, device and dtype
+        feats: the maps of S branches, 2 to 8 tensors [N, C, H, W] of one shape, device and dtype
             (float32, float64, bfloat16, float16). Contiguous and channels_last maps are read in
-            place, whatever their batch stride (contiguous) or pixel stride (channels_last), so
-            chunks of one tensor are not copied; any other strides cost one copy.
-        fc1_weight: [r, C] with r hidden units, or [S, r, C] for SE weights of each branch's own.
-            1x1 convolution weights (two trailing dimensions of 1) are taken as they are.
+            place, also as chunks of one tensor. Other strides cost one copy.
+        fc1_weight: [r, C] with r hidden units, or [S, r, C] for SE weights per branch. Weights of
+            1x1 convolutions, with two trailing dimensions of 1, are taken unchanged.
         fc1_bias: [r] or [S, r], or None.
         fc2_weight: [C, r] or [S, C, r]; trailing dimensions of 1 as above.
         fc2_bias: [C] or [S, C], or None.
-        branch_order: "reversed" puts branch s into slot S-1-s, as the published code and every
-            weight trained with it do; "forward" into slot s, as in the paper's equation 8.
-        return_attention: also return the attention a.
+        branch_order: "reversed" puts branch s into slot S-1-s, as the published code does and
+            weights trained with it need. "forward" puts it into slot s, as in equation 8.
+        return_attention: whether to return the attention a too.
 
     Returns:
-        out [N, S*C, H, W], in the features' dtype and (in a mix, the majority's) memory layout.
-        With `return_attention`, also a [N, S, C], indexed by branch (not by slot), in the
-        accumulation type: float64 for float64 features, else float32. Both are differentiable.
+        out [N, S*C, H, W], in the dtype of feats and in the memory layout of most of them.
+        With `return_attention` also a [N, S, C], indexed by branch (not by slot). Its dtype is
+        float64 for float64 maps, else float32. Both are differentiable.
 
-    The SE weights have the features' dtype, or float32 beside half-precision features, all four
-    alike. Sums, SE and softmax are computed in the accumulation type and `out` is rounded once.
-    Autocast casts nothing here: features and weights are taken as they are. (Eager PyTorch under
-    CUDA autocast would return float32, because its softmax does.) Results are bitwise the same
-    from run to run and for any number of threads.
+    The four SE parameters have one dtype: that of feats, or float32 beside half-precision maps.
+    Sums, SE and softmax are computed in float32 (float64 for float64), and out is rounded once.
+    Autocast casts nothing here. (Eager PyTorch under CUDA autocast would return float32, because
+    its softmax does.) Results are bitwise equal from run to run and for any number of threads.
 
     Raises:
-        ValueError: shapes or counts that do not fit, an unknown `branch_order`.
-        TypeError: dtypes that are not supported or do not fit.
-        RuntimeError: tensors on different devices.
+        ValueError: shapes or counts do not fit, or `branch_order` is unknown.
+        TypeError: dtypes are not supported or do not fit.
+        RuntimeError: tensors are on different devices.
     """
     if isinstance(feats, Tensor):
         raise TypeError(
@@ -83,39 +115,42 @@ def spc_conv(
 ) -> tuple[list[Tensor], Tensor]:
     """The grouped convolutions of PSA's squeeze-and-concat step (arXiv 2105.14447, eq. 1 to 3).
 
-    Branch s is ``conv2d(x, weights[s], None, stride, padding[s], dilation[s], groups[s])``. All
-    branches are computed in one call from one packed copy of x, and their means over the pixels
-    come out with them. CPU only; elsewhere call torch's own convolutions.
+    Branch s is ``conv2d(x, weights[s], None, stride, padding[s], dilation[s], groups[s])``. One
+    call computes all branches from one packed copy of x, and the means of their maps. CPU only; on
+    other devices call torch's own convolutions.
 
     Args:
         x: [N, in_channels, H, W], float32, float64, bfloat16 or float16. Contiguous and
             channels_last tensors, and slices of them, are read in place.
         weights: 1 to 8 tensors [C, in_channels / groups[s], kernel_h, kernel_w] of x's dtype, all
             with the same C.
-        groups, padding, dilation: one int per branch (dilation: 1 everywhere by default).
+        groups, padding, dilation: one int per branch; the default dilation is 1 everywhere.
         stride: of every branch.
 
     Returns:
         feats: the branches' maps [N, C, H', W'], in x's dtype and memory layout.
         pooled: [N, S, C], the means of the maps over H' and W', for
-            ``torch.ops.epsa_fused.psa_attention(..., pooled=)``. float32 (float64 for float64);
-            for half-precision maps the means of the unrounded values. Not differentiable.
+            ``torch.ops.epsa_fused.psa_attention(..., pooled=)``. Its dtype is float64 for float64,
+            else float32; half-precision maps are averaged before rounding. Not differentiable.
 
-    Sums are accumulated in float32 (float64 for float64). 3x3 kernels of stride 1 are computed by
-    Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308) where that is faster. Its errors are as small as
-    those of direct convolution beside the largest values that an output is near to, not beside
-    the products that make it up: next to a pixel of 1e6 a pixel of 1 is known to 0.1 or so, even
-    to a kernel of one 1. Where infinities in x or a weight reach, or sums of four pixels or nine
-    weights pass the largest float, there may be a NaN. Branches for which there is no kernel are
-    computed by torch's convolution inside the call.
-    ``epsa_fused._C.conv_plan`` tells which is which.
+    Sums are accumulated in float32 (float64 for float64).
+
+    3x3 kernels of stride 1 use Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308) where that is faster.
+    Its errors are as small as those of direct convolution relative to the largest inputs near an
+    output, but not relative to the output's own products. Next to a pixel of 1e6 a pixel of 1 is
+    known to about 0.1. Infinities in x or a weight, or sums of four pixels or nine weights beyond
+    the largest float, may give NaN.
+
+    torch's convolution computes branches without a kernel of their own, inside the same call.
+    ``epsa_fused._C.conv_plan`` tells which ones.
 
     Raises:
-        ValueError: shapes, counts or settings that do not fit, or an output that would be empty.
-        TypeError: dtypes that are not supported or do not fit.
-        RuntimeError: tensors on different devices.
+        ValueError: shapes, counts or settings do not fit, or an output would be empty.
+        TypeError: dtypes are not supported or do not fit.
+        RuntimeError: tensors are on different devices.
     """
     ones = [1] * len(weights) if dilation is None else list(dilation)
-    return torch.ops.epsa_fused.spc_conv.default(
+    result = torch.ops.epsa_fused.spc_conv.default(
         x, list(weights), list(groups), stride, list(padding), ones
     )
+    return cast(tuple[list[Tensor], Tensor], result)

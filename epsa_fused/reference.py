@@ -1,13 +1,14 @@
-"""The PSA module in plain PyTorch: what the fused kernels are checked and timed against.
+"""The PSA module in plain PyTorch: the reference of the fused kernels' tests and benchmarks.
 
-Source: EPSANet, arXiv 2105.14447, equations 1 to 8, with the semantics of its published code:
-one SE shared by all branches, a softmax over the sigmoid's outputs, and branches concatenated
-in reversed order.
+Source: EPSANet, arXiv 2105.14447, equations 1 to 8, with the semantics of its published code. All
+branches share one SE, the softmax takes the sigmoid's outputs, and branches are concatenated in
+reversed order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ BRANCH_ORDERS = ("reversed", "forward")
 
 
 def is_reversed(branch_order: str) -> bool:
-    """Whether `branch_order` is "reversed"; ValueError unless it is that or "forward"."""
+    """Whether `branch_order` is "reversed"; ValueError unless it is "reversed" or "forward"."""
     if branch_order not in BRANCH_ORDERS:
         raise ValueError(
             f"branch_order: expected one of {BRANCH_ORDERS}, got {branch_order!r} "
@@ -37,6 +38,39 @@ def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, branch: int, out: i
     return F.conv2d(x, weight, bias)
 
 
+@overload
+def psa_attention_reference(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def psa_attention_reference(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention_reference(
+    feats: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    branch_order: str = ...,
+    return_attention: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def psa_attention_reference(
     feats: Sequence[Tensor],
     fc1_weight: Tensor,
@@ -49,14 +83,14 @@ def psa_attention_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention step of PSA in plain PyTorch, differentiable to any order.
 
-    Arguments and results are those of :func:`epsa_fused.psa_attention`. Every step runs as
-    written, in the published code's formulation; with half-precision features each step rounds
-    to the dtype it runs in (the SE layers to that of their weights).
+    Arguments, results and errors of `branch_order` are those of :func:`epsa_fused.psa_attention`.
+    Every step follows the published code. With half-precision maps each step rounds to its dtype;
+    the SE layers run in that of their weights.
     """
     c = feats[0].shape[1]
     hidden = fc1_weight.shape[1 if fc1_weight.dim() in (3, 5) else 0]
 
-    # 1. Squeeze and excitation of each branch, by the same SE layers (eq. 4 and 5).
+    # 1. Squeeze and excitation of each branch (eq. 4 and 5).
     weights = []
     for branch, feat in enumerate(feats):
         pooled = F.adaptive_avg_pool2d(feat, 1).to(fc1_weight.dtype)  # [N, C, 1, 1]
@@ -69,18 +103,18 @@ def psa_attention_reference(
 def _recalibrate(
     feats: Sequence[Tensor], weights: Sequence[Tensor], reversed_order: bool
 ) -> tuple[Tensor, Tensor]:
-    """Steps 2 to 4, given each branch's SE weights [N, C, 1, 1]: out and attention [N, S, C]."""
+    """Steps 2 to 4: SE weights [N, C, 1, 1] of each branch -> out, attention [N, S, C]."""
     branches = len(feats)
     n, c, h, w = feats[0].shape
 
-    # 2. Recalibration: a softmax across the branches, of the sigmoid's outputs (eq. 6).
-    attention = torch.softmax(torch.cat(weights, 1).view(n, branches, c, 1, 1), dim=1)
+    # 2. Recalibrate the sigmoid's outputs by a softmax across the branches (eq. 6).
+    attention = torch.softmax(torch.cat(list(weights), 1).view(n, branches, c, 1, 1), dim=1)
 
-    # 3. Reweight each map by its channels' attention (eq. 7).
+    # 3. Multiply each map by the attention of its channels (eq. 7).
     maps = torch.cat(list(feats), 1).view(n, branches, c, h, w)
     products = maps * attention.to(maps.dtype)
 
-    # 4. Concatenate (eq. 8). The published code puts every branch BEFORE the earlier ones.
+    # 4. Concatenate (eq. 8). The published code prepends each branch to the earlier ones.
     out = products[:, 0]
     for branch in range(1, branches):
         pair = (products[:, branch], out)
@@ -89,7 +123,12 @@ def _recalibrate(
 
 
 class SEWeight(nn.Module):
-    """Squeeze-and-excitation weights of one map [N, C, H, W] -> [N, C, 1, 1]."""
+    """The squeeze-and-excitation network (arXiv 1709.01507): weights of a map's channels.
+
+    Args:
+        channels: C of the maps.
+        reduction: channels per hidden unit.
+    """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -100,7 +139,8 @@ class SEWeight(nn.Module):
         self.sigmoid = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+        """x [N, C, H, W] -> [N, C, 1, 1], in (0, 1)."""
+        return cast(Tensor, self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x))))))
 
 
 def _check_configuration(
@@ -111,7 +151,7 @@ def _check_configuration(
     conv_groups: Sequence[int],
     reduction: int,
 ) -> None:
-    """Raise, with expected and actual values, where no PSA module can be built."""
+    """Raise ValueError or TypeError if no PSA module can be built from these arguments."""
     numbers = {"inplans": inplans, "planes": planes, "stride": stride, "reduction": reduction}
     numbers |= {f"conv_kernels[{i}]": kernel for i, kernel in enumerate(conv_kernels)}
     numbers |= {f"conv_groups[{i}]": groups for i, groups in enumerate(conv_groups)}
@@ -158,9 +198,9 @@ def _check_configuration(
 class PSAModule(nn.Module):
     """Pyramid Squeeze Attention in plain PyTorch; equation numbers from arXiv 2105.14447.
 
-    One grouped convolution per entry of `conv_kernels` maps x [N, inplans, H, W] to
-    [N, planes / S, H', W'] each; their channels are weighed against each other as
-    :func:`psa_attention_reference` does it, by the layers of `se`.
+    S grouped convolutions, one per entry of `conv_kernels`, each map x [N, inplans, H, W] to
+    [N, planes / S, H', W']. :func:`psa_attention_reference` then weighs their channels by the
+    layers of `se`. The output is [N, planes, H', W'].
 
     Args:
         inplans: input channels.
@@ -169,15 +209,14 @@ class PSAModule(nn.Module):
         stride: stride of every convolution; H' = ceil(H / stride).
         conv_groups: groups of each branch's convolution.
         reduction: channels of a branch per hidden unit of the SE (16 in the published code).
-        branch_order: "reversed" as in the published code and every weight trained with it, or
+        branch_order: "reversed" as in the published code and in weights trained with it, or
             "forward" as in the paper's equation 8.
 
     The `state_dict` keys are those of the published code: conv_1.weight, ..., se.fc1.weight,
     se.fc1.bias, se.fc2.weight, se.fc2.bias.
 
     Raises:
-        ValueError, TypeError: for a configuration that cannot be built; the message names the
-            argument.
+        ValueError, TypeError: the module cannot be built; the message names the argument.
     """
 
     def __init__(

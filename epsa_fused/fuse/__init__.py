@@ -1,8 +1,8 @@
-"""fuse(): put fused PSA modules into a model that has others.
+"""fuse(): replace the PSA modules of a model by fused ones.
 
-What is a PSA module is told by its structure, since the published code is copied rather than
-installed and its class lives in any module path. Structure does not say what a forward computes
-with it, so each kind that is found is run once, on random weights, and compared.
+The published code is copied, not installed, so its class has any module path. find.py therefore
+recognises PSA modules by their structure. Structure does not say what forward computes, so
+trial.py runs each kind once on random weights and compares.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from ..modules import FusedPSAModule, FusedSplitPSA
 from .find import Kind, MisfitError, kind_of
-from .trial import CALL_HOOKS, check
+from .trial import CALL_HOOKS, Verdict, check
 
 __all__ = ["FuseReport", "fuse"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did: names of modules, as `model.named_modules()` gives them.
+    """What :func:`fuse` did, by the names of `model.named_modules()`.
 
-    replaced: what stands in the place of each module that was replaced, and of which class it was.
-    left: why each module that looks like a PSA module was left alone.
+    Attributes:
+        replaced: for each replaced module, what replaced it and its former class.
+        left: for each module that looks like a PSA module and was left alone, the reason.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -38,90 +42,103 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     """Replace every PSA module in `model` by a fused one with the same parameters.
 
-    Found are, wherever they stand in the model:
+    Three kinds are found, at any place in the model:
 
-    - :class:`epsa_fused.PSAModule`, the reference;
-    - the published code's PSAModule (children conv_1, conv_2, ... and se): these two become
-      :class:`epsa_fused.FusedPSAModule`;
-    - External-Attention-pytorch's PSA (children convs and se_blocks: each branch takes its own
-      part of the input and has its own SE): becomes :class:`epsa_fused.FusedSplitPSA`.
+    - :class:`epsa_fused.PSAModule`, the reference, becomes :class:`epsa_fused.FusedPSAModule`.
+    - The published code's PSAModule (children conv_1, conv_2, ... and se) does too.
+    - External-Attention-pytorch's PSA (children convs and se_blocks) becomes
+      :class:`epsa_fused.FusedSplitPSA`. There each branch takes its own part of the input and has
+      its own SE.
 
-    A class's module path and name do not matter. Each kind that is found is run on a small random
-    input, with random weights of its own on the CPU, and must give what the fused module gives, in
-    one of the two branch orders, in training and in evaluation. What does not is left alone.
+    The class's name and module path do not matter. Each kind is run on a small random input, with
+    random weights, on the CPU, in training and in evaluation. Its output must equal that of the
+    fused module in one of the two branch orders; otherwise it is left alone.
 
-    The convolutions and SE layers are taken over as they are, so parameters, dtype, device,
-    training flags, `requires_grad`, state_dict keys and optimizers stay; hooks on the PSA module
-    and on its convolutions stay too.
+    Convolutions and SE layers stay the same objects. So parameters, dtype, device, training flags,
+    `requires_grad`, `state_dict` keys and optimizers stay. Hooks on the PSA module and on its
+    convolutions stay too.
 
     Args:
-        model: any module. In DistributedDataParallel it can only be fused with `inplace`, or
+        model: any module. A model in DistributedDataParallel needs `inplace`, or to be fused
             before it is wrapped.
-        inplace: change `model` itself. Otherwise it stays as it is, and the result is another
-            module tree with the SAME parameters and buffers: training one trains the other.
-            `copy.deepcopy(fuse(model))` is independent.
+        inplace: whether to change `model` itself. Otherwise it stays unchanged, and the result is
+            another module tree with the SAME parameters and buffers: training one trains the
+            other. `copy.deepcopy(fuse(model))` is independent.
 
     Returns:
-        The fused model. Its attribute `fuse_report` (a :class:`FuseReport`) names what was
-        replaced and what was left alone, with the reason.
+        The fused model, with a :class:`FuseReport` as its attribute `fuse_report`. If `model` is
+        itself a PSA module, the result is the fused module.
 
-    Warns (UserWarning) where there is nothing to fuse, where a module that looks like a PSA module
-    is left alone, and where one writes over its input, which the fused one does not.
+    Warns:
+        UserWarning: there is nothing to fuse; or a module that looks like a PSA module is left
+            alone; or one overwrites its input, which the fused one does not.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: `inplace`, and `model` is itself the module to be replaced.
-        RuntimeError: hooks that cannot be kept, on the SE layers (a fused call leaves them out) or
-            around the PSA module's state_dict; without `inplace` DistributedDataParallel, and what
-            copy.deepcopy cannot copy. The model is then as it was.
+        ValueError: `inplace`, and `model` itself is to be replaced.
+        RuntimeError: hooks cannot be kept: on the SE layers, which the fused module does not call,
+            or around the PSA module's `state_dict`. Without `inplace` also for
+            DistributedDataParallel, and if copy.deepcopy fails. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
         model = _same_tensors_in_another_tree(model)
-
-    report, fused, overwriting = FuseReport(), {}, []
-    checks: dict[tuple, tuple[str, bool]] = {}
-    already = 0
-    for name, module in model.named_modules(remove_duplicate=False):
-        already += isinstance(module, FusedPSAModule | FusedSplitPSA)
-        kind = kind_of(module)
-        if kind is None:
-            continue
-        try:
-            if module not in fused:
-                order, overwrites = check(name, module, kind, checks)
-                fused[module] = _build(module, kind, order)
-                overwriting += [name] if overwrites else []
-            new, old = fused[module], type(module)
-            report.replaced[name] = (
-                f"{type(new).__name__}(branch_order={new.branch_order!r}) "
-                f"for {old.__module__}.{old.__qualname__}"
-            )
-        except MisfitError as why:
-            report.left[name] = str(why)
-    if inplace and model in fused:
+    plan = _planned(model)
+    if inplace and model in plan.fused:
         raise ValueError(
             "fuse: the model is itself a PSA module, which has no place to put another into; "
             "use the result of fuse(model)"
         )
-
-    for old, new in fused.items():
+    for old, new in plan.fused.items():
         _hand_on(old, new)
     for module in list(model.modules()):
-        for child, old in module._modules.items():
-            if old in fused:
-                module._modules[child] = fused[old]
-    model = fused.get(model, model)
-    model.fuse_report = report
-    _warn(model, report, already, overwriting)
+        for name, child in module._modules.items():
+            if child is not None and child in plan.fused:
+                module._modules[name] = plan.fused[child]
+    model = cast(_Model, plan.fused.get(model, model))
+    model.fuse_report = plan.report  # type: ignore[assignment]  # nn.Module declares only tensors
+    _warn(model, plan)
     return model
 
 
-def _same_tensors_in_another_tree(model: nn.Module) -> nn.Module:
+@dataclass
+class _Plan:
+    """What fuse() will do, found without a change of the model."""
+
+    report: FuseReport = field(default_factory=FuseReport)
+    fused: dict[nn.Module, FusedPSAModule | FusedSplitPSA] = field(default_factory=dict)
+    overwriting: list[str] = field(default_factory=list)  # modules that overwrite their input
+    already: int = 0  # modules that are fused already
+
+
+def _planned(model: nn.Module) -> _Plan:
+    plan = _Plan()
+    checks: dict[tuple[Any, ...], Verdict] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        plan.already += isinstance(module, FusedPSAModule | FusedSplitPSA)
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        try:
+            if module not in plan.fused:
+                verdict = check(name, module, kind, checks)
+                plan.fused[module] = _build(module, kind, verdict.branch_order)
+                plan.overwriting += [name] if verdict.overwrites_input else []
+            new, old = plan.fused[module], type(module)
+            plan.report.replaced[name] = (
+                f"{type(new).__name__}(branch_order={new.branch_order!r}) "
+                f"for {old.__module__}.{old.__qualname__}"
+            )
+        except MisfitError as why:
+            plan.report.left[name] = str(why)
+    return plan
+
+
+def _same_tensors_in_another_tree(model: _Model) -> _Model:
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise RuntimeError(
@@ -140,12 +157,14 @@ def _same_tensors_in_another_tree(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _warn(model: nn.Module, report: FuseReport, already: int, overwriting: list[str]) -> None:
+def _warn(model: nn.Module, plan: _Plan) -> None:
+    report = plan.report
+
     def warn(message: str) -> None:
         warnings.warn(f"fuse: {message}", UserWarning, stacklevel=4)
 
     if not report.replaced:
-        fused = f" besides {already} that are fused already" if already else ""
+        fused = f" besides {plan.already} that are fused already" if plan.already else ""
         warn(
             f"nothing to fuse, {type(model).__name__} has no PSA module that can be{fused}, "
             "and is unchanged"
@@ -153,14 +172,14 @@ def _warn(model: nn.Module, report: FuseReport, already: int, overwriting: list[
     if report.left:
         why = "; ".join(f"{name} ({why})" for name, why in report.left.items())
         warn(f"left alone {len(report.left)} that look like PSA modules: {why}")
-    if overwriting:
+    if plan.overwriting:
         warn(
-            f"{', '.join(overwriting)} wrote over its input, which the fused module leaves as it "
-            "is: check what else reads that input, such as a shortcut around it"
+            f"{', '.join(plan.overwriting)} wrote over its input, which the fused module leaves "
+            "as it is: check what else reads that input, such as a shortcut around it"
         )
 
 
-def _build(module: nn.Module, kind: Kind, order: str) -> nn.Module:
+def _build(module: nn.Module, kind: Kind, order: str) -> FusedPSAModule | FusedSplitPSA:
     new = kind.build(module, order)
     lost = _names_of_tensors(module) - _names_of_tensors(new)
     if lost:
@@ -177,6 +196,6 @@ def _names_of_tensors(module: nn.Module) -> set[str]:
 
 
 def _hand_on(old: nn.Module, new: nn.Module) -> None:
-    """Hooks: the very containers, so that the handles of hooks keep working."""
+    """Give `new` the hooks of `old`: the same containers, so that handles keep working."""
     for hooks in (*CALL_HOOKS, "_is_full_backward_hook"):
         new.__dict__[hooks] = old.__dict__[hooks]

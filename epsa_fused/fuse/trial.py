@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..reference import BRANCH_ORDERS, PSAModule, SEWeight
-from .find import SPLIT, Kind, MisfitError
+from .find import Kind, MisfitError
 
-# What nn.Module keeps its hooks in. Those around a call are handed on to the fused module, ...
+# nn.Module's containers of hooks around a call. The fused module takes them over.
 CALL_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -21,51 +23,39 @@ CALL_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# ... those around its state_dict are bound to the module that they were registered on.
+# Hooks around the state_dict are bound to the module that they were registered on.
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# What every module has: its state, which is not what its class computes with.
+# Every module has these attributes; the others are settings of its class.
 _STATE = vars(nn.Module()).keys()
-# Largest relative difference in float64 of two formulations of the same thing.
+# The largest relative difference in float64 between two formulations of the same function.
 _ROUNDING = 1e-9
 
 
-def _hooks(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
-    return [kind for kind in kinds if getattr(module, kind, None)]
+class Verdict(NamedTuple):
+    """What a trial shows of a PSA module."""
 
-
-def _refuse_hooks(name: str, module: nn.Module, kind: Kind) -> None:
-    """RuntimeError for hooks that the fused module cannot keep."""
-    names = {layer: child for child, layer in module.named_modules()}
-    softmax = [layer for child, layer in module._modules.items() if child == "softmax" and layer]
-    for layer in [*kind.left_out(module), *softmax]:
-        if _hooks(layer, CALL_HOOKS):
-            path = f"{name}.{names[layer]}".removeprefix(".")
-            raise RuntimeError(
-                f"fuse: {path} has hooks, and the fused module does not call it: "
-                "remove them first. Nothing was changed."
-            )
-    gone = [module, *kind.rebuilt(module), *softmax]
-    lost = [hooks for layer in gone for hooks in _hooks(layer, _STATE_HOOKS)]
-    if module._backward_hooks and not module._is_full_backward_hook:
-        lost.append("_backward_hooks")  # of the old kind, which hang on the output's autograd node
-    if lost:
-        raise RuntimeError(
-            f"fuse: {name or 'the model'} has hooks in {', '.join(lost)}, which belong to the "
-            "module that they were registered on: remove them first. Nothing was changed."
-        )
+    branch_order: str
+    overwrites_input: bool
 
 
 def check(
-    name: str, module: nn.Module, kind: Kind, checks: dict[tuple, tuple[str, bool]]
-) -> tuple[str, bool]:
-    """The branch order of `module`, and whether it overwrites its input.
+    name: str, module: nn.Module, kind: Kind, checks: dict[tuple[Any, ...], Verdict]
+) -> Verdict:
+    """Check that `module` can be fused, by its structure and by one trial for each kind.
 
-    Raises MisfitError, or RuntimeError for its hooks. `checks` holds what was seen of others.
+    Args:
+        name: of the module, for messages.
+        module: looks like a PSA module of `kind`.
+        checks: the verdicts so far; a module of the same kind as an earlier one is not run again.
+
+    Raises:
+        MisfitError: it cannot be fused.
+        RuntimeError: it has hooks that the fused module cannot keep.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise MisfitError("it was compiled by torch.jit; fuse before that")
@@ -87,57 +77,102 @@ def check(
         and type(module.se) is SEWeight
         and "attention" not in module.__dict__
     ):
-        return module.branch_order, False
-    # equal classes, settings and SE shapes compute the same
+        return Verdict(module.branch_order, False)
+    key = _key(module, kind)
+    if key not in checks:
+        checks[key] = _run(module, kind)
+    return checks[key]
+
+
+def _hooks(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
+    return [kind for kind in kinds if getattr(module, kind, None)]
+
+
+def _refuse_hooks(name: str, module: nn.Module, kind: Kind) -> None:
+    """Raise RuntimeError for hooks that the fused module cannot keep."""
+    names = {layer: child for child, layer in module.named_modules()}
+    softmax = [layer for child, layer in module._modules.items() if child == "softmax" and layer]
+    for layer in [*kind.left_out(module), *softmax]:
+        if _hooks(layer, CALL_HOOKS):
+            path = f"{name}.{names[layer]}".removeprefix(".")
+            raise RuntimeError(
+                f"fuse: {path} has hooks, and the fused module does not call it: "
+                "remove them first. Nothing was changed."
+            )
+    gone = [module, *kind.rebuilt(module), *softmax]
+    lost = [hooks for layer in gone for hooks in _hooks(layer, _STATE_HOOKS)]
+    # Non-full backward hooks hang on the autograd node of the old module's output.
+    if module._backward_hooks and not module._is_full_backward_hook:
+        lost.append("_backward_hooks")
+    if lost:
+        raise RuntimeError(
+            f"fuse: {name or 'the model'} has hooks in {', '.join(lost)}, which belong to the "
+            "module that they were registered on: remove them first. Nothing was changed."
+        )
+
+
+def _key(module: nn.Module, kind: Kind) -> tuple[Any, ...]:
+    """Classes, settings and SE shapes: modules with equal ones compute the same function."""
     convs = kind.convs(module)
     settings = [
-        (name, key, id(value) if isinstance(value, torch.Tensor) else repr(value))
+        (name, key, id(value) if isinstance(value, Tensor) else repr(value))
         for name, m in module.named_modules()
-        if m not in convs  # whose place another one takes
+        if m not in convs  # the trial replaces them
         for key, value in sorted(vars(m).items())
         if key not in _STATE
     ]
     shapes = [
         p.shape for m in kind.left_out(module) for p in m._parameters.values() if p is not None
     ]
-    key = (*(type(m) for m in module.modules()), *settings, *shapes)
-    if key not in checks:
-        checks[key] = _run(module, kind)
-    return checks[key]
+    return (*(type(m) for m in module.modules()), *settings, *shapes)
 
 
-def _run(module: nn.Module, kind: Kind) -> tuple[str, bool]:
-    """As check, by running a copy of `module` with random weights, in float64 on the CPU.
+def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random float64 weights or maps.
 
-    In training and in evaluation, since a dropout shows in one alone. Its convolutions, which will
-    be called as they are, have cheap ones of 1x1 in their place.
+    Weights give outputs of about one, so no sigmoid saturates. Biases are small beside those: each
+    hidden unit is then alive in some branches and samples and dead in others.
     """
-    generator = torch.Generator().manual_seed(0)
+    scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
+    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator) * scale
 
-    def random(shape) -> torch.Tensor:
-        # Results of about one, so that no sigmoid saturates; biases that are small beside them,
-        # so that each hidden unit is alive in some branches and samples and dead in others.
-        scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
-        return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator) * scale
 
+def _twin(module: nn.Module, kind: Kind, generator: torch.Generator) -> nn.Module:
+    """A copy with random weights on the CPU, without hooks, and with cheap 1x1 convolutions.
+
+    The fused module calls the same convolutions, so the trial need not run them.
+    """
     convs = kind.convs(module)
-    in_channels, out_channels = convs[0].in_channels, convs[0].out_channels
-    memo = {
-        id(conv): nn.Conv2d(in_channels, out_channels, 1, bias=False, device="meta")
+    memo: dict[int, Any] = {
+        id(conv): nn.Conv2d(
+            convs[0].in_channels, convs[0].out_channels, 1, bias=False, device="meta"
+        )
         for conv in convs
     }
     try:
         twin = copy.deepcopy(module, memo)
-    except Exception as error:  # it keeps a result that autograd has a part in, for one
+    except Exception as error:  # for example, it keeps a result with an autograd graph
         raise MisfitError(f"it cannot be copied for a trial: {error}") from None
     for m in twin.modules():
         for parameter, t in m._parameters.items():
             if t is not None:
-                m._parameters[parameter] = nn.Parameter(random(t.shape), requires_grad=False)
+                value = _random(t.shape, generator)
+                m._parameters[parameter] = nn.Parameter(value, requires_grad=False)
     for hooks in _hooks(twin, CALL_HOOKS):
         getattr(twin, hooks).clear()
-    parts = len(convs) if kind is SPLIT else 1
-    x = random((4, parts * in_channels, 3, 2))
+    return twin
+
+
+def _run(module: nn.Module, kind: Kind) -> Verdict:
+    """The verdict from a run of a copy with random weights, in float64 on the CPU.
+
+    It runs in training and in evaluation: a dropout shows in one of them only.
+    """
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(module, kind, generator)
+    convs = kind.convs(module)
+    parts = len(convs) if kind.splits_input else 1
+    x = _random((4, parts * convs[0].in_channels, 3, 2), generator)
     x /= x.std()
     givens = [x.clone(), x.clone()]
     with (
@@ -154,11 +189,14 @@ def _run(module: nn.Module, kind: Kind) -> tuple[str, bool]:
         except Exception as error:
             raise MisfitError(f"a trial on {list(x.shape)} failed: {error}") from None
     for order, out in outs.items():
-        if all(
-            isinstance(other, torch.Tensor)
-            and out.shape == other.shape
-            and (out - other).abs().max() <= _ROUNDING * other.abs().max()
-            for other in expected
-        ):
-            return order, not all(torch.equal(given, x) for given in givens)
+        if all(_agree(out, other) for other in expected):
+            return Verdict(order, not all(torch.equal(given, x) for given in givens))
     raise MisfitError("its forward computes something else than PSA, in either branch order")
+
+
+def _agree(out: Tensor, other: object) -> bool:
+    return (
+        isinstance(other, Tensor)
+        and out.shape == other.shape
+        and bool((out - other).abs().max() <= _ROUNDING * other.abs().max())
+    )

@@ -1,11 +1,11 @@
-"""EPSANet in torchvision's detectors, so that they are those of the paper (arXiv 2105.14447).
+"""EPSANet in torchvision's detectors, with the sizes of the paper's (arXiv 2105.14447).
 
-The paper gives their sizes, not their settings. The settings here are those of MMDetection's
-configurations for ResNet-50 (mask_rcnn_r50_fpn.py and retinanet_r50_fpn.py: frozen_stages=1,
-norm_cfg with requires_grad, norm_eval, 80 classes, extra levels "on_input"); with them the numbers
-of parameters, counted as mmcv's get_model_complexity_info does, are the published ones.
+The paper gives the detectors' sizes, not their settings. The settings here are MMDetection's for
+ResNet-50 (mask_rcnn_r50_fpn.py and retinanet_r50_fpn.py: frozen_stages=1, norm_cfg with
+requires_grad, norm_eval, 80 classes, extra levels "on_input"). With them the numbers of parameters
+are the published ones, counted as by mmcv's get_model_complexity_info.
 
-torchvision is imported when it is asked for: it is no dependency of this package.
+torchvision is no dependency of this package: the functions import it when they are called.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .epsanet import EPSANet, check_int
 
-# The parts of EPSANet that are frozen together, from the image on.
+_Detector = TypeVar("_Detector", bound=nn.Module)
+
+# The parts of EPSANet that are frozen together, starting at the image.
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
@@ -35,11 +38,11 @@ def fpn_backbone(
     frozen_statistics: bool = True,
     in_chans: int = 3,
 ) -> nn.Module:
-    """An EPSANet with a feature pyramid network on top, as torchvision's detectors take it.
+    """An EPSANet with a feature pyramid network (FPN) on top, for torchvision's detectors.
 
-    The result, a torchvision BackboneWithFPN, maps images [N, in_chans, H, W] to an ordered dict
-    of maps [N, out_channels, H / s, W / s], rounded up: "0", "1" ... for the returned layers
-    (s = 4, 8, 16, 32 for layers 1 to 4), then what `extra_blocks` appends::
+    The result is a torchvision BackboneWithFPN. It maps images [N, in_chans, H, W] to an ordered
+    dict of maps [N, out_channels, H / s, W / s], with sizes rounded up. Keys "0", "1", ... are the
+    returned layers (s = 4, 8, 16, 32 for layers 1 to 4); the levels of `extra_blocks` follow::
 
         from epsa_fused import epsanet50
         from epsa_fused.detection import foreground_only, fpn_backbone
@@ -49,54 +52,47 @@ def fpn_backbone(
         model = epsanet50()  # and load the weights of a classifier into it
         faster = FasterRCNN(fpn_backbone(model), num_classes=81)  # 80 and the background
         mask = MaskRCNN(fpn_backbone(model), num_classes=81)
-        foreground_only(mask)  # leaves out weights whose results nothing reads
+        foreground_only(mask)  # removes weights whose results nothing reads
 
         p6 = LastLevelP6P7(model.num_features, 256)  # of C5; (256, 256) takes it from P5
         pyramid = fpn_backbone(model, returned_layers=(2, 3, 4), extra_blocks=p6)
         retina = RetinaNet(pyramid, num_classes=80)  # labels 0 to 79, no background
 
     Args:
-        model: the network; its classifier is left out. It is copied and stays as it is; the
-            copy's `state_dict` keys get the prefix "body.". The FPN gets its device and dtype.
-        trainable_layers: how many of layer4, layer3, layer2, layer1 and the stem, in that order,
-            are trained. The others are frozen: no gradients, and BatchNorm always normalises with
-            its stored statistics. 3, torchvision's and MMDetection's default too, freezes the
-            stem and layer1; 5 trains all.
-        returned_layers: ascending numbers of the layers that the pyramid is made of, 1 to 4.
-        extra_blocks: torchvision ExtraFPNBlock that appends levels; None for LastLevelMaxPool,
-            which subsamples the last one. torchvision's LastLevelP6P7(model.num_features, 256)
-            is what RetinaNet takes.
+        model: the network. It is copied without its classifier, and stays unchanged. The copy's
+            `state_dict` keys get the prefix "body.". The FPN takes the model's device and dtype.
+        trainable_layers: the number of parts to train, in the order layer4, layer3, layer2, layer1,
+            stem. The other parts are frozen: they get no gradients, and their BatchNorm always
+            normalises with its stored statistics. 3, the default of torchvision and MMDetection
+            too, freezes the stem and layer1; 5 trains everything.
+        returned_layers: ascending numbers, 1 to 4, of the layers that form the pyramid.
+        extra_blocks: torchvision ExtraFPNBlock that appends levels. None stands for
+            LastLevelMaxPool, which subsamples the last level. RetinaNet takes torchvision's
+            LastLevelP6P7(model.num_features, 256).
         out_channels: channels of every map of the pyramid.
-        frozen_statistics: whether BatchNorm keeps its stored statistics in the trained layers
-            too, in training mode as well; weight and bias are trained there. Right for a
-            classifier's weights: a detector's batches, a few images a process, are too small for
-            statistics of their own. False, with trainable_layers=5, to train from nothing. Other
-            normalisations stay as they are.
-        in_chans: channels of the images. The model's must be the same: torchvision's detectors
-            normalise with three values, and would spread one channel over three without a word;
-            for others than 3 give them `image_mean` and `image_std` of that many.
+        frozen_statistics: whether BatchNorm keeps its stored statistics in the trained layers too,
+            also in training mode. Its weight and bias are trained there. True suits weights of a
+            classifier: a detector's batches, a few images per process, are too small for
+            statistics of their own. False, with trainable_layers=5, suits training from scratch.
+            Other normalisations stay unchanged.
+        in_chans: channels of the images, equal to the model's. torchvision's detectors normalise
+            with three values, and would silently spread one channel over three. For another
+            number give the detectors `image_mean` and `image_std` of that length.
 
-    In frozen layers that is what torchvision's own helpers do, for a trained backbone. Theirs,
-    with FrozenBatchNorm2d everywhere, fix BatchNorm's weight and bias in the trained layers too;
-    :class:`FixedBatchNorm2d` leaves those to `trainable_layers`: the published numbers hold them.
+    torchvision's own helpers freeze a trained backbone with FrozenBatchNorm2d everywhere, which
+    also fixes BatchNorm's weight and bias in the trained layers. :class:`FixedBatchNorm2d` trains
+    those; the published numbers of parameters include them.
 
     Raises:
         ImportError: torchvision is missing or does not work with this torch.
-        TypeError, ValueError: an argument that does not fit; the message says what was expected.
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
     if not isinstance(model, EPSANet):
         raise TypeError(
             f"model: expected an epsa_fused.EPSANet, got {type(model).__module__}."
             f"{type(model).__qualname__}; load the weights of other EPSANets into one"
         )
-    check_int("trainable_layers", trainable_layers, 0, len(_STAGES))
-    check_int("out_channels", out_channels, 1)
-    returned = list(returned_layers) if isinstance(returned_layers, Sequence) else []
-    if not returned or returned != [layer for layer in (1, 2, 3, 4) if layer in returned]:
-        raise ValueError(
-            "returned_layers: expected ascending numbers of layers 1 to 4, such as (2, 3, 4), "
-            f"got {returned_layers}"
-        )
+    returned = _checked_layers(trainable_layers, returned_layers, out_channels)
     if model.in_chans != in_chans:
         raise ValueError(
             f"in_chans: expected a model for images of {in_chans} channels, got one for "
@@ -121,24 +117,44 @@ def fpn_backbone(
         extra_blocks,
     )
     backbone.fpn.to(model.conv1.weight)  # its device and dtype
-    return backbone
+    return cast(nn.Module, backbone)
+
+
+def _checked_layers(
+    trainable_layers: int, returned_layers: Sequence[int], out_channels: int
+) -> list[int]:
+    """The returned layers as a list; TypeError or ValueError if an argument does not fit."""
+    check_int("trainable_layers", trainable_layers, 0, len(_STAGES))
+    check_int("out_channels", out_channels, 1)
+    returned = list(returned_layers) if isinstance(returned_layers, Sequence) else []
+    if not returned or returned != [layer for layer in (1, 2, 3, 4) if layer in returned]:
+        raise ValueError(
+            "returned_layers: expected ascending numbers of layers 1 to 4, such as (2, 3, 4), "
+            f"got {returned_layers}"
+        )
+    return returned
 
 
 class FixedBatchNorm2d(nn.Module):
-    """What `norm`, a BatchNorm, computes in evaluation, in training as well.
+    """A BatchNorm that always normalises with its stored statistics, in training mode too.
 
-    x [N, C, H, W] -> the same shape. It takes over the parameters and buffers of `norm`, under
-    the same names: `state_dict` keys do not change, and weight and bias are trained as far as
-    they require gradients. No subclass of nn.BatchNorm2d, so that SyncBatchNorm's
-    convert_sync_batchnorm leaves it alone.
+    x [N, C, H, W] -> the same shape and dtype. It takes over the parameters and buffers of `norm`
+    by name, so `state_dict` keys stay. Weight and bias are trained if they require gradients. It
+    does not derive from nn.BatchNorm2d: SyncBatchNorm's convert_sync_batchnorm leaves it alone.
+
+    Args:
+        norm: the BatchNorm to replace.
 
     Raises:
-        TypeError: `norm` is not that, or stores no statistics.
+        TypeError: `norm` has another class or stores no statistics.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
-        # a subclass with a forward of its own may do more, such as an activation
+        # A subclass with another forward may do more, such as an activation.
         plain = type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
         if not plain or norm.running_mean is None:
             raise TypeError(
@@ -159,25 +175,30 @@ class FixedBatchNorm2d(nn.Module):
         return f"{self.running_mean.numel()}, eps={self.eps}"
 
 
-def foreground_only(detector: nn.Module) -> nn.Module:
-    """Take the background's boxes and masks out of a torchvision FasterRCNN or MaskRCNN.
+def foreground_only(detector: _Detector) -> _Detector:
+    """Remove the background's boxes and masks from a torchvision FasterRCNN or MaskRCNN.
 
-    torchvision's predictors compute a box and a mask also for class 0, the background, and nothing
-    reads them. This cuts their weights off and puts zeros in the place of the results: losses,
-    gradients and detections stay what they were, with 4 * (1024 + 1) parameters less in the box
-    predictor and 256 + 1 in the mask predictor. The published numbers are without.
+    torchvision's predictors also compute a box and a mask for class 0, the background, but nothing
+    reads them. This function removes their weights and puts zeros in their results. Losses,
+    gradients and detections stay the same. The box predictor loses 4 * (1024 + 1) parameters, the
+    mask predictor 256 + 1. The published numbers of parameters are without them.
 
     Args:
-        detector: it is changed in place, and returned. Do it before the optimizer gets the
-            parameters. The layers' `state_dict` keys change too: `bbox_pred.0.weight`.
+        detector: is changed in place. Call this before the optimizer gets the parameters. The
+            `state_dict` keys of the layers change too, such as `bbox_pred.0.weight`.
+
+    Returns:
+        detector.
 
     Raises:
-        TypeError: not a detector with torchvision's predictors, or this was done to it before.
+        TypeError: the detector has other predictors than torchvision's, or was changed before.
     """
     heads = getattr(detector, "roi_heads", None)
     box = getattr(heads, "box_predictor", None)
     mask = getattr(heads, "mask_predictor", None)  # None in a FasterRCNN
-    cut = [("box_predictor", box, "bbox_pred", nn.Linear, 4)]
+    cut: list[tuple[str, object, str, type[nn.Module], int]] = [
+        ("box_predictor", box, "bbox_pred", nn.Linear, 4)
+    ]
     if mask is not None:
         cut.append(("mask_predictor", mask, "mask_fcn_logits", nn.Conv2d, 1))
     for predictor, module, name, kind, _ in cut:
@@ -193,7 +214,7 @@ def foreground_only(detector: nn.Module) -> nn.Module:
 
 
 def _zeros_for_first(layer: nn.Linear | nn.Conv2d, channels: int) -> nn.Sequential:
-    """`layer` with zeros for its first output channels, and without their weights."""
+    """`layer` without the weights of its first output channels, which become zeros."""
     for name in ("weight", "bias"):
         old = getattr(layer, name)
         kept = nn.Parameter(old.detach()[channels:].clone(), old.requires_grad)
@@ -202,12 +223,12 @@ def _zeros_for_first(layer: nn.Linear | nn.Conv2d, channels: int) -> nn.Sequenti
         layer.out_features -= channels
         return nn.Sequential(layer, nn.ConstantPad1d((channels, 0), 0.0))
     layer.out_channels -= channels
-    # it pads the last three axes, of which the channels of [R, C, H, W] are the first
+    # ConstantPad3d pads the last three axes; the channels of [R, C, H, W] are the first of them.
     return nn.Sequential(layer, nn.ConstantPad3d((0, 0, 0, 0, channels, 0), 0.0))
 
 
 def _with_fixed_statistics(module: nn.Module) -> nn.Module:
-    """The module with FixedBatchNorm2d in place of every BatchNorm that stores statistics."""
+    """The module with FixedBatchNorm2d for every BatchNorm that stores statistics."""
     if isinstance(module, _BatchNorm) and module.running_mean is not None:
         return FixedBatchNorm2d(module)
     for name, child in module.named_children():
@@ -218,10 +239,10 @@ def _with_fixed_statistics(module: nn.Module) -> nn.Module:
 def _torchvision_backbones() -> ModuleType:
     try:
         from torchvision.models.detection import backbone_utils
-    except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise ImportError(
             "fpn_backbone needs torchvision, which cannot be imported. Install the version made "
             f"for torch {torch.__version__}: pip install torchvision picks it, if torch itself "
             f"came from the same index. The import failed: {error}"
         ) from error
-    return backbone_utils
+    return cast(ModuleType, backbone_utils)

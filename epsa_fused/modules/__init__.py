@@ -1,4 +1,4 @@
-"""The fused modules, and what packs their weights ahead."""
+"""The fused modules, and the packing of their weights ahead of serving."""
 
 from .fused import FusedPSAModule
 from .prepack import prepack, unpack

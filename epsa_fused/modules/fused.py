@@ -1,12 +1,14 @@
-"""FusedPSAModule: the PSA module with its convolutions and its attention step fused."""
+"""FusedPSAModule: the PSA module with fused convolutions and a fused attention step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from .._arguments import ModuleArguments
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
 from .layers import is_plain_conv, why_se_not_fused
@@ -15,32 +17,37 @@ from .layers import is_plain_conv, why_se_not_fused
 class FusedPSAModule(PSAModule):
     """Pyramid Squeeze Attention, fused: a drop-in for the published PSAModule.
 
-    Constructor, `state_dict` keys and output are those of :class:`PSAModule` (see there) and of
-    the published code; the attention step is :func:`epsa_fused.psa_attention`. On the CPU the
-    whole module is one operator, psa_forward: where no gradient can be asked for, the
-    convolutions write into the output's slots and each sample is reweighted in place; else it is
-    :func:`epsa_fused.convolution.spc_conv` and the attention step. That needs plain convolutions,
-    all of one stride: if one has hooks, a bias, was replaced or is sharded, each of them is called
-    as the layer it is, as on other devices.
+    Constructor, `state_dict` keys and output are those of :class:`PSAModule` and of the published
+    code. x [N, inplans, H, W] -> [N, planes, H', W'], in x's dtype.
+
+    On the CPU the whole module is one operator, psa_forward. Without gradients the convolutions
+    write into the output, and each sample is reweighted in place. With gradients the operator runs
+    :func:`epsa_fused.convolution.spc_conv` and :func:`epsa_fused.psa_attention`. The operator needs
+    plain convolutions of one stride. A convolution with hooks, with a bias, replaced or sharded is
+    called as a layer, and so are the others then. On other devices the layers are called too.
 
     The fused attention reads the parameters of `se.fc1` and `se.fc2` and does not call the
-    submodules of `se`. Where a call would mean something else (hooks, a replaced layer such as a
-    LoRA or quantisation wrapper, a sharded parameter), forward raises RuntimeError instead of
-    leaving that out; use :class:`PSAModule` there, or hook, wrap or shard (FSDP2's fully_shard)
-    the whole module or a parent of it.
+    submodules of `se`. A hook, a replaced layer (LoRA and quantisation wrappers) or a sharded
+    parameter there would be ignored, so forward raises RuntimeError. Use :class:`PSAModule` then,
+    or hook, wrap or shard (FSDP2's fully_shard) the whole module or a parent of it.
 
-    Args (besides those of :class:`PSAModule`):
-        save_output: keep for the backward pass the output instead of the branches' maps, half of
-            the memory of both; a layer behind that keeps its input (BatchNorm, a convolution)
-            shares it. CPU and plain convolutions only, and what follows must not change the
-            output in place (autograd raises an error if it does). In half precision the
-            attention's gradient then comes from the rounded output. Also an attribute.
+    Args:
+        inplans, planes, conv_kernels, stride, conv_groups, reduction, branch_order: as of
+            :class:`PSAModule`.
+        save_output: whether to keep the output for the backward pass, instead of the branches'
+            maps. That halves the memory if the next layer keeps its input anyway, as BatchNorm
+            and convolutions do. It needs a CPU and plain convolutions. The next layer must not
+            change the output in place: autograd raises an error then. In half precision the
+            attention's gradient is computed from the rounded output. Also an attribute.
+
+    Raises:
+        ValueError, TypeError: the module cannot be built; the message names the argument.
     """
 
-    # Of the class too: modules that were pickled by a version without them.
+    # The class has defaults too: modules pickled by an older version lack these attributes.
     save_output: bool = False
     _packed: Tensor | None = None
-    _packed_from: Sequence[Tensor] = ()  # keeps the addresses of the packed weights taken
+    _packed_from: Sequence[Tensor] = ()  # keeps the packed weights alive, so no address is reused
 
     def __init__(
         self,
@@ -72,15 +79,20 @@ class FusedPSAModule(PSAModule):
         return super().extra_repr() + states
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, inplans, H, W] -> [N, planes, H', W']."""
+        """x [N, inplans, H, W] -> [N, planes, H', W'].
+
+        Raises:
+            RuntimeError: the layers of `se` are not plain.
+            NotImplementedError: `save_output`, and x is not on the CPU or a convolution not plain.
+        """
         convs = self._convs()
-        plain = self._are_plain(convs)
+        plain = _plain(convs)
         save_output = (
             self.save_output
             and torch.is_grad_enabled()
             and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         )
-        if x.device.type != "cpu" or not plain:
+        if x.device.type != "cpu" or plain is None:
             if save_output:
                 raise NotImplementedError(
                     "FusedPSAModule: save_output=True expects a CPU tensor and plain convolutions "
@@ -90,9 +102,9 @@ class FusedPSAModule(PSAModule):
             return self.attention([conv(x) for conv in convs])
         self._check_se()
         fc1, fc2 = self.se.fc1, self.se.fc2
-        arguments = (
+        arguments = ModuleArguments(
             x,
-            *_arguments(convs),
+            *_conv_arguments(plain),
             fc1.weight,
             fc1.bias,
             fc2.weight,
@@ -100,12 +112,13 @@ class FusedPSAModule(PSAModule):
             is_reversed(self.branch_order),
         )
         if save_output:
-            return torch.ops.epsa_fused.psa_save_output.default(*arguments)[0]
-        # packed weights hold for this process, an exported program for others too
+            return cast(Tensor, torch.ops.epsa_fused.psa_save_output.default(*arguments)[0])
+        # Packed weights belong to this process; an exported program also runs in others.
         packed = None if torch.compiler.is_exporting() else self._packed
-        return torch.ops.epsa_fused.psa_forward.default(*arguments, packed)
+        return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed))
 
     def attention(self, feats: list[Tensor]) -> Tensor:
+        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
         self._check_se()
         fc1, fc2 = self.se.fc1, self.se.fc2
         return psa_attention(
@@ -114,24 +127,25 @@ class FusedPSAModule(PSAModule):
 
     # ---- serving: weights packed ahead ----
 
-    def prepack(self, height: int, width: int) -> FusedPSAModule:
-        """Pack the convolutions' weights once, instead of in every call: for serving on the CPU.
+    def prepack(self, height: int, width: int) -> Self:
+        """Pack the convolutions' weights once instead of in every call: for serving on the CPU.
 
-        Calls that can ask for no gradient use the packed copy, which takes about as much memory as
-        the weights in float32 (twice that where output channels do not fill vectors). `train()`,
-        `load_state_dict()`, moving or casting the module, and :meth:`unpack` drop it; copies and
-        pickles of the module have none, exported programs neither. Weights that were replaced or
-        changed since are noticed, and packed by the call as before; only changes behind autograd's
-        back (`weight.data.mul_(2)`, or in place in inference mode) are not: prepack again after
-        those. Under autocast, which casts the weights, calls pack as before.
+        Calls without gradients use the packed copy. It takes about as much memory as the weights
+        in float32, or twice that if output channels do not fill vectors.
+
+        `train()`, `load_state_dict()`, :meth:`unpack`, moving and casting drop it. Copies, pickles
+        and exported programs have none. A call notices weights that were replaced or changed, and
+        packs them itself. It cannot notice changes that autograd does not count:
+        `weight.data.mul_(2)`, or in place in inference mode. Prepack again after those. Under
+        autocast, which casts the weights, every call packs.
 
         Args:
-            height, width: of the maps x that will be served; others work, maybe less fast.
+            height, width: of the maps x that will be served; other sizes work, maybe more slowly.
 
         Raises:
             RuntimeError: in training mode, on another device than the CPU, or with convolutions
                 that are not plain (hooks, a bias, a wrapper, several strides).
-            ValueError: for sizes below 1, or a dtype or stride that has no kernel to pack for.
+            ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for.
         """
         if min(height, width) < 1:
             raise ValueError(
@@ -141,51 +155,49 @@ class FusedPSAModule(PSAModule):
         convs = self._convs()
         if self.training:
             raise RuntimeError("FusedPSAModule.prepack: expected eval mode, got training mode")
-        if not self._are_plain(convs):
+        plain = _plain(convs)
+        if plain is None:
             raise RuntimeError(
                 "FusedPSAModule.prepack: expected plain convolutions of one stride, got "
                 + ", ".join(map(repr, convs))
             )
-        weight = convs[0].weight
+        weight = plain[0].weight
         if weight.device.type != "cpu":
             raise RuntimeError(
                 f"FusedPSAModule.prepack: expected weights on the CPU, got {weight.device}"
             )
         with torch.no_grad():
-            x = weight.new_empty((1, weight.shape[1] * convs[0].groups, height, width))
-            self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_arguments(convs))
-            self._packed_from = [conv.weight.detach() for conv in convs]
+            x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
+            self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_conv_arguments(plain))
+            self._packed_from = [conv.weight.detach() for conv in plain]
         return self
 
-    def unpack(self) -> FusedPSAModule:
+    def unpack(self) -> Self:
         """Undo :meth:`prepack`."""
         self._packed, self._packed_from = None, ()
         return self
 
-    def train(self, mode: bool = True) -> FusedPSAModule:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self.unpack()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs) -> FusedPSAModule:
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.unpack()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        return self
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None, "_packed_from": ()}
 
     # ---- parts ----
 
     def _convs(self) -> list[nn.Module]:
         return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
-
-    @staticmethod
-    def _are_plain(convs: list[nn.Module]) -> bool:
-        return all(map(is_plain_conv, convs)) and len({conv.stride for conv in convs}) == 1
 
     def _check_se(self) -> None:
         why = why_se_not_fused("se", self.se, SEWeight)
@@ -196,12 +208,20 @@ class FusedPSAModule(PSAModule):
             )
 
 
-def _arguments(convs: list[nn.Conv2d]) -> tuple:
-    """Weights and settings, as the operators take them."""
+def _plain(convs: list[nn.Module]) -> list[nn.Conv2d] | None:
+    """The convolutions if all of them are plain and of one stride, else None."""
+    plain = [conv for conv in convs if is_plain_conv(conv)]
+    return plain if len(plain) == len(convs) and len({c.stride for c in plain}) == 1 else None
+
+
+def _conv_arguments(
+    convs: list[nn.Conv2d],
+) -> tuple[list[Tensor], list[int], int, list[int], list[int]]:
+    """Weights, groups, stride, padding and dilation, as the operators take them."""
     return (
         [conv.weight for conv in convs],
         [conv.groups for conv in convs],
         convs[0].stride[0],
-        [conv.padding[0] for conv in convs],
+        [cast(int, conv.padding[0]) for conv in convs],
         [conv.dilation[0] for conv in convs],
     )

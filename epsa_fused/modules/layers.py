@@ -1,13 +1,14 @@
-"""Whether a layer computes, when it is called, what its class and parameters say."""
+"""Whether a fused call computes what calling the layers would."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeGuard, cast
 
 from torch import nn
 
-# The layers that the fused operator computes in one go.
-_SE_LAYERS = {
+# The layers of an SE network, in the order of their calls.
+_SE_LAYERS: dict[str, type[nn.Module]] = {
     "avg_pool": nn.AdaptiveAvgPool2d,
     "fc1": nn.Conv2d,
     "relu": nn.ReLU,
@@ -17,7 +18,7 @@ _SE_LAYERS = {
 
 
 def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
-    """Why calling `module` may do something else than the fused operator does in its place."""
+    """The reason why `module` may compute something else than a plain `expected`, or None."""
     if module is None:
         return f"{name} is missing"
     if (
@@ -32,7 +33,7 @@ def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module
             f"{name} is a {type(module).__name__} with a forward of its own, "
             f"expected that of {expected.__name__}"
         )
-    # what Conv2d.forward calls: weight standardisation and other paddings are put there
+    # Conv2d.forward calls _conv_forward: weight standardisation and other paddings override it.
     if isinstance(module, nn.Conv2d) and (
         type(module)._conv_forward is not nn.Conv2d._conv_forward
         or "_conv_forward" in module.__dict__
@@ -41,42 +42,56 @@ def _why_not_fused(name: str, module: nn.Module | None, expected: type[nn.Module
     return None
 
 
-def is_plain_conv(conv: nn.Module) -> bool:
-    """Whether calling the layer is the convolution that its weight and settings say."""
+def _is_sharded(parameter: object) -> bool:
+    # By the class's name: the import of DTensor takes a second.
+    return type(parameter).__name__ == "DTensor"
+
+
+def is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether the layer is a convolution without bias that its weight and settings describe."""
+    if _why_not_fused("conv", conv, nn.Conv2d) is not None:
+        return False
+    conv = cast(nn.Conv2d, conv)
     return (
-        _why_not_fused("conv", conv, nn.Conv2d) is None
-        and conv.bias is None
+        conv.bias is None
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and all(len(set(both)) == 1 for both in (conv.stride, conv.padding, conv.dilation))
-        and type(conv.weight).__name__ != "DTensor"
+        and not _is_sharded(conv.weight)
     )
 
 
 def why_se_not_fused(
     name: str, se: nn.Module | None, expected: type[nn.Module], layers: Iterable[str] = _SE_LAYERS
 ) -> str | None:
-    """Why calling the SE network `se`, named `name`, may do something else than the fused operator
-    does with its weights; `layers` are what it calls its layers, in the order of _SE_LAYERS."""
+    """The reason why a fused call may differ from a call of the SE network, or None.
+
+    Args:
+        name: of the network in the message.
+        se: the network.
+        expected: the class whose forward it must have.
+        layers: the names of its layers, in the order of their calls.
+    """
     why = _why_not_fused(name, se, expected)
-    names = [f"{name}.{layer}" for layer in layers]
-    if why is None:
-        modules = [se._modules.get(layer) for layer in layers]
-        for layer, module, kind in zip(names, modules, _SE_LAYERS.values(), strict=True):
-            why = why or _why_not_fused(layer, module, kind)
-    if why is not None:
+    if se is None or why is not None:
         return why
-    pool, fc1, _, fc2, _ = modules
+    modules = [se._modules.get(layer) for layer in layers]
+    names = [f"{name}.{layer}" for layer in layers]
+    for layer, module, kind in zip(names, modules, _SE_LAYERS.values(), strict=True):
+        why = _why_not_fused(layer, module, kind)
+        if why is not None:
+            return why
+    pool = cast(nn.AdaptiveAvgPool2d, modules[0])
     if pool.output_size not in (1, (1, 1)):
         return f"{names[0]} has output_size {pool.output_size}, expected 1"
-    for layer, module in ((names[1], fc1), (names[3], fc2)):
-        if module.padding != (0, 0) or module.groups != 1:
+    for i in (1, 3):
+        layer, fc = names[i], cast(nn.Conv2d, modules[i])
+        if fc.padding != (0, 0) or fc.groups != 1:
             return (
-                f"{layer} has padding {module.padding} and groups {module.groups}, "
+                f"{layer} has padding {fc.padding} and groups {fc.groups}, "
                 "expected a plain 1x1 convolution"
             )
         for parameter in ("weight", "bias"):
-            # by its name: importing the class DTensor takes a second
-            if type(getattr(module, parameter)).__name__ == "DTensor":
+            if _is_sharded(getattr(fc, parameter)):
                 return f"{layer}.{parameter} is a DTensor (a shard), expected a whole tensor"
     return None

@@ -1,8 +1,8 @@
-"""prepack(): the weights of all fused modules of a model packed once, for serving on the CPU."""
+"""prepack(): pack the weights of all fused modules of a model once, for serving on the CPU."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,30 +15,33 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
     """Call :meth:`FusedPSAModule.prepack` of every fused module in `model`.
 
+    The model is called once with `args` and `kwargs`, which shows the sizes of its maps. Modules
+    that this call does not reach stay as they are.
+
     Args:
-        model: in eval mode, on the CPU; may be compiled.
-        args, kwargs: of one call of the model, of the size that will be served; it is called
-            with them to learn the sizes of its maps. Modules it does not reach are left as they
-            are.
+        model: in eval mode, on the CPU; it may be compiled.
+        args, kwargs: of one call of the model, with inputs of the size that will be served.
 
     Returns:
-        model. :func:`unpack`, `model.train()` and `model.load_state_dict()` undo it.
+        model. :func:`unpack`, `model.train()` and `model.load_state_dict()` undo the packing.
 
     Raises:
-        ValueError: if the call reached no FusedPSAModule; RuntimeError: in training mode; others
-            as the modules' own prepack raises them. This call has packed no module then.
+        ValueError: the call reached no FusedPSAModule.
+        RuntimeError: the model is in training mode.
+        Other errors come from the modules' own prepack. After an error no module is packed.
     """
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
-    def record(module: FusedPSAModule, args: tuple, kwargs: dict) -> None:
-        sizes[module] = tuple((args[0] if args else kwargs["x"]).shape[2:])
+    def record(module: FusedPSAModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        height, width = (args[0] if args else kwargs["x"]).shape[2:]
+        sizes[module] = height, width
 
     fused = [m for m in model.modules() if isinstance(m, FusedPSAModule)]
     if model.training or any(m.training for m in fused):
         raise RuntimeError("prepack: expected a model in eval mode, got one in training mode")
     hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in fused]
     try:
-        # a compiled model that ran before would not call the hooks
+        # A compiled model that ran before would not call the hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
     finally:
@@ -60,7 +63,7 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
 
 
 def unpack(model: _Model) -> _Model:
-    """Undo :func:`prepack`."""
+    """Undo :func:`prepack`; returns model."""
     for module in model.modules():
         if isinstance(module, FusedPSAModule):
             module.unpack()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,21 @@ SE_LAYERS = ("0", "1", "2", "3", "4")
 
 
 def why_not_split_psa(convs: Iterable[nn.Module], se_blocks: Iterable[nn.Module]) -> str | None:
-    """Why FusedSplitPSA may not compute what these layers do when they are called."""
+    """The reason why FusedSplitPSA may compute something else than these layers, or None."""
     convs, se_blocks = list(convs), list(se_blocks)
     if len(convs) != len(se_blocks):
         return f"it has {len(convs)} convs and {len(se_blocks)} se_blocks, expected as many"
     for i, se in enumerate(se_blocks):
         why = why_se_not_fused(f"se_blocks.{i}", se, nn.Sequential, SE_LAYERS)
-        if why is None and len(se) != len(SE_LAYERS):
-            why = f"se_blocks.{i} has {len(se)} layers, expected {len(SE_LAYERS)}"
+        if why is None and len(se._modules) != len(SE_LAYERS):
+            why = f"se_blocks.{i} has {len(se._modules)} layers, expected {len(SE_LAYERS)}"
         if why is not None:
             return why
     for layer in (1, 3):
-        if len({se[layer].bias is None for se in se_blocks}) > 1:
+        fcs = _layers(se_blocks, layer)
+        if len({fc.bias is None for fc in fcs}) > 1:
             return f"some of se_blocks.*.{layer} have a bias and some have none"
-        shapes = [list(se[layer].weight.shape) for se in se_blocks]
+        shapes = [list(fc.weight.shape) for fc in fcs]
         if any(shape != shapes[0] for shape in shapes):
             return f"the weights of se_blocks.*.{layer} have shapes {shapes}, expected equal ones"
     return None
@@ -38,26 +40,28 @@ def why_not_split_psa(convs: Iterable[nn.Module], se_blocks: Iterable[nn.Module]
 class FusedSplitPSA(nn.Module):
     """Pyramid Squeeze Attention over the parts of its input, the attention step fused.
 
-    x [N, S*C, H, W] is cut into S parts [N, C, H, W]; part s goes through convs[s] and is weighed
-    by the SE network se_blocks[s]; a softmax across the branches and the products follow, as in
-    :func:`epsa_fused.psa_attention` with weights of each branch's own. It is what
-    :func:`epsa_fused.fuse` makes of the module that External-Attention-pytorch calls PSA.
+    x [N, S*C, H, W] is cut into S parts [N, C, H, W]. Convolution convs[s] maps part s, and the SE
+    network se_blocks[s] weighs its channels. A softmax across the branches and the products
+    follow, as in :func:`epsa_fused.psa_attention` with SE weights per branch. The result is
+    [N, S*C', H', W'] for convolutions with C' output channels.
+
+    :func:`epsa_fused.fuse` builds it from the module that External-Attention-pytorch calls PSA.
 
     Args:
-        convs: S convolutions whose results have one shape.
+        convs: S convolutions with outputs of one shape.
         se_blocks: S nn.Sequential of AdaptiveAvgPool2d(1), 1x1 Conv2d, ReLU, 1x1 Conv2d, Sigmoid.
-            As in FusedPSAModule their parameters are read and they are not called: forward raises
-            RuntimeError where that would make a difference.
+            Their parameters are read and they are not called, as in FusedPSAModule: forward raises
+            RuntimeError if a call would compute something else.
         branch_order: as in :func:`epsa_fused.psa_attention`.
 
     Raises:
-        ValueError: for layers that cannot be fused; the message says why.
+        ValueError: the layers cannot be fused; the message says why.
     """
 
     def __init__(
         self,
         convs: Iterable[nn.Module],
-        se_blocks: Iterable[nn.Sequential],
+        se_blocks: Iterable[nn.Module],
         *,
         branch_order: str = "forward",
     ) -> None:
@@ -80,15 +84,21 @@ class FusedSplitPSA(nn.Module):
             raise RuntimeError(f"FusedSplitPSA: {why}")
         parts = x.chunk(len(self.convs), dim=1)
         feats = [conv(part) for conv, part in zip(self.convs, parts, strict=True)]
-        fc1, fc2 = ([se[layer] for se in self.se_blocks] for layer in (1, 3))
+        fc1, fc2 = _layers(self.se_blocks, 1), _layers(self.se_blocks, 3)
         return psa_attention(
             feats,
-            *(_stack(layer.weight for layer in fc1), _stack(layer.bias for layer in fc1)),
-            *(_stack(layer.weight for layer in fc2), _stack(layer.bias for layer in fc2)),
+            torch.stack([layer.weight for layer in fc1]),
+            _stacked_biases(fc1),
+            torch.stack([layer.weight for layer in fc2]),
+            _stacked_biases(fc2),
             branch_order=self.branch_order,
         )
 
 
-def _stack(parameters: Iterable[Tensor | None]) -> Tensor | None:
-    parameters = list(parameters)
-    return None if parameters[0] is None else torch.stack(parameters)
+def _layers(se_blocks: Iterable[nn.Module], index: int) -> list[nn.Conv2d]:
+    return [cast(nn.Conv2d, cast(nn.Sequential, se)[index]) for se in se_blocks]
+
+
+def _stacked_biases(layers: list[nn.Conv2d]) -> Tensor | None:
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.stack(biases) if biases else None

@@ -2,7 +2,7 @@
 
 from .errors import InputError, required
 
-required("numpy", "training", "numpy")  # the package does without
+required("numpy", "training", "numpy")  # the rest of the package works without it
 
 from .config import Config  # noqa: E402
 from .training import Accuracy, Result, train  # noqa: E402

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from .errors import InputError
 
-# As shells have it for a program that Ctrl-C ended: what follows in a script should not run.
+# The shells' exit code after Ctrl-C: a script stops here.
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when the training is done, 130 when it was interrupted and saved, 2 for
-    what the user can mend."""
+    """Train, and return the exit code.
+
+    0: the training is done. 130: it was interrupted, and saved. 2: an input cannot be used.
+    """
     try:
         from .config import Config
         from .training import train
@@ -26,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _forget_unread() -> None:
-    """What could not be written to a reader that is gone: Python would try again at the end, fail,
-    and exit with 120."""
+    """Drop output that has no reader any more.
+
+    Python would try to write it again at exit, fail, and return 120.
+    """
     try:
         sys.stdout.flush()
     except OSError:

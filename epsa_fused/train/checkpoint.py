@@ -1,4 +1,4 @@
-"""Checkpoints: files that are whole or not there, and the state of the random generators."""
+"""Checkpoint files, which are complete or absent, and the state of the random generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,15 +21,15 @@ FORMAT = 2
 
 
 def write(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
-    """Save `state` so that a kill or a full disk at any moment leaves a whole file at `path`.
+    """Save `state` so that a kill or a full disk at any moment leaves a complete file at `path`.
 
-    It is written beside it, forced to the disk, and renamed over it; only then is the rename itself
-    forced to the disk. With `keep`, what was at `path` gets that name.
+    A partial file beside `path` is written, forced to the disk and renamed to `path`. Then the
+    rename itself is forced to the disk. With `keep`, the former file at `path` gets that name.
 
     Raises:
-        InputError: where it cannot be written, saying why and what there is now.
+        InputError: the file cannot be written; the message says why, and what is there now.
     """
-    # In memory first: torch.save into a full disk ends in messages that do not name it.
+    # Serialise to memory first: the errors of torch.save on a full disk do not name the disk.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     partial = path.with_name(path.name + ".partial")
@@ -58,10 +58,10 @@ def write(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
 
 
 def _name_too(path: Path, other: Path) -> None:
-    """Give the file `other` as a second name, in place of what had it; `path` stays what it is.
+    """Give the file at `path` the second name `other`, and remove the former file of that name.
 
-    A kill in between costs `other` its file (where there are no hard links it may leave half a
-    copy, which :func:`read` refuses), never `path`.
+    A kill in between loses `other`, never `path`. Without hard links it may leave half a copy at
+    `other`, which :func:`read` refuses.
     """
     other.unlink(missing_ok=True)
     try:
@@ -69,13 +69,13 @@ def _name_too(path: Path, other: Path) -> None:
     except OSError:  # not every file system has hard links
         try:
             shutil.copyfile(path, other)
-        except OSError:  # a full disk: no half of a checkpoint under a checkpoint's name
+        except OSError:  # a full disk must not leave half a checkpoint
             other.unlink(missing_ok=True)
             raise
 
 
 def _sync(folder: Path) -> None:
-    """Force its names to the disk."""
+    """Force the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,10 +84,10 @@ def _sync(folder: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` saved, on the CPU; tensors and plain values only, no code.
+    """Read what :func:`write` saved, to the CPU: tensors and plain values only, no code.
 
     Raises:
-        InputError: where there is none, or it is cut short or damaged.
+        InputError: the file is missing, cut short, damaged or of another format.
     """
     if not path.exists():
         raise InputError(f"{path}: expected a checkpoint to resume from, there is no such file")
@@ -111,11 +111,11 @@ def read(path: Path) -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
-    return state
+    return cast(dict[str, Any], state)
 
 
 def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """InputError that says which of the run's settings are not those of the checkpoint."""
+    """Raise InputError if settings differ from the checkpoint's; the message lists them."""
 
     def shown(value: Any) -> str:
         text = str(value)
@@ -132,15 +132,15 @@ def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def seed(seed: int) -> None:
-    """Of the generators that :func:`random_state` is about."""
+    """Seed the generators of :func:`random_state`."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of torch's, NumPy's and Python's global generators in this process."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    """The state of torch's, NumPy's and Python's global generators in this process."""
+    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

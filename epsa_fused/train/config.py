@@ -1,4 +1,4 @@
-"""What a training is told: every option with its default, its limits and its help."""
+"""The options of a training, each with its default, limits and help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import InputError
 AMP = ("none", "bf16", "fp16")
 SCHEDULES = ("step", "cosine")
 
-# Where these data need something else than ImageNet, whose recipe is that of the defaults below.
+# The options of these data that differ from ImageNet's, which are the defaults below.
 RECIPES: dict[str, dict[str, Any]] = {
     "folder": {},
     "digits": {
@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 0.05,
         "weight_decay": 5e-4,
         "schedule": "cosine",
-        "workers": 0,  # cropping 8x8 pixels costs less than another process
+        "workers": 0,  # another process costs more than cropping 8x8 pixels
     },
     "cifar10": {
         "model": "small_epsanet",
@@ -46,26 +46,36 @@ def _option(
     alone: str | None = None,
     free: bool = False,
 ) -> Any:
-    """A field with a value in [least, below), on the command line `alone` where the value is left
-    out; `free` ones may change when a run goes on."""
+    """A field of :class:`Config`.
+
+    Args:
+        default: its type is the option's type.
+        help: the text of `--help`.
+        choices: the allowed values.
+        least, below: the value must be in [least, below).
+        alone: the value of the flag without a value on the command line.
+        free: whether a resumed run may change it.
+    """
     limits = {"choices": choices, "least": least, "below": below}
     return field(default=default, metadata={"help": help, "alone": alone, "free": free} | limits)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One training. The defaults are the recipe of the paper (arXiv 2105.14447, section 4.1) for
-    ImageNet; :meth:`of` has those for other data.
+    """The options of one training.
+
+    The defaults are the paper's recipe for ImageNet (arXiv 2105.14447, section 4.1); :meth:`of`
+    gives the recipe for other data.
 
     Raises:
-        InputError: for a value out of its limits, naming the option.
+        InputError: a value is outside its limits; the message names the option.
     """
 
     data: str = _option(
         "digits",
         "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, one with CIFAR-10's Python pickles, "
         "or 'digits': scikit-learn's",
-        free=True,  # it may have moved: its contents are compared instead
+        free=True,  # the folder may move: a resumed run compares its contents
     )
     out: str = _option("run", "folder of the checkpoints and logs", free=True)
     resume: str = _option(
@@ -134,19 +144,19 @@ class Config:
 
     @classmethod
     def of(cls, data: str = "digits", **given: Any) -> Config:
-        """The recipe for these data, with what is given instead."""
+        """The recipe for these data, changed by the options in `given`."""
         return cls(**({"data": data} | RECIPES[kind_of_data(data)] | given))
 
     @classmethod
     def of_command_line(cls, arguments: Sequence[str] | None = None) -> Config:
-        """From `--name value` of each option; SystemExit for what argparse refuses."""
+        """The options of a command line; SystemExit if argparse refuses them."""
         return cls.of(**vars(_parser().parse_args(arguments)))
 
     def binding(self) -> dict[str, Any]:
-        """What must stay the same when a run goes on."""
+        """The options that a resumed run must keep."""
         free = {option.name for option in fields(self) if option.metadata["free"]}
         if self.schedule == "step":
-            free.add("epochs")  # more of them begin as fewer do; the cosine would have another arc
+            free.add("epochs")  # only the cosine schedule depends on their number
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -154,12 +164,12 @@ class Config:
         return Path(self.out)
 
 
-def _flag(option: Field) -> str:
+def _flag(option: Field[Any]) -> str:
     return "--" + option.name.replace("_", "-")
 
 
-def _what_was_expected(option: Field, value: Any) -> str:
-    """Of a value that the option cannot have; "" for one that it can."""
+def _what_was_expected(option: Field[Any], value: Any) -> str:
+    """The value that the option expects instead of `value`; "" if `value` is allowed."""
     kind = type(option.default)
     if not isinstance(value, (int, float) if kind is float else kind) or (
         isinstance(value, bool) and kind is not bool
@@ -168,7 +178,7 @@ def _what_was_expected(option: Field, value: Any) -> str:
     limits = option.metadata
     if limits["choices"] and value not in limits["choices"]:
         return f"one of {', '.join(limits['choices'])}"
-    # not (a <= b): so that NaN is refused
+    # Written with `not`, so that NaN is refused.
     if limits["least"] is not None and not limits["least"] <= value:
         return f"at least {limits['least']}"
     if limits["below"] is not None and not value < limits["below"]:
@@ -187,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
             for data, recipe in RECIPES.items()
             if recipe
         ),
-        argument_default=argparse.SUPPRESS,  # what is not given is left to the recipe
+        argument_default=argparse.SUPPRESS,  # the recipe supplies the other options
         allow_abbrev=False,
     )
     for option in fields(Config):

@@ -1,8 +1,7 @@
-"""Images and their labels: folders, scikit-learn's digits, CIFAR-10; and how they are cut.
+"""Images and labels: folders, scikit-learn's digits and CIFAR-10, and how images are cropped.
 
-Every source gives an image as uint8 [H, W, C] of one size, ready to be stacked. What is drawn at
-random comes from the generator that the caller passes, so that an image's crop depends on nothing
-but the seed, the epoch and the image.
+Every source returns images as uint8 [H, W, C] of one size. Random crops come from the caller's
+generator, so a crop depends only on the seed, the epoch and the image.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from .errors import InputError, required
 
-# The endings that torchvision's ImageFolder takes.
+# torchvision's ImageFolder takes the same endings.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
 class CorruptImageError(Exception):
-    """An image that cannot be read; the message names it and says why."""
+    """An image cannot be read; the message names it and the reason."""
 
 
 class Source(Protocol):
@@ -34,22 +33,22 @@ class Source(Protocol):
     labels: np.ndarray  # int64 [images]
 
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
-        """Image `index`, uint8 [H, W, C]; cut at random by `generator`, or for evaluation by None.
+        """Image `index`, uint8 [H, W, C], cropped by `generator`; None crops for evaluation.
 
         Raises:
-            CorruptImageError: where it cannot be read.
-            InputError: where reading failed for a reason that is not this image's.
+            CorruptImageError: the image cannot be read.
+            InputError: reading failed for another reason than this image.
         """
 
     def digest(self) -> str:
-        """Equal for equal data, so far as telling takes no reading of files."""
+        """A digest that is equal for equal data; it does not read the contents of files."""
 
 
 @dataclass
 class Data:
     """A training and a held-out source.
 
-    `mean` and `std` are those of each channel, in units of a pixel's value.
+    `mean` and `std` are per channel, in units of a pixel's value (0 to 255 for photographs).
     """
 
     train: Source
@@ -59,7 +58,7 @@ class Data:
     std: tuple[float, ...]
 
     def description(self) -> dict[str, Any]:
-        """What must be the same data when a run goes on."""
+        """What identifies the data: a resumed run must have the same."""
         return {
             "classes": self.classes,
             "training images": len(self.train.labels),
@@ -70,16 +69,16 @@ class Data:
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    """SHA-256 of their types, shapes and values."""
+    """SHA-256 of types, shapes and values, cut to 16 digits."""
     sha = hashlib.sha256()
     for array in arrays:
         sha.update(f"{array.dtype.str}{array.shape}".encode())
-        sha.update(np.ascontiguousarray(array).view(np.uint8))
+        sha.update(np.ascontiguousarray(array).view(np.uint8).data)
     return sha.hexdigest()[:16]
 
 
 def kind_of_data(data: str) -> str:
-    """ "digits", "cifar10" or "folder"; InputError where there is no such folder."""
+    """The kind, "digits", "cifar10" or "folder"; InputError if there is no such folder."""
     if data == "digits":
         return "digits"
     folder = Path(data)
@@ -90,7 +89,7 @@ def kind_of_data(data: str) -> str:
 
 
 def open_data(data: str, image_size: int) -> Data:
-    """What `--data` names; InputError, saying what was expected, where it is not there."""
+    """The data that `--data` names; InputError if they are missing or malformed."""
     if (kind := kind_of_data(data)) == "digits":
         return _digits()
     return _cifar10(Path(data)) if kind == "cifar10" else _folder(Path(data), image_size)
@@ -101,13 +100,12 @@ def open_data(data: str, image_size: int) -> Data:
 
 @dataclass
 class ArraySource:
-    """Images that are in memory; at random they are shifted, by up to `shift` pixels with zeros
-    in their place, and where `flip` is set mirrored."""
+    """Images in memory; random crops shift them, padded with zeros, and may mirror them."""
 
     images: np.ndarray  # uint8 [images, H, W, C]
     labels: np.ndarray
-    shift: int
-    flip: bool
+    shift: int  # pixels, at most
+    flip: bool  # mirrored half of the time
 
     def __post_init__(self) -> None:
         around = (self.shift, self.shift)
@@ -115,7 +113,7 @@ class ArraySource:
 
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         if generator is None:
-            return self.images[index]
+            return cast(np.ndarray, self.images[index])
         height, width = self.images.shape[1:3]
         top, left = generator.integers(2 * self.shift + 1, size=2)
         image = self._padded[index, top : top + height, left : left + width]
@@ -126,8 +124,10 @@ class ArraySource:
 
 
 def _digits() -> Data:
-    """scikit-learn's 1797 handwritten digits, 8x8 with values 0 to 16; a quarter, the same for
-    every seed and with every digit's share, is held out."""
+    """scikit-learn's 1797 handwritten digits, 8x8 with values 0 to 16.
+
+    A quarter is held out, the same for every seed, with an equal share of every digit.
+    """
     why, install = "--data digits", "scikit-learn"
     datasets = required("sklearn.datasets", why, install)
     selection = required("sklearn.model_selection", why, install)
@@ -139,7 +139,7 @@ def _digits() -> Data:
     )
     pixels = images[train].astype(np.float64)
     return Data(
-        # not mirrored: a digit's mirror image is another sign
+        # Not mirrored: the mirror image of a digit is another sign.
         ArraySource(images[train], labels[train], shift=1, flip=False),
         ArraySource(images[held_out], labels[held_out], shift=0, flip=False),
         [str(name) for name in bunch.target_names],
@@ -149,7 +149,7 @@ def _digits() -> Data:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays, and nothing that could run code."""
+    """An unpickler of NumPy arrays that refuses whatever could run code."""
 
     ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
 
@@ -160,15 +160,17 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _cifar10(folder: Path) -> Data:
-    """CIFAR-10 as its page offers it for Python: pickled dicts of b"data", uint8 [N, 3072] with
-    red, green and blue planes of 32x32, and b"labels"."""
+    """CIFAR-10 in its version for Python: pickled dicts with b"data" and b"labels".
 
-    def read(name: str) -> dict:
+    b"data" is uint8 [N, 3072]: red, green and blue planes of 32x32.
+    """
+
+    def read(name: str) -> dict[bytes, Any]:
         path = folder / name
         try:
             with path.open("rb") as file:
                 content = _ArraysOnly(file, encoding="bytes").load()
-        except Exception as error:  # a broken pickle may call for anything
+        except Exception as error:  # a broken pickle may raise anything
             raise InputError(
                 f"{path}: expected a pickle of CIFAR-10; {type(error).__name__}: {error}"
             ) from None
@@ -189,7 +191,7 @@ def _cifar10(folder: Path) -> Data:
             raise InputError(f"{path}: expected b'labels', a list of int, got {labels!r:.60}")
         if len(labels) != len(data):
             raise InputError(f"{path}: expected {len(data)} b'labels', got {len(labels)}")
-        return content
+        return cast(dict[bytes, Any], content)
 
     def source(names: tuple[str, ...], shift: int, flip: bool) -> ArraySource:
         parts = [read(name) for name in names]
@@ -216,8 +218,8 @@ def _cifar10(folder: Path) -> Data:
 # ---- files ----
 
 
-# What is wrong with one file when the system refuses it; a decoder's own errors have no number, or
-# that of a place to seek to which a broken file names. Others (EIO, EMFILE) are not the file's.
+# These error numbers concern one file. A decoder's errors have no number, or EINVAL if a broken
+# file names an invalid position. Other numbers (EIO, EMFILE) concern the machine.
 _OF_ONE_FILE = (
     None,
     errno.EINVAL,
@@ -230,12 +232,11 @@ _OF_ONE_FILE = (
 
 
 class FolderSource:
-    """Image files, folder/CLASS/..., cut to [size, size, 3].
+    """Image files folder/CLASS/..., cropped and resized to [size, size, 3].
 
-    At random: a crop of 8% to 100% of the area and of aspect ratio 3/4 to 4/3, resized, and
-    mirrored half of the time (Inception's crop, arXiv 1409.4842). For evaluation: the centre
-    square whose side is 7/8 of the shorter one, which at 224 is the usual resizing to 256 and
-    centre crop.
+    The random crop is Inception's (arXiv 1409.4842): 8% to 100% of the area, aspect ratio 3/4 to
+    4/3, mirrored half of the time. The crop for evaluation is the centre square with 7/8 of the
+    shorter side. At 224 that is the usual centre crop after resizing to 256.
     """
 
     SCALE, RATIO, CENTRE, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 224 / 256, 10
@@ -254,8 +255,8 @@ class FolderSource:
                 )
             files += [os.fsencode(path.relative_to(folder)) for path in found]
             labels += [label] * len(found)
-        # One array, not a list: reading a list's items writes their reference counts, which makes
-        # every loading process copy it.
+        # An array, not a list: reading list items writes their reference counts, and every loading
+        # process would copy the pages.
         self.files = np.array(files)
         self.labels = np.array(labels, dtype=np.int64)
 
@@ -268,9 +269,9 @@ class FolderSource:
                 image = file.convert("RGB")
         except MemoryError:
             raise
-        except Exception as error:  # a decoder may raise anything for a broken file
+        except Exception as error:  # a decoder may raise anything
             if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
-                # to leave it out would be to train on what a failing disk still gives
+                # Skipping the image would train on the rest of a failing disk.
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             raise CorruptImageError(f"{path}: {type(error).__name__}: {error}") from error
         box = self._centre(*image.size)
@@ -280,7 +281,7 @@ class FolderSource:
         return pixels[:, ::-1] if generator is not None and generator.random() < 0.5 else pixels
 
     def digest(self) -> str:
-        """Of the names and labels: the contents of ImageNet's files would take minutes to read."""
+        """A digest of names and labels: reading all of ImageNet would take minutes."""
         return _digest(self.files, self.labels)
 
     def _centre(self, width: int, height: int) -> tuple[float, float, float, float]:
@@ -293,18 +294,18 @@ class FolderSource:
     ) -> tuple[float, float, float, float]:
         for _ in range(self.TRIES):
             area = width * height * generator.uniform(*self.SCALE)
-            # as likely r times wider than high as r times higher than wide
+            # Uniform in the logarithm: wide and high crops are equally likely.
             ratio = np.exp(generator.uniform(*np.log(self.RATIO)))
             box_width, box_height = np.sqrt(area * ratio), np.sqrt(area / ratio)
             if box_width <= width and box_height <= height:
                 left = generator.uniform(0, width - box_width)
                 top = generator.uniform(0, height - box_height)
                 return left, top, left + box_width, top + box_height
-        return self._centre(width, height)  # of a long, thin image
+        return self._centre(width, height)  # a long, thin image
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Sorted, so that the order of the images does not depend on the file system."""
+    """The image files below a folder, sorted: the file system's order may vary."""
     return sorted(
         Path(where) / name
         for where, _, names in os.walk(folder, followlinks=True)
@@ -338,7 +339,7 @@ def _folder(folder: Path, size: int) -> Data:
         FolderSource(folder / "train", classes["train"], size),
         FolderSource(folder / "val", classes["val"], size),
         classes["train"],
-        # ImageNet's, which published weights expect
+        # The statistics of ImageNet, which published weights expect.
         tuple(255 * value for value in (0.485, 0.456, 0.406)),
         tuple(255 * value for value in (0.229, 0.224, 0.225)),
     )

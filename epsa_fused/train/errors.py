@@ -1,4 +1,4 @@
-"""The error that a user can mend, and packages that only training needs."""
+"""The error for what the user can correct, and the packages that only training needs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was expected and what was found.
+    """An input cannot be used; the message says what was expected and what was found.
 
     The command line prints it without a traceback.
     """
 
 
 def required(module: str, why: str, install: str) -> ModuleType:
-    """The module of that name; InputError, with the command that installs it, where it is missing.
+    """Import and return a module.
 
-    Only the module itself: one that is installed and fails to import keeps its own error.
+    Raises:
+        InputError: its package is not installed; the message has the command that installs it.
+            Other errors of the import stay what they are.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals that end programs, as a flag that the training looks at between steps."""
+"""Ctrl-C and the signals that end programs, as a flag that the training reads between steps."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-# A terminal's Ctrl-C, a scheduler's notice, a terminal that was closed.
+# Ctrl-C in a terminal, a scheduler's notice, a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
     """A context in which :data:`SIGNALS` set `pending`; a second Ctrl-C has its usual effect.
 
-    Schedulers send SIGTERM before they take a machine away, and torchrun passes it on: one that
-    signals every process reaches this one twice, so SIGTERM stays noted. SIGKILL remains. A signal
-    that is ignored stays so: nohup has SIGHUP ignored.
+    SIGTERM stays noted: a scheduler that signals every process reaches this one twice, since
+    torchrun passes the signal on. Ignored signals stay ignored, as SIGHUP under nohup.
 
-    Python lets only the main thread choose what signals do: in another one they are left alone.
+    Outside the main thread Python allows no handlers, and signals are left alone.
     """
 
     def __init__(self) -> None:
         self.pending = False
 
     def __enter__(self) -> Self:
-        self._before = {}
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # None: a handler of another language, which could not be put back
+                # None stands for a handler of another language, which cannot be restored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self

@@ -1,11 +1,11 @@
-"""From images to batches: in which order, by which process, and how fast."""
+"""Batches of images: their order, their distribution over processes, and their speed."""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +16,28 @@ from .data import CorruptImageError, Source
 from .errors import InputError
 from .interrupts import SIGNALS
 
-# What begins each generator's seed: NumPy takes (1, 2) and (1, 2, 0) for the same one.
+# The first element of each generator's seed. NumPy treats (1, 2) and (1, 2, 0) as equal seeds.
 _ORDER, _CROP = 1, 2
 
-Key = tuple[int, int, int]  # seed, epoch, image; for evaluation -1, -1, image
+Key = tuple[int, int, int]  # (seed, epoch, image); (-1, -1, image) for evaluation
 
 
 class Batch(NamedTuple):
-    """Images and labels, less the images that could not be read, which `corrupt` names.
+    """Images and labels without the images that could not be read; `corrupt` names those.
 
-    `failed`: an InputError's message. Raised in a loading process it would come with a traceback.
+    `failed` is the message of an InputError, or "". A loading process passes it on like this
+    because a raised error would arrive with a traceback.
     """
 
     images: Tensor  # uint8 [N, C, H, W], in channels_last as they were stacked
     labels: Tensor  # int64 [N]
     corrupt: list[str]
     failed: str
-    seconds: float  # that reading and cutting them took one process
+    seconds: float  # of reading and cropping, in one process
 
 
-class Images(Dataset):
-    """The source's images by :data:`Key`; DataLoader asks for a whole batch at once."""
+class Images(Dataset[Batch]):
+    """The images of a source by :data:`Key`; DataLoader asks for a whole batch at once."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -66,15 +67,15 @@ class Images(Dataset):
 
 
 class TrainingBatches(Sampler[list[Key]]):
-    """This process's micro-batches of an epoch, from any step of it on.
+    """This process's micro-batches of an epoch, from any step on.
 
     A step takes the next `batch` images of the epoch's random order and cuts them into `parts`
-    micro-batches; process `rank` of `processes` takes every processes-th of them, from its rank on.
-    So a step sees the same micro-batches however many processes share them. The images that do
-    not fill the last step are left out of that epoch.
+    micro-batches. Process `rank` takes the micro-batches rank, rank + processes, ... So a step has
+    the same micro-batches for any number of processes. Images that do not fill the last step are
+    left out of that epoch.
 
-    torch's DistributedSampler cannot start inside an epoch, and deals images to the processes one
-    by one, so that its micro-batches depend on their number.
+    torch's DistributedSampler cannot start inside an epoch. It also deals single images to the
+    processes, so its micro-batches depend on their number.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TrainingBatches(Sampler[list[Key]]):
         self.epoch = self.step = 0
 
     def start_at(self, epoch: int, step: int) -> None:
-        """The next iteration begins there."""
+        """Let the next iteration begin at this step of this epoch."""
         self.epoch, self.step = epoch, step
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -103,12 +104,12 @@ class TrainingBatches(Sampler[list[Key]]):
 
 
 class EvaluationBatches(Sampler[list[Key]]):
-    """Every processes-th image from `rank` on, in batches of at most `size`."""
+    """The images rank, rank + processes, ... in batches of at most `size`."""
 
     def __init__(self, images: int, size: int, *, rank: int, processes: int) -> None:
         self.own = range(rank, images, processes)
         self.size = size
-        # The number of batches of the process that has the most.
+        # The largest number of batches that a process has.
         self.longest = -(-len(range(0, images, processes)) // size)
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -119,8 +120,10 @@ class EvaluationBatches(Sampler[list[Key]]):
         return -(-len(self.own) // self.size)
 
 
-def loader(source: Source, batches: Sampler[list[Key]], workers: int, pin: bool) -> DataLoader:
-    """A DataLoader of :class:`Batch`, whose processes stay from epoch to epoch."""
+def loader(
+    source: Source, batches: Sampler[list[Key]], workers: int, pin: bool
+) -> DataLoader[Batch]:
+    """A DataLoader of :class:`Batch`; its processes stay from epoch to epoch."""
     return DataLoader(
         Images(source),
         batch_sampler=batches,
@@ -129,25 +132,27 @@ def loader(source: Source, batches: Sampler[list[Key]], workers: int, pin: bool)
         persistent_workers=workers > 0,
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin,
-        # its own: it would draw from torch's global generator at the start of every epoch, also
-        # of one that a resumed run is in the middle of
+        # By default each epoch's start would draw from torch's global generator, also when a run
+        # resumes in the middle of an epoch.
         generator=torch.Generator(),
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, a scheduler's SIGTERM every one of a job; the
-    parent still needs batches to end well, and ends its workers without a signal."""
+    """Ignore the signals that terminals and schedulers send to every process.
+
+    The parent still needs batches to end well, and ends its workers without a signal.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Speed:
-    """Images per second of the steps, and of the loader if nothing had to wait for it."""
+    """Images per second of the steps, and of the loader alone."""
 
     def __init__(self, workers: int) -> None:
         self.loading_processes = max(1, workers)
@@ -173,10 +178,10 @@ class Speed:
 
     @property
     def of_loader(self) -> float:
-        """What its processes read and cut in a second."""
+        """Images that the loading processes read and crop in a second."""
         return self.images * self.loading_processes / max(self.loading, 1e-9)
 
     @property
     def share_waiting(self) -> float:
-        """Of the steps' time, what they waited for the loader."""
+        """The share of the steps' time that they waited for the loader, 0 to 1."""
         return self.waiting / max(self.seconds, 1e-9)

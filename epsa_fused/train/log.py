@@ -1,4 +1,4 @@
-"""Logs: CSV files that a resumed run continues, and TensorBoard's."""
+"""Logs: CSV files that a resumed run continues, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .errors import InputError, required
 
 
 class CsvLog:
-    """A CSV file of numbers, a row per call of :meth:`write`; its first column is "step".
+    """A CSV file of numbers, one row per call of :meth:`write`; its first column is "step".
 
-    Rows of steps behind `step` are dropped: a run that is resumed there writes them again. So is a
-    last row that was cut short, and what is no row, as a machine that stopped may leave them.
+    Rows of steps after `step` are dropped: a run resumed there writes them again. Incomplete rows,
+    as a machine that stopped may leave them, are dropped too.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], step: int) -> None:
@@ -32,11 +32,11 @@ class CsvLog:
             csv.writer(file).writerows([columns, *kept])
         os.replace(partial, path)
         self.path, self.columns = path, columns
-        # unbuffered: a row is in the file once it is written, and closing has nothing left to do
+        # Unbuffered: a written row is in the file, and closing has nothing left to write.
         self.file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Floats in full precision; InputError where the disk is full."""
+        """Append a row, floats in full precision; InputError if the disk is full."""
         line = ",".join(repr(row[name]) for name in self.columns) + "\r\n"
         try:
             self.file.write(line.encode())
@@ -48,12 +48,16 @@ class CsvLog:
 
 
 class Logs:
-    """steps.csv, epochs.csv and, where asked for, TensorBoard's events, in one folder.
+    """steps.csv, epochs.csv and, if asked for, TensorBoard events, in one folder.
 
-    They go on after `step`, and after the epoch that ended with step `evaluated`.
+    Args:
+        folder: where they are.
+        step: the steps done; steps.csv continues after it.
+        evaluated: the steps of the last evaluated epoch's end; epochs.csv continues after it.
+        tensorboard: whether to write TensorBoard events too.
 
     Raises:
-        InputError: where TensorBoard is asked for and not installed.
+        InputError: TensorBoard is asked for and not installed.
     """
 
     STEPS = (

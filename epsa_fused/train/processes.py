@@ -1,4 +1,4 @@
-"""This process among those of a training: one alone, or those that torchrun started."""
+"""The processes of a training: one alone, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .errors import InputError
 
 
 class Processes:
-    """A context in which the training's processes can talk to each other.
+    """A context in which the processes of a training can communicate.
 
-    Under torchrun (WORLD_SIZE is set) it is the default process group: NCCL for CUDA tensors, Gloo
-    on the CPU. Without it there is one process, and nothing is set up.
+    Under torchrun (WORLD_SIZE is set) they use the default process group: NCCL for CUDA tensors,
+    Gloo on the CPU. Without torchrun there is one process, and nothing is set up.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        InputError: for CUDA where there is none for this process.
+        InputError: this process has no CUDA device, and needs one.
     """
 
     def __init__(self, device: str) -> None:
@@ -47,22 +47,22 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.launched:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            # What is not a CUDA tensor goes by Gloo: it waits for no kernel.
+            # Gloo carries everything but CUDA tensors: it waits for no kernel.
             self._host = dist.new_group(backend="gloo")
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        # not after an error: the others may wait in a collective that this one left out
+        # After an error the other processes may wait in a collective that this one skipped.
         if self.launched and kind is None:
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the processes."""
+        """The model, with gradients averaged over the processes."""
         if not self.launched:
             return model
         return DistributedDataParallel(
@@ -70,13 +70,13 @@ class Processes:
         )
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes of a tensor."""
+        """The sum of a tensor over the processes."""
         if self.launched:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set in one of the processes: all of them get the same answer."""
+        """Whether the flag is set in any process; every process gets the same answer."""
         if not self.launched:
             return flag
         flags = torch.tensor(int(flag))
@@ -84,7 +84,7 @@ class Processes:
         return bool(flags)
 
     def gather(self, value: Any) -> list[Any]:
-        """Of every process, in the first; else []."""
+        """The values of all processes, in the first process; [] in the others."""
         if not self.launched:
             return [value]
         values = [None] * self.count if self.first else None
@@ -92,7 +92,7 @@ class Processes:
         return values or []
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: BatchNorm's statistics are each one's own."""
+        """Copy the first process's buffers to the others: BatchNorm's statistics differ."""
         if self.launched:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""The training itself: steps, evaluation, and when to save."""
+"""The training loop: steps, evaluation, and the moments to save."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -34,40 +35,47 @@ AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Accuracy:
-    """On the held-out images; `top5` counts a label among the five likeliest."""
+    """Loss and accuracy on the held-out images."""
 
     loss: float
     top1: float  # share, 0 to 1
-    top5: float
+    top5: float  # share with the label among the five likeliest
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to; `accuracy` is of its last epoch, None before the first's end."""
+    """The result of a training."""
 
-    accuracy: Accuracy | None
+    accuracy: Accuracy | None  # of the last epoch that ended
     steps: int
-    seconds: float  # of the steps, over all the times that it was resumed
+    seconds: float  # of all steps, also before the training was resumed
     interrupted: bool
 
 
 def train(config: Config) -> Result:
     """Train as `config` says, alone or as one of the processes that torchrun started.
 
-    Writes into `config.out`: checkpoint.pt at the start, every `checkpoint_every` steps, and before
-    and after the evaluation that ends an epoch; checkpoint.previous.pt, the one of an earlier step;
-    best.pt, the weights of the epoch with the best top-1; steps.csv and epochs.csv.
-    Ctrl-C, SIGTERM and SIGHUP save after the step that is running and return; an evaluation that is
-    running is left for the resumed run. Outside the main thread signals are left alone.
+    It writes into `config.out`:
+
+    - checkpoint.pt at the start, every `checkpoint_every` steps, and before and after each epoch's
+      evaluation; checkpoint.previous.pt is the checkpoint of an earlier step;
+    - best.pt, the weights of the epoch with the best top-1;
+    - steps.csv and epochs.csv.
+
+    Ctrl-C, SIGTERM and SIGHUP save after the current step and return. They cut an evaluation off:
+    the resumed run repeats it. Outside the main thread signals are left alone.
+
+    Returns:
+        The accuracy of the last epoch, the steps, their seconds, and whether it was interrupted.
 
     Raises:
-        InputError: for data, settings or a checkpoint that cannot be used, an unreadable image
-            where `config.corrupt` is "fail", a disk that cannot be written, or a loss that is not
-            finite. The last checkpoint that was saved stays.
+        InputError: data, settings or a checkpoint cannot be used, an image is unreadable and
+            `config.corrupt` is "fail", the disk cannot be written, or a loss is not finite. The
+            last saved checkpoint stays.
     """
     with Processes(config.device) as processes, _algorithms(config.deterministic):
         training = Training(config, processes)
-        # to the end: SIGTERM may come twice
+        # Signals stay noted until the end: SIGTERM may come twice.
         with Interrupts() as interrupts, contextlib.closing(training):
             return training.run(interrupts)
 
@@ -76,7 +84,7 @@ def train(config: Config) -> Result:
 def _algorithms(deterministic: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
     torch.use_deterministic_algorithms(deterministic or before)
     try:
         yield
@@ -85,13 +93,13 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
 
 
 class Training:
-    """The state of one training, as far as it has come: `epoch`, and `step` inside it."""
+    """The state of one training; it stands at step `step` of epoch `epoch`."""
 
     def __init__(self, config: Config, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.device = processes.device
         self.tqdm = required("tqdm", "training", "tqdm").tqdm
-        # The first process draws them; None: only where a terminal shows them.
+        # The first process draws progress bars; None draws them only in a terminal.
         self.hide_bars = None if processes.first else True
 
         parts = config.accumulate * processes.count
@@ -108,9 +116,9 @@ class Training:
                 f"--batch: expected at most the {images} training images, got {config.batch}"
             )
         self.path, self.previous = config.folder / CHECKPOINT, config.folder / PREVIOUS
-        # what a resumed run must have in common with the checkpoint's
+        # A resumed run must have the same.
         self.binding = config.binding() | {
-            "device": self.device.type,  # what "auto" came to
+            "device": self.device.type,  # not "auto"
             "processes": processes.count,
             **self.data.description(),
         }
@@ -134,11 +142,11 @@ class Training:
             except OSError as error:
                 raise InputError(f"--out: cannot write to {config.out}: {error}") from error
         if saved is None:
-            self._save()  # so that there is always one to resume from, and a bad --out shows now
+            self._save()  # shows a bad --out now; later runs always have one to resume from
 
     def _build(self, parts: int) -> None:
         config, device, data = self.config, self.device, self.data
-        torch.manual_seed(config.seed)  # equal weights in every process
+        torch.manual_seed(config.seed)  # equal initial weights in every process
         model = MODELS[config.model](
             len(data.classes),
             fused=config.psa == "fused",
@@ -147,7 +155,7 @@ class Training:
         )
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.layout)
-        checkpoint.seed(config.seed + self.processes.rank)  # dropout: each its own
+        checkpoint.seed(config.seed + self.processes.rank)  # each process its own dropout
         self.parallel = self.processes.parallel(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -177,7 +185,7 @@ class Training:
         self.loader = loader(data.train, self.batches, config.workers, pin)
         self.held_out = EvaluationBatches(len(data.held_out.labels), self.micro_batch, **place)
         self.held_out_loader = loader(data.held_out, self.held_out, config.workers, pin)
-        self.named: set[str] = set()  # the corrupt images that were
+        self.named: set[str] = set()  # the corrupt images that were reported
 
     # ---- running ----
 
@@ -185,7 +193,7 @@ class Training:
         config = self.config
         stopped = False
         while self.epoch < config.epochs and not stopped:
-            # none are left where the run was cut off in the evaluation
+            # A run that was cut off in an evaluation has no steps left in this epoch.
             if self.step < self.batches.steps:
                 stopped = self._steps(interrupts)
             if not stopped:
@@ -197,6 +205,7 @@ class Training:
                 f"{config.epochs}); the same command with --resume goes on"
             )
         else:
+            assert self.accuracy is not None  # an epoch has ended
             self._say(
                 f"done: {self.steps_done:,} steps, held out: top-1 {self.accuracy.top1:.2%}; "
                 f"the best epoch's {self.best_top1:.2%} are in {config.folder / BEST}"
@@ -204,7 +213,7 @@ class Training:
         return Result(self.accuracy, self.steps_done, self.seconds, unfinished)
 
     def _steps(self, interrupts: Interrupts) -> bool:
-        """To the epoch's end or to an interrupt, which is what it returns; saved is either."""
+        """Train to the epoch's end or an interrupt, and save; returns whether interrupted."""
         self.parallel.train()
         self.batches.start_at(self.epoch, self.step)
         batches = iter(self.loader)
@@ -229,7 +238,7 @@ class Training:
                     self.seconds += speed.seconds
                     speed.reset()
                 stopped = self.processes.any(interrupts.pending)
-                # at the end too: the evaluation that follows may take long
+                # Save at the epoch's end too: the evaluation may take long.
                 if stopped or ends or self.steps_done % config.checkpoint_every == 0:
                     self.seconds += speed.seconds
                     self._save()
@@ -238,8 +247,8 @@ class Training:
                     return True
         return False
 
-    def _one_step(self, batches: Any, speed: Speed) -> Tensor:
-        """Its loss, this process's."""
+    def _one_step(self, batches: Iterator[Batch], speed: Speed) -> Tensor:
+        """Train one step; returns this process's loss, a scalar."""
         accumulate = self.config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -253,9 +262,7 @@ class Training:
                     f"step {self.steps_done + 1}: expected at least one readable image in a "
                     f"micro-batch of {self.micro_batch}, got none"
                 )
-            # gradients go to the other processes once a step
-            waits = i + 1 < accumulate and self.parallel is not self.model
-            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+            with self._gradients_shared(i + 1 == accumulate):
                 with self._autocast():
                     logits = self.parallel(self._prepared(batch))
                     labels = batch.labels.to(self.device, non_blocking=True)
@@ -270,17 +277,23 @@ class Training:
         self.loss_sum += total
         return total
 
+    def _gradients_shared(self, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """A context whose backward pass averages gradients over the processes, or does not."""
+        if shared or not isinstance(self.parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return cast(contextlib.AbstractContextManager[None], self.parallel.no_sync())
+
     def _end_epoch(self, interrupts: Interrupts) -> bool:
-        """Evaluate and save; or leave that to the resumed run at an interrupt, which it returns."""
+        """Evaluate and save; returns whether interrupted. The resumed run then evaluates."""
         result = self._evaluate(interrupts)
         if result is None:
             return True
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         loss = self._finite_mean_loss()
-        with warnings.catch_warnings():  # without a step since resuming it warns of the order
+        with warnings.catch_warnings():  # after resuming, it warns of the order of the calls
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
-        self._check_loss(result.loss)  # of the weights that would be saved
+        self._check_loss(result.loss)  # before its weights are saved
         self.accuracy = result
         self.epoch += 1
         if self.logs is not None:
@@ -312,7 +325,7 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self, interrupts: Interrupts) -> Accuracy | None:
-        """On the held-out images; None at an interrupt."""
+        """Evaluate the held-out images; None at an interrupt."""
         model = self.model if self.ema is None else self.ema.module
         self.processes.share_buffers(model)
         model.eval()
@@ -324,7 +337,7 @@ class Training:
         ):
             if self.processes.any(interrupts.pending):
                 return None
-            batch = next(batches, None)  # some processes have one less
+            batch = next(batches, None)  # some processes have one batch less
             if batch is None:
                 continue
             self._check_images(batch)
@@ -352,12 +365,12 @@ class Training:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _prepared(self, batch: Batch) -> Tensor:
-        """The images, normalised, float32 [N, C, H, W] on the device."""
+        """The normalised images, float32 [N, C, H, W] on the device."""
         images = batch.images.to(self.device, non_blocking=True)
         images = images.to(torch.float32, memory_format=self.layout)
         return images.sub_(self.mean).div_(self.std)
 
-    # ---- what is said and checked ----
+    # ---- messages and checks ----
 
     def _say(self, line: str) -> None:
         if self.processes.first:
@@ -368,8 +381,7 @@ class Training:
             self.tqdm.write(line, file=file)
             file.flush()
         except OSError as error:
-            # of a terminal that was closed, or of a pipe whose reader ended, as Ctrl-C ends tee:
-            # nobody is there to read
+            # EIO is a closed terminal, EPIPE a reader that ended (Ctrl-C ends tee too).
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
 
@@ -386,14 +398,14 @@ class Training:
                 self._write(f"left out, cannot be read: {message}", sys.stderr)
 
     def _log_step(self, loss: Tensor, speed: Speed) -> str:
-        """Writes the row; returns what the progress bar shows."""
+        """Write a row of steps.csv; returns the text of the progress bar."""
         count = self.processes.count
         mean = self.processes.total(loss.double()).item() / count  # waits for the step
         self._check_loss(mean)
-        row = {
+        row: dict[str, float] = {
             "step": self.steps_done,
             "epoch": self.epoch + 1,
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": float(self.scheduler.get_last_lr()[0]),
             "loss": mean,
             "images_per_s": round(speed.of_steps * count, 1),
             "loader_images_per_s": round(speed.of_loader * count, 1),
@@ -408,7 +420,7 @@ class Training:
         return f"loss {mean:.4f}, {self.last_speed}"
 
     def _finite_mean_loss(self) -> float:
-        """Of the epoch so far, over all processes."""
+        """The mean loss of the epoch so far, over all processes; InputError if not finite."""
         total = self.processes.total(self.loss_sum.clone()).item()
         mean = total / max(1, self.step) / self.processes.count
         self._check_loss(mean)
@@ -419,7 +431,7 @@ class Training:
             self._stop_for(f"expected a finite loss, got {loss}")
 
     def _stop_for(self, reason: str) -> NoReturn:
-        """InputError that says which checkpoints there are."""
+        """Raise InputError with the reason and the checkpoints that exist."""
         kept = f"{self.path} is the last checkpoint"
         if self.previous.exists():
             kept += f", {self.previous} one of an earlier step"
@@ -428,9 +440,9 @@ class Training:
     # ---- saving and resuming ----
 
     def _checkpoint(self) -> dict[str, Any] | None:
-        """The one to go on from, checked; None for a new run."""
+        """The checkpoint to resume from, checked; None for a new run."""
         config = self.config
-        # all go on where one sees it: where the others cannot, they say so
+        # If one process sees it, all try to read it, and those that cannot report that.
         exists = self.processes.any(self.path.exists())
         if config.resume == "yes" or (config.resume == "auto" and exists):
             saved = checkpoint.read(self.path)
@@ -460,8 +472,8 @@ class Training:
         return None
 
     def _save(self) -> None:
-        """Together: every process takes part."""
-        # never over a good one, as far as can be seen without another step
+        """Save a checkpoint; every process takes part."""
+        # Never overwrite a good checkpoint by weights that are known to be lost.
         self._finite_mean_loss()
         if not all(bool(values.isfinite().all()) for values in self.model.state_dict().values()):
             self._stop_for("expected finite weights and statistics, got others")
@@ -470,8 +482,8 @@ class Training:
             "loss_sum": self.loss_sum.cpu(),
         }
         every = self.processes.gather(own)
-        # The one before stays too: weights may be finite when they are saved, and lost all the
-        # same. A save without a step in between replaces the last one alone.
+        # The earlier checkpoint stays too: finite weights may be lost all the same. A save without
+        # a new step replaces only the last checkpoint.
         keep = self.previous if self.steps_done > self.saved_at else None
         self.saved_at = self.steps_done
         if not self.processes.first:
@@ -515,7 +527,7 @@ class Training:
         self._say(f"resumed after {self.steps_done:,} steps, in epoch {self.epoch + 1}")
 
     def _best(self) -> dict[str, Any]:
-        """The evaluated weights, and what it takes to use them."""
+        """The evaluated weights, and the facts that their use needs."""
         model = self.model if self.ema is None else self.ema.module
         return {
             "format": checkpoint.FORMAT,
@@ -523,7 +535,7 @@ class Training:
             "epoch": self.epoch,
             "top1": self.best_top1,
             "state_dict": model.state_dict(),
-            "mean": self.data.mean,  # of the pixels' values
+            "mean": self.data.mean,  # in units of a pixel's value
             "std": self.data.std,
         }
 
@@ -531,7 +543,8 @@ class Training:
         if self.logs is not None:
             self.logs.close()
         for images in (self.loader, self.held_out_loader):
-            # After an error its traceback keeps them, and at its end Python would wait for them for
-            # ever: it sends SIGTERM, which they leave to their parent.
-            if images._iterator is not None:
-                images._iterator._shutdown_workers()
+            # After an error its traceback keeps the workers alive. At exit Python would send
+            # SIGTERM, which they ignore, and wait for ever.
+            workers: Any = images._iterator
+            if workers is not None:
+                workers._shutdown_workers()

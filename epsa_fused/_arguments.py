@@ -1,0 +1,24 @@
+"""The arguments of the module's operators, in the order of their schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ModuleArguments(NamedTuple):
+    """What psa_forward and psa_save_output take first; csrc/autograd/module.cpp has the schemas."""
+
+    x: Tensor
+    weights: Sequence[Tensor]
+    groups: Sequence[int]
+    stride: int
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    reversed: bool
