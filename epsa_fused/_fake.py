@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  loads the operators
 from ._arguments import ModuleArguments
 from ._layout import common_layout, conv_layout, empty
-from .reference import MAX_BRANCHES, MIN_BRANCHES
+from ._library import MAX_BRANCHES, MIN_BRANCHES
 
 
 def _check_fake(op: str, feats: Sequence[Tensor], **others: Tensor | None) -> None:

@@ -8,8 +8,8 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  loads the operators
-from .reference import MAX_BRANCHES, MIN_BRANCHES, is_reversed
+from ._library import MAX_BRANCHES, MIN_BRANCHES
+from .reference import is_reversed
 
 
 @overload
