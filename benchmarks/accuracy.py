@@ -4,11 +4,11 @@
     python benchmarks/accuracy.py --data cifar-10-batches-py
     python benchmarks/accuracy.py --epochs 1 --seeds 1     a quick look
 
-Every network is trained from the seeds 0, 1, ... by epsa_fused.train with its recipe for the data,
-and its accuracy on the held-out images is that of its last epoch, not of its best. The trained PSA
-networks are then evaluated by the other implementation too, and the two that began with one seed
-are compared image by image. What was interrupted goes on when the same command runs again. Writes
-a CSV with one row per training, with the commit and the date at which it ended.
+epsa_fused.train trains every network from the seeds 0, 1, ... with its recipe for the data. The
+accuracy is that of the last epoch, not of the best. The trained PSA networks are also evaluated by
+the other implementation, and the two that started from one seed are compared image by image. The
+same command continues an interrupted run. It writes a CSV with one row per training, with the
+commit and the date of its end.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def settings(options: argparse.Namespace, network: str, seed: int) -> Config:
 
 @torch.no_grad()
 def logits(config: Config, data: Data, psa: str) -> Tensor:
-    """Of the held-out images [images, classes], by the trained weights in that implementation."""
+    """The logits [images, classes] of the held-out images, by the implementation `psa`."""
     weights = torch.load(config.folder / CHECKPOINT, weights_only=True)["state_dict"]
     network = MODELS[config.model](
         len(data.classes), fused=psa == "fused", in_chans=len(data.mean)
@@ -91,7 +91,7 @@ def logits(config: Config, data: Data, psa: str) -> Tensor:
 
 
 def run(options: argparse.Namespace) -> list[dict] | None:
-    """A row per training; None where it was interrupted."""
+    """One row per training; None after an interrupt."""
     rows = []
     if kind_of_data(options.data) == "folder":
         raise InputError(
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> list[dict] | None:
             result = train(config)
             if result.interrupted:
                 return None
-            # Kept: a training that is found done was measured then, not now.
+            # A file keeps the measurement: a finished training is not measured again.
             file = config.folder / MEASURED
             if not file.exists():
                 row = {"network": network, "seed": seed}
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> list[dict] | None:
 
 
 def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
-    """The row of a training that is done, and what its network answers to each held-out image."""
+    """The row of a finished training, and its network's answer to each held-out image."""
     row = row | {"top1": result.accuracy.top1, "loss": result.accuracy.loss}
     row |= {"seconds": round(result.seconds, 1), "images_per_s": images_per_second(config)}
     row |= {"epochs": config.epochs, "parameters": parameters(config, data)}
@@ -147,7 +147,7 @@ def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
 
 
 def images_per_second(config: Config) -> float:
-    """The median over the training's log, which a pause of the machine does not move."""
+    """The median of the training's log: a pause of the machine does not change it."""
     with (config.folder / "steps.csv").open(newline="") as file:
         speeds = [float(row["images_per_s"]) for row in csv.DictReader(file)]
     return round(statistics.median(speeds), 1)
@@ -159,7 +159,7 @@ def parameters(config: Config, data: Data) -> int:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    # the last row has every column
+    # The last row has every column.
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[-1]])
@@ -168,7 +168,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def summarize(rows: list[dict]) -> None:
-    """The table of README."""
+    """Print the table of the docs."""
 
     def spread(values: list[float]) -> str:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if rows is None:
-        print("run the same command again to go on")
+        print("run the same command again to continue")
         return 130
     name = options.name or f"accuracy-{Path(options.data).name}"
     write(Path(options.out, f"{name}.csv"), rows)

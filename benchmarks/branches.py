@@ -2,11 +2,11 @@
 
     python benchmarks/branches.py [--rounds 5] [--out DIR] [--name NAME]
 
-Each alone, and the branches of each stage's module in one call ("all"). What the plan
-(epsa_fused._C.conv_plan) rests on: a convolution for which it names a kernel should be faster here
-than in torch, contiguous or channels_last. The limit beside it is the rate of a large matrix
-product on the same threads; `of_peak` is the rate over that of a product timed in turn with the
-row, as the machine's clock changes. Padding is counted as work, and 36 products for Winograd's 16.
+Each convolution is timed alone, and all branches of each stage's module in one call ("all"). The
+times justify the plan (epsa_fused._C.conv_plan): a convolution with a kernel here should be faster
+than torch's, contiguous or channels_last. The limit is the rate of a large matrix product on the
+same threads. `of_peak` divides by the rate of a product timed in turn with the row, since the
+machine's clock changes. Padding counts as work, and Winograd's 16 products count as 36.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from latency import commit, device_name
 from measure import Timing, settle_allocator, time_in_turn
 
 BATCH = 8
-PRODUCT = 1536  # rows and columns of the matrices that the peak is taken from
-# planes and input size of the stages; the first block of a stage halves the size
+PRODUCT = 1536  # rows and columns of the matrices whose product gives the peak
+# Planes, input size and stride. The first block of a stage halves the size.
 STAGES = [(64, 56, 1), (128, 56, 2), (128, 28, 1), (256, 14, 1), (512, 14, 2), (512, 7, 1)]
 NETWORKS = {
     "small": (1, ((3, 1), (5, 4), (7, 8), (9, 16))),

@@ -1,4 +1,4 @@
-"""The benchmark's chart: how many times as long each opponent takes."""
+"""The benchmark's chart: the time of each opponent over the fused time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLORS = {
 
 
 def draw(rows: list[dict], facts: dict, path: Path) -> None:
-    """One panel per level, mode and layout (of the first dtype); one group of bars per shape."""
+    """Draw one panel per level, mode and layout of the first dtype, one group of bars per shape."""
     dtype = next(row["dtype"] for row in rows if row["level"] != "host")
     rows = [row for row in rows if row["level"] != "host" and row["dtype"] == dtype]
     panels = list(dict.fromkeys((r["level"], r["mode"], r["layout"]) for r in rows))

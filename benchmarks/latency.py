@@ -1,13 +1,12 @@
-"""Latency of the fused PSA attention and of its competitors.
+"""Latency of the fused operators and of their opponents.
 
     python benchmarks/latency.py                 the attention step and the whole module
     python benchmarks/latency.py --level network EPSANet-50, forward and training steps
     python benchmarks/latency.py --quick         two shapes, about a minute
     python benchmarks/latency.py --help
 
-Results are checked to be equal before they are timed. The contenders of a row are timed in turn,
-round by round, in one process; a ratio is the median of the rounds' ratios. Writes a CSV and a
-chart into --out.
+It checks that all contenders give equal results, then times them in turn, round by round, in one
+process. A ratio is the median of the rounds' ratios. It writes a CSV and a chart into --out.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from opponents import (
     make_runner,
 )
 
-# (N, planes, H = W): EPSANet's stages, single images, and a batch beyond the caches
+# (N, planes, H = W): EPSANet's stages, single images, and a batch larger than the caches.
 SHAPES = [
     (8, 64, 56),
     (8, 128, 28),
@@ -128,7 +127,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + behind it where files differ from it."""
+    """The measured commit, followed by + if files differ from it."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -156,10 +155,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def check_equal(case: Case, exact: list[torch.Tensor], results: dict[str, list]) -> None:
-    """Refuse to time what computes something else than the float64 reference.
+    """Exit if a contender's result differs from the float64 reference.
 
-    The tests judge accuracy; this limit is wide because the gradient of a bias may be a sum that
-    cancels to a thousandth of its terms.
+    The tests judge accuracy. This limit is wide: the gradient of a bias may be a sum that cancels
+    to a thousandth of its terms.
     """
     limit = 1e-2 if DTYPES[case.dtype].itemsize >= 4 else 1e-1
     for name, result in results.items():
@@ -213,9 +212,9 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict]:
 
 
 def bandwidth(case: Case, name: str, seconds: float) -> float | str:
-    """GB/s of the fewest bytes that must move: features in and out, or G, F and dF.
+    """GB/s of the fewest bytes that must move: maps in and out, or G, F and dF.
 
-    Blank where there are convolutions, whose bytes are not counted.
+    Blank for levels with convolutions, whose bytes are not counted.
     """
     if case.level != "attention":
         return ""
@@ -224,12 +223,12 @@ def bandwidth(case: Case, name: str, seconds: float) -> float | str:
 
 
 def counts_launches(name: str, device: str) -> bool:
-    """On the CPU operators are counted, and compiled code runs without any."""
+    """Whether launches can be counted: on the CPU they are operators, which compiled code lacks."""
     return device == "cuda" or not name.endswith("compiled")
 
 
 def host_rows(options: argparse.Namespace) -> list[dict]:
-    """What one call costs when there is nothing to compute, with grad."""
+    """The cost of one call with grad and nothing to compute."""
     device = options.device
     feats = [torch.randn(1, 8, 1, 1, device=device, requires_grad=True) for _ in range(BRANCHES)]
     shapes = ((2, 8), (2,), (8, 2), (8,))
@@ -293,7 +292,7 @@ def print_header(case: Case, names: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> Path:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    # the compiled backward is timed with retain_graph, which forbids donated buffers
+    # The compiled backward is timed with retain_graph, which forbids donated buffers.
     torch._functorch.config.donated_buffer = False
     device = device_name(options.device)
     facts = {

@@ -1,4 +1,4 @@
-"""Time, memory and launches of callables; several callables are timed in turn."""
+"""Time, memory and launches of callables. Several callables are timed in turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 @dataclass
 class Timing:
-    """Seconds per call: one median per round, so that rounds of contenders can be paired."""
+    """Seconds per call, with one median per round: contenders are compared round by round."""
 
     rounds: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # every block of every round
@@ -31,10 +31,10 @@ class Timing:
 
 
 def settle_allocator() -> None:
-    """Bring glibc's malloc to the state that it has in a program that ran larger tensors.
+    """Bring glibc's malloc to its state in a program that ran larger tensors.
 
-    It returns freed memory to the system, and gets it back zeroed page by page, until a large
-    block has been freed once. Without this a contender's time depends on what ran before it.
+    Until a large block is freed once, malloc returns freed memory to the system and gets it back
+    zeroed page by page. A contender's time would then depend on what ran before it.
     """
     torch.ones(31 * 2**20, dtype=torch.uint8)
 
@@ -42,9 +42,9 @@ def settle_allocator() -> None:
 def time_in_turn(
     runs: dict[str, Callable[[], object]], threads: int, rounds: int, seconds: float
 ) -> dict[str, Timing]:
-    """Time each callable for `seconds` in every round, by blocked_autorange, one after another.
+    """Time each callable for `seconds` in every round, by blocked_autorange.
 
-    The machine's speed drifts; contenders timed in the same round meet the same machine.
+    The machine's speed drifts: contenders of one round meet the same machine.
     """
     timers = {
         name: Timer("run()", globals={"run": run}, num_threads=threads)
@@ -68,9 +68,9 @@ def ratio(of: Timing, over: Timing) -> float:
 
 
 def memory_and_launches(run: Callable[[], object], device: str) -> tuple[int, int]:
-    """Of one call: bytes allocated at the peak above what was there before, and launches.
+    """The bytes that one call allocates at its peak, and its launches.
 
-    Launches are kernel launches on a GPU, and operators that call no other operator on the CPU.
+    Launches are kernel launches on a GPU. On the CPU they are operators that call no operator.
     """
     run()
     activities = [ProfilerActivity.CPU]

@@ -1,4 +1,4 @@
-"""What is timed: the same computations in the formulations that compete."""
+"""The contenders of the benchmark: the same computations in several formulations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ BRANCHES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: PSAModule(planes, planes), or a part of it, on maps
-    [n, planes, size, size]; or the network EPSANet-<planes> on images [n, 3, size, size]."""
+    """One row of the benchmark.
+
+    PSAModule(planes, planes) or a part of it takes maps [n, planes, size, size]. The network
+    EPSANet-<planes> takes images [n, 3, size, size].
+    """
 
     level: str  # "attention", "convolutions", "module" or "network"
-    # "forward": nothing requires grad; "backward" alone; "train": forward and backward, of a
-    # network with cross entropy and a step of SGD
+    # "forward": nothing requires grad. "backward": the backward pass alone. "train": forward and
+    # backward; for a network with cross entropy and an SGD step.
     mode: str
     layout: str
     dtype: str
@@ -42,7 +45,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """B, the bytes of all features (of a network: of the images)."""
+        """The bytes of all maps, or of a network's images."""
         if self.level == "network":
             return self.n * 3 * self.size**2 * DTYPES[self.dtype].itemsize
         return self.n * self.planes * self.size**2 * DTYPES[self.dtype].itemsize
@@ -51,9 +54,9 @@ class Case:
 def rewrite(
     feats: list[Tensor], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, **kwargs: str
 ) -> Tensor:
-    """The attention step as a careful user would write it in plain PyTorch: the real opponent.
+    """The attention step as a careful user would write it in plain PyTorch.
 
-    Stacked means, two F.linear for all branches at once, one cat of the products.
+    It stacks the means, calls F.linear twice for all branches, and concatenates the products.
     """
     pooled = torch.stack([f.mean((2, 3)) for f in feats], 1)  # [N, S, C]
     hidden = F.relu(F.linear(pooled, w1.flatten(1), b1))
@@ -71,14 +74,14 @@ class RewriteModule(epsa_fused.PSAModule):
 
 
 class Convolutions(epsa_fused.PSAModule):
-    """The four maps alone."""
+    """The convolutions of the PSA module alone: its four maps."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [getattr(self, f"conv_{i + 1}")(x) for i in range(BRANCHES)]
 
 
 class FusedConvolutions(epsa_fused.PSAModule):
-    """The same maps by the operator, which also gives their means."""
+    """The same maps by the operator, which also returns their means."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         convs = [getattr(self, f"conv_{i + 1}") for i in range(BRANCHES)]
@@ -91,21 +94,21 @@ class FusedConvolutions(epsa_fused.PSAModule):
 
 
 def _network(module: type[epsa_fused.PSAModule]) -> Callable[[int], torch.nn.Module]:
-    """depth -> EPSANet with PSA modules of this class."""
+    """A builder: depth -> EPSANet with PSA modules of this class."""
 
     def build(depth: int) -> torch.nn.Module:
         fused = module is epsa_fused.FusedPSAModule
         network = getattr(epsa_fused, f"epsanet{depth}")(fused=fused)
         for part in network.modules():
             if type(part) is epsa_fused.PSAModule:
-                part.__class__ = module  # of the same constructor and layers
+                part.__class__ = module  # it has the same layers
         return network
 
     return build
 
 
 class _Sampled(torch.nn.Module):
-    """Instead of a PSA module what costs next to nothing: every stride-th pixel of its input."""
+    """A stand-in for a PSA module, nearly free: every stride-th pixel of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         stride = self.conv_1.stride[0]
@@ -126,7 +129,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def contenders(level: str, mode: str, with_compile: bool) -> dict[str, Callable]:
-    """Name -> attention function, or what builds a module, "fused" first."""
+    """Name -> attention function or builder of a module, "fused" first."""
     fused, published, plain = epsa_fused.FusedPSAModule, epsa_fused.PSAModule, RewriteModule
     if level == "attention":
         fused, published, plain = (
@@ -151,7 +154,7 @@ def contenders(level: str, mode: str, with_compile: bool) -> dict[str, Callable]
 
 
 def limits(level: str, with_compile: bool) -> dict[str, Callable]:
-    """Name -> what builds a module that is faster than any with PSA can be."""
+    """Name -> builder of a module that is faster than any module with PSA."""
     if level != "network":
         return {}
     names = {"without PSA": _without_psa}
@@ -160,14 +163,14 @@ def limits(level: str, with_compile: bool) -> dict[str, Callable]:
 
 @dataclass
 class Runner:
-    """One contender on one case: `run` is what is timed, `result` what is compared."""
+    """One contender on one case: `run` is timed, the tensors of `result` are compared."""
 
     run: Callable[[], object]
     result: Callable[[], list[Tensor]]
 
 
 def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Inputs (maps, or one map for a module), SE weights and grad_out; same values every time."""
+    """Maps (one map for a module), SE weights and grad_out, with the same values in every call."""
     generator = torch.Generator().manual_seed(0)
     layout, dtype = LAYOUTS[case.layout], DTYPES[case.dtype]
 
@@ -182,7 +185,7 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Te
     maps = [
         random(case.n, k, case.size, case.size).contiguous(memory_format=layout) for k in channels
     ]
-    # a positive bias keeps the few hidden units alive, so that every gradient has work to do
+    # A positive bias keeps the few hidden units alive, so that no gradient is zero.
     weights = [
         random(r, c, 1, 1, scale=0.25),
         random(r, scale=0.1) + 1,
@@ -201,14 +204,16 @@ def as_list(out: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def uses(case: Case, parameter: str) -> bool:
-    """The convolutions alone use no parameter of the SE."""
+    """Whether the case uses the parameter: the convolutions alone use none of the SE."""
     return case.level != "convolutions" or parameter.startswith("conv_")
 
 
 def _make_step(module: torch.nn.Module, target: Callable, images: Tensor) -> Runner:
-    """A training step; what is compared is made without the step: the output and the classifier's
-    gradient. Those of the first layers differ by percents between any two ways to round, because
-    rounding decides for some units on which side of a ReLU they are."""
+    """A training step. The compared tensors are the output and the classifier's gradient.
+
+    Gradients of the first layers differ by percents between any two ways to round: rounding puts
+    some units on the other side of a ReLU.
+    """
     optimizer = torch.optim.SGD(module.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
     labels = torch.arange(len(images), device=images.device)
 
@@ -228,7 +233,7 @@ def _make_step(module: torch.nn.Module, target: Callable, images: Tensor) -> Run
 def make_runner(
     name: str, kind: Callable, case: Case, device: str, inputs: Inputs | None = None
 ) -> Runner:
-    """Prepare one contender with inputs of its own; `inputs`: what make_inputs returned."""
+    """Prepare one contender; `inputs` come from make_inputs, None for new ones."""
     maps, weights, grad = inputs or make_inputs(case, device)
     if case.level == "attention":
         function = _compiled(kind) if name.endswith("compiled") else kind
@@ -278,6 +283,6 @@ def make_runner(
 
 
 def make_copy(case: Case, device: str) -> Runner:
-    """The yardstick: a copy of the features' bytes into freshly allocated memory."""
+    """The yardstick: a copy of the maps' bytes into freshly allocated memory."""
     source = torch.randn(case.nbytes // 4, device=device)
     return Runner(source.clone, lambda: [source.clone()])
