@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from support.cases import (
     BY_NAME,
     CHANNELS_LAST,
@@ -15,7 +14,7 @@ from support.cases import (
     make_inputs,
     name_of,
 )
-from support.gradients import CHECK, NOT_SUPPORTED
+from support.gradients import CHECK
 from support.tolerance import assert_close, make_cotangents, run
 
 from epsa_fused import FusedPSAModule, psa_attention, psa_attention_reference
@@ -23,7 +22,6 @@ from epsa_fused import FusedPSAModule, psa_attention, psa_attention_reference
 pytestmark = pytest.mark.emulated
 
 TINY = Case("tiny", 2, 2, 3, 2, 3, 2)
-# numeric derivatives are at best good to the square root of eps
 
 
 def tiny_inputs(layout=CONTIGUOUS, kind=WEIGHT_KINDS[0], device="cpu") -> Inputs:
@@ -31,7 +29,7 @@ def tiny_inputs(layout=CONTIGUOUS, kind=WEIGHT_KINDS[0], device="cpu") -> Inputs
 
 
 def call(inputs: Inputs, function=psa_attention, **options):
-    """The function of the tensors that there are, as gradcheck wants it."""
+    """A function of the given tensors alone, for gradcheck."""
 
     def of_tensors(*tensors):
         rest = iter(tensors[len(inputs.feats) :])
@@ -74,14 +72,6 @@ def test_gradgradcheck_of_every_kind_of_weights(kind, device):
     inputs = tiny_inputs(kind=kind, device=device)
     function = call(inputs, return_attention=True)
     assert torch.autograd.gradgradcheck(function, inputs.tensors(), **CHECK)
-
-
-@pytest.mark.parametrize("wanted", range(6))
-def test_gradgradcheck_of_one_input_alone(wanted):
-    inputs = tiny_inputs()
-    for i, t in enumerate(inputs.tensors()):
-        t.requires_grad_(i == wanted)
-    assert torch.autograd.gradgradcheck(call(inputs), inputs.tensors(), **CHECK)
 
 
 # ---- higher derivatives against the reference's ----
@@ -128,7 +118,7 @@ def test_second_derivatives_of_other_dtypes(dtype):
 
 
 def test_a_frozen_input_takes_part_in_second_derivatives():
-    """Of a gradient with respect to the features alone, differentiated by the weights."""
+    """The features' gradient, differentiated by the weights."""
     inputs = tiny_inputs()
     for w in inputs.weights[1:]:
         w.requires_grad_(False)
@@ -173,55 +163,6 @@ def test_one_tensor_as_weight_of_both_layers():
     assert torch.autograd.gradgradcheck(function, w, **CHECK)
 
 
-def test_backward_twice_through_a_retained_graph():
-    inputs = make_inputs(BY_NAME["stage3"]).leaves()
-    out = psa_attention(*inputs.args)
-    first = torch.autograd.grad(out.sum(), inputs.tensors(), retain_graph=True)
-    second = torch.autograd.grad(out.sum(), inputs.tensors())
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(out.sum(), inputs.tensors())
-
-
-def test_inputs_that_are_results_of_other_operators():
-    inputs = make_inputs(BY_NAME["odd"], torch.float64)
-    grad_out, _ = make_cotangents(BY_NAME["odd"], torch.float64)
-    leaves = inputs.leaves()
-    doubled = leaves.map(lambda t: 2 * (t / 2))
-    actual = torch.autograd.grad(psa_attention(*doubled.args), leaves.tensors(), grad_out)
-    expected = run(psa_attention, inputs, grad_out)
-    for name, grad in zip(inputs.names(), actual, strict=True):
-        assert torch.equal(grad, expected[f"grad of {name}"]), name
-
-
-@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
-def test_without_a_graph(context):
-    inputs = make_inputs(BY_NAME["odd"]).leaves()
-    expected = psa_attention(*inputs.args)
-    with context():
-        out, attention = psa_attention(*inputs.args, return_attention=True)
-        again = psa_attention([f.clone() for f in inputs.feats], *inputs.weights)
-    assert torch.equal(out, expected) and torch.equal(again, expected)
-    assert not out.requires_grad and not attention.requires_grad
-    assert out.is_inference() == (context is torch.inference_mode)
-
-
-def test_nothing_requires_grad():
-    out = psa_attention(*make_inputs(BY_NAME["odd"]).args)
-    assert not out.requires_grad and out.grad_fn is None
-
-
-@pytest.mark.parametrize("changed", ("feats[1]", "fc1_weight", "fc2_bias"))
-def test_an_input_changed_before_backward_is_an_error(changed):
-    """Autograd's version counters, not a wrong gradient."""
-    leaves = make_inputs(BY_NAME["odd"]).leaves()
-    inputs = leaves.map(torch.clone)
-    out = psa_attention(*inputs.args)
-    dict(zip(inputs.names(), inputs.tensors(), strict=True))[changed].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
 def test_the_attention_changed_before_backward_is_an_error():
     inputs = make_inputs(BY_NAME["odd"]).leaves()
     out, attention = psa_attention(*inputs.args, return_attention=True)
@@ -248,14 +189,6 @@ def test_unused_gradients_are_none_not_zero_tensors():
     assert [g is None for g in grads] == [False] + [True] * (len(grads) - 1)
 
 
-def test_checkpointing():
-    inputs = make_inputs(BY_NAME["stage3"]).leaves()
-    expected = torch.autograd.grad(psa_attention(*inputs.args).sum(), inputs.tensors())
-    out = torch.utils.checkpoint.checkpoint(psa_attention, *inputs.args, use_reentrant=False)
-    actual = torch.autograd.grad(out.sum(), inputs.tensors())
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
 def test_gradient_hooks_and_accumulation():
     inputs = make_inputs(BY_NAME["odd"]).leaves()
     seen = []
@@ -265,49 +198,6 @@ def test_gradient_hooks_and_accumulation():
     once = run(psa_attention, inputs, torch.ones(BY_NAME["odd"].out_shape))
     assert seen == [inputs.feats[0].shape] * 2
     assert torch.equal(inputs.weights[0].grad, 2 * once["grad of fc1_weight"])
-
-
-# ---- what is not supported says so ----
-
-
-@pytest.mark.parametrize("which", ("feats[0]", "fc2_weight"))
-@pytest.mark.parametrize("transform", NOT_SUPPORTED)
-def test_function_transforms_raise(transform, which):
-    """An error that names the operator or its kind, and never a wrong result."""
-    inputs = make_inputs(TINY, torch.float64)
-
-    def function(x):
-        replaced = dict(zip(inputs.names(), inputs.tensors(), strict=True)) | {which: x}
-        feats = [replaced[f"feats[{s}]"] for s in range(TINY.branches)]
-        weights = [replaced[f"fc{i}_{part}"] for i in (1, 2) for part in ("weight", "bias")]
-        return psa_attention(feats, *weights)
-
-    x = inputs.feats[0] if which == "feats[0]" else inputs.weights[2]
-    with pytest.raises(RuntimeError, match=r"psa_attention|autograd::Function"):
-        NOT_SUPPORTED[transform](function, x)
-
-
-@pytest.mark.parametrize("requires_grad", (False, True))
-@pytest.mark.parametrize("which", (0, 2), ids=("feats", "fc1_weight"))
-def test_forward_mode_raises(which, requires_grad):
-    """A tangent must not get lost without a word."""
-    inputs = make_inputs(TINY, torch.float64)
-    if requires_grad:
-        inputs = inputs.leaves()
-    tensors = inputs.tensors()
-    with forward_ad.dual_level():
-        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
-        with pytest.raises(RuntimeError, match=r"psa_attention|custom Function"):
-            call(inputs)(*tensors)
-
-
-def test_batched_gradients_raise():
-    inputs = tiny_inputs()
-    out = psa_attention(*inputs.args)
-    with pytest.raises(RuntimeError, match="psa_attention_backward"):
-        torch.autograd.grad(
-            out, inputs.feats, torch.randn(3, *out.shape, dtype=out.dtype), is_grads_batched=True
-        )
 
 
 def test_channels_last_gradients_of_gradients_keep_their_layout():

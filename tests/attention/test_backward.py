@@ -1,5 +1,4 @@
-"""The backward pass: every gradient's value, dtype and strides, and that only what is asked for
-is computed."""
+"""The backward pass: gradients' values, dtypes and strides. Only wanted ones are computed."""
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def test_float32_weights_beside_half_precision_features(dtype, kind, device):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES[:4], ids=name_of)
 def test_half_precision_is_no_worse_than_eager(case, dtype, device):
-    """The promise to users; what the rule of tolerance.py demands is stricter."""
+    """The promise to users. The rule of tolerance.py is stricter."""
     inputs = make_inputs(case, dtype, device=device)
     grad_out, _ = make_cotangents(case, dtype, device=device)
     exact = run(psa_attention_reference, inputs.double(), grad_out.double())
@@ -100,8 +99,7 @@ def test_half_precision_is_no_worse_than_eager(case, dtype, device):
 
 
 def test_dead_hidden_units(device):
-    """With every hidden unit dead, all branches weigh the same: db2 is a sum that vanishes, and
-    nothing at all reaches W1, b1 and W2."""
+    """All branches weigh the same: terms of db2 cancel, and no gradient reaches W1, b1 and W2."""
     case = BY_NAME["stage3"]
     inputs = make_inputs(case, device=device)
     inputs.weights[1].fill_(-100)
@@ -130,10 +128,9 @@ GRADIENTS = {
     "transposed": lambda shape: torch.randn(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3),
     "channels_of_more": lambda shape: torch.randn(shape[0], shape[1] + 3, *shape[2:])[:, 1:-2],
     "pixels_of_more": lambda shape: torch.randn(shape[0], shape[2], shape[3], shape[1] + 3)[
-        ..., 1:-2
-    ].permute(0, 3, 1, 2),
+        ..., 1:-2].permute(0, 3, 1, 2),
     "every_second_sample": lambda shape: torch.randn(2 * shape[0], *shape[1:])[::2],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -149,7 +146,7 @@ def test_grad_out_of_any_strides(case, layout, gradient, device):
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_sum_backward(dtype, layout, device):
-    """What everybody tries first; its grad_out is one expanded 1."""
+    """The gradient of sum() is one expanded 1."""
     case = BY_NAME["stage3"]
     inputs = make_inputs(case, dtype, layout, device=device).leaves()
     psa_attention(*inputs.args).sum().backward()
@@ -192,7 +189,7 @@ def test_pooled_is_not_differentiable(device):
 
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_a_given_pooled_passes_its_gradient_to_the_features(layout, device):
-    """It stands for their mean, and takes no gradient itself."""
+    """A given `pooled` stands for the features' mean and takes no gradient itself."""
     case = BY_NAME["stage3"]
     inputs = make_inputs(case, layout=layout, device=device).leaves()
     grad_out, _ = make_cotangents(case, torch.float32, layout.out_format, device)
@@ -211,7 +208,7 @@ def test_a_given_pooled_passes_its_gradient_to_the_features(layout, device):
 @pytest.mark.parametrize("kind", (WEIGHT_KINDS[0], WEIGHT_KINDS[7], WEIGHT_KINDS[4]), ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_any_subset_of_the_gradients(layout, kind, device):
-    """Each one alone, all but one, the features', the weights': as when all are computed."""
+    """Single gradients, all but one, features alone, weights alone: equal to those among all."""
     case = BY_NAME["odd"]
     inputs = make_inputs(case, layout=layout, kind=kind, device=device)
     cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
@@ -278,7 +275,7 @@ def test_an_empty_batch_gives_zero_weight_gradients(device):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_inputs_are_never_written(layout, device):
-    """Nor is the memory between their elements."""
+    """The memory between their elements is not written either."""
     case = BY_NAME["not_square"]
     inputs = make_inputs(case, layout=layout, kind=STRIDED, device=device)
     cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
@@ -316,7 +313,7 @@ def test_nan_and_inf_travel_as_in_eager(layout, where, value, device):
 
 
 def backward_allocations(inputs: Inputs, grad_out) -> tuple[list[int], int]:
-    """What the backward allocates: sizes of one map at least, and the sum of the smaller ones."""
+    """The backward's allocations: those of one map or more, and the sum of the others."""
     out = psa_attention(*inputs.args)
     wanted = [t for t in inputs.tensors() if t.requires_grad]
     one_map = inputs.feats[0].numel() * inputs.feats[0].element_size()
@@ -358,7 +355,7 @@ def test_frozen_features_cost_no_memory(layout):
 
 
 def test_nothing_of_the_features_size_is_saved_for_backward():
-    """Besides the inputs themselves: pooled and attention."""
+    """Only the inputs, pooled and attention are saved."""
     case = BY_NAME["stage1"]
     inputs = make_inputs(case).leaves()
     saved = []

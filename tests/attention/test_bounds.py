@@ -27,7 +27,7 @@ CASES = (
     BY_NAME["large_planes"],
 )
 CHUNKS = next(layout for layout in LAYOUTS if layout.name == "chunks_channels_last")
-KEPT = []  # memory in use
+KEPT = []  # keeps the mapped memory alive
 
 
 def guarded(t: torch.Tensor, before: bool) -> torch.Tensor:
@@ -63,9 +63,9 @@ def call_with_guards() -> None:
 
 
 def convolve_with_guards() -> None:
-    """Channels and pixels of every remainder of a vector; of both kernels."""
+    """Channels and pixels of every remainder of a vector, by both methods."""
     layouts = convolutions.PLAIN_LAYOUTS
-    # of a memory of its own for each element
+    # layouts in which no two elements share memory
     weight_layouts = [w for w in convolutions.WEIGHT_LAYOUTS if "expanded" not in w.name]
     turns = itertools.cycle(itertools.product(DTYPES, layouts, weight_layouts))
     for n in (*range(1, 18), 31, 33):

@@ -1,5 +1,5 @@
-"""Everything that runs without data or ahead of time: opcheck, fake tensors, torch.compile,
-torch.export, AOTInductor, autocast and FLOP counts."""
+"""The attention without data or ahead of time: opcheck, fake tensors, torch.compile, torch.export,
+autocast and FLOP counts."""
 
 import textwrap
 
@@ -145,7 +145,7 @@ def test_fake_and_meta_tensors_look_like_real_ones(case, layout, dtype):
 
 
 def test_a_module_without_data():
-    """As large models are set up before their weights are loaded."""
+    """Large models are built like this before their weights are loaded."""
     with torch.device("meta"):
         module = FusedPSAModule(64, 64)
         out = module(torch.empty(2, 64, 8, 8))
@@ -165,7 +165,7 @@ def gradients_of(results, inputs: Inputs, cotangents):
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_function(backend, dynamic, layout, device):
-    """Bit for bit and stride for stride what eager gives, at a second shape too."""
+    """Bits and strides are those of eager, at a second shape too."""
 
     def attention(feats, *weights):
         return psa_attention(feats, *weights, return_attention=True)
@@ -191,7 +191,7 @@ def small_module(cls=FusedPSAModule) -> FusedPSAModule:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("dynamic", (None, True), ids=("static_first", "dynamic"))
 def test_compiled_module(dynamic, memory_format, device):
-    """In float64, where Inductor's convolutions differ from eager ones by little."""
+    """In float64, where Inductor's convolutions differ little from eager ones."""
     module = small_module().to(device, torch.float64, memory_format=memory_format)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
     for n, h, w in SIZES:
@@ -279,8 +279,8 @@ def test_export(tmp_path):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
 def test_autocast_casts_nothing_here(dtype):
-    """The convolutions give half-precision maps; the SE weights stay float32, as do their
-    gradients, and `out` stays what the maps are."""
+    """The convolutions give half-precision maps, and `out` has their dtype. The SE weights and
+    their gradients stay float32."""
     module = small_module()
     x = torch.randn(2, 16, 8, 8)
     with torch.autocast("cpu", dtype=dtype):
@@ -310,8 +310,8 @@ def test_compiled_under_autocast():
 
 @pytest.mark.parametrize("kind", ("matrices", "conv", "per_branch", "per_branch_conv"))
 def test_flop_count(kind):
-    """Two per multiply-add of the SE's two matrices, twice that backward: for the gradients of
-    what goes in and of the weights."""
+    """Two per multiply-add of the SE's two matrices. Backward twice that: the gradients of the
+    inputs and of the weights."""
     case = BY_NAME["stage2"]
     inputs = make_inputs(case, layout=CONTIGUOUS, kind=KINDS[kind]).leaves()
     with FlopCounterMode(display=False) as counter:
@@ -324,8 +324,8 @@ def test_flop_count(kind):
 
 
 def test_flop_count_is_that_of_the_reference():
-    """Forward; and backward twice that, for the gradients of inputs and of weights. (For grouped
-    convolutions torch's own formula counts the weights' gradients as if there were no groups.)"""
+    """Backward is twice the forward. The reference is counted forward alone: PyTorch counts the
+    gradients of grouped weights as if there were no groups."""
     x = torch.randn(2, 16, 8, 8, requires_grad=True)
     totals = []
     for cls in (PSAModule, FusedPSAModule):

@@ -82,14 +82,14 @@ def test_float32_weights_beside_half_precision_features(dtype, kind, device):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES[:4], ids=name_of)
 def test_half_precision_is_no_worse_than_eager(case, dtype, device):
-    """The promise to users; what the rule of tolerance.py demands is stricter."""
+    """The promise to users. The rule of tolerance.py is stricter."""
     inputs = make_inputs(case, dtype, device=device)
     exact = psa_attention_reference(*inputs.double().args)
     assert_no_worse(psa_attention(*inputs.args), psa_attention_reference(*inputs.args), exact)
 
 
 def test_one_channel_of_a_channels_last_convolution(device):
-    """Chunks of one channel each lie neither densely nor in a row; they are channels_last."""
+    """Chunks of one channel are not dense; they count as channels_last."""
     case = BY_NAME["one_channel"]
     chunks = next(layout for layout in LAYOUTS if layout.name == "chunks_channels_last")
     out = check(make_inputs(case, layout=chunks, device=device))["out"]
@@ -104,7 +104,7 @@ def test_a_draw_between_layouts_is_contiguous_whichever_comes_first(device):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_inputs_are_never_written(layout, device):
-    """Nor is the memory between their elements."""
+    """The memory between their elements is not written either."""
     inputs = make_inputs(BY_NAME["odd"], layout=layout, kind=STRIDED, device=device)
     before = [memory_of(t).clone() for t in inputs.tensors()]
     psa_attention(*inputs.args)

@@ -1,4 +1,4 @@
-"""Tensors whose offsets do not fit into 32 bits: of samples, of slots, of pixels."""
+"""Tensors whose offsets of samples, slots or pixels do not fit into 32 bits."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,12 @@ from epsa_fused import psa_attention_reference
 OP = torch.ops.epsa_fused.psa_attention.default
 BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
 
-# All branches are one map, told apart by SE weights of their own, so that `out` is eight times
-# as large as what goes in: one sample of it has more than 2^31 elements.
+# All branches are one map, so `out` is eight times as large as the input: one sample has more than
+# 2^31 elements. SE weights of their own tell the branches apart.
 BATCH, BRANCHES, CHANNELS, SIZE, HIDDEN = 2, 8, 32, 2900, 2
 BRANCHES_WITH_GRADIENT = (0, 7)
 MAP_BYTES = 2 * BATCH * CHANNELS * SIZE**2
-# features, output, gradients, and what this file needs itself
+# features, output, gradients, and this file's own tensors
 NEEDED = (1 + BRANCHES + len(BRANCHES_WITH_GRADIENT)) * MAP_BYTES + 2**30
 
 
@@ -44,8 +44,8 @@ def fill(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_more_than_2_to_the_31_elements(layout):
-    """What is small is compared whole, the maps in slices: the first and the last plane of each
-    branch in each sample."""
+    """Small results are compared whole. Of maps the first and last plane of each branch and sample
+    are."""
     free = available_memory()
     if free < NEEDED:
         pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of free memory, there are {free / 2**30:.0f}")
@@ -60,7 +60,7 @@ def test_more_than_2_to_the_31_elements(layout):
         torch.randn(BRANCHES, CHANNELS, HIDDEN),
         torch.randn(BRANCHES, CHANNELS),
     ]
-    # the attention does not depend on the maps but by their means: maps of one pixel
+    # the attention depends on the maps' means alone, so maps of one pixel do
     means = (factors * pattern.mean())[:, :, None, None]
     small = Inputs([means.clone() for _ in feats], weights).double().leaves()
     _, expected = psa_attention_reference(*small.args, return_attention=True)

@@ -1,4 +1,4 @@
-"""Random shapes, dtypes, layouts and weights: what nobody thought of putting in a table."""
+"""Random shapes, dtypes, layouts and weights, for cases that no table has."""
 
 import math
 
@@ -19,7 +19,7 @@ bounded = settings(deadline=None, derandomize=True, max_examples=500, database=N
 
 @st.composite
 def cases(draw) -> Case:
-    """Up to some ten thousand elements, so that some are cut and dealt out to threads."""
+    """Up to about ten thousand elements, so that threads share some of them."""
     branches = draw(st.integers(2, 8))
     channels = draw(st.integers(1, 80))
     height = draw(st.integers(1, 20))
@@ -83,7 +83,7 @@ def test_any_call_is_bitwise_the_same_for_any_number_of_threads(call, order, thr
 
 @st.composite
 def convolution_calls(draw) -> convolutions.Call:
-    """Of branches that have the same output: other kernels with other paddings."""
+    """Branches of different kernels whose paddings give the same output size."""
     groups = [draw(st.sampled_from((1, 1, 2, 3, 4, 8, 16))) for _ in range(draw(st.integers(1, 8)))]
     common = math.lcm(*groups)
     in_channels = common * draw(st.integers(1, max(1, 40 // common)))

@@ -1,4 +1,4 @@
-"""Threads: the same bits for any number of them, all cores used, and none where none is wanted."""
+"""Threads: equal bits for any number of them, as many as asked for, and none without need."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +25,8 @@ from epsa_fused import _C, psa_attention
 
 THREADS = (1, 2, 3, 5, 8)
 
-# One sample; batches that do not divide by the threads, so that some samples are dealt out whole
-# and others are split; maps of several chunks; a call too small for threads; many rows to sum
-# weight gradients over.
+# One sample. Batches that do not divide by the threads: some samples go to one thread, others are
+# split. Maps of several chunks. A call too small for threads. Weight gradients over many rows.
 CASES = (
     BY_NAME["one_sample"],
     BY_NAME["batch_of_7"],
@@ -44,7 +43,7 @@ CASES = (
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_results_are_bitwise_the_same_for_any_number_of_threads(case, layout, dtype, device):
-    """And from run to run: each number of threads runs twice."""
+    """Each number of threads runs twice, so results also agree from run to run."""
     inputs = make_inputs(case, dtype, layout, device=device)
     cotangents = make_cotangents(case, dtype, layout.out_format, device)
     expected = None
@@ -69,8 +68,8 @@ def test_per_branch_weight_gradients_are_bitwise_the_same(device):
         assert all(torch.equal(results[name], expected[name]) for name in results)
 
 
-# One sample, samples dealt out whole and samples shared, a call too small for threads, and one
-# whose first branch is torch's.
+# One sample, samples of one thread and of several, a call too small for threads, and a call whose
+# first branch PyTorch's library computes.
 CONVOLUTIONS = (
     stage(64, 28, batch=1),
     stage(64, 14, batch=7),
@@ -89,8 +88,8 @@ CONVOLUTIONS = (
 @pytest.mark.parametrize("layout", convolutions.PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("call", CONVOLUTIONS, ids=name_of)
 def test_convolutions_are_bitwise_the_same_for_any_number_of_threads(call, layout, dtype):
-    """Forward, of our kernels; torch's own convolutions, which compute float64, promise nothing.
-    And from run to run."""
+    """The forward pass of the package's kernels, also from run to run. PyTorch's own convolutions,
+    which compute float64, promise nothing."""
     inputs = convolutions.make_inputs(call, dtype, layout)
     expected = None
     for threads in THREADS * 2:
@@ -186,7 +185,7 @@ linux = pytest.mark.skipif(
 FORWARD = """
     out = psa_attention(feats, *weights)
 """
-# called as an operator: autograd's engine has threads of its own
+# called as an operator, since autograd's engine starts threads of its own
 BACKWARD = """
     torch.set_num_threads(1)
     out, pooled, attention = torch.ops.epsa_fused.psa_attention(feats, *weights, True)
@@ -209,11 +208,11 @@ def threads_started(threads: int, batch: int, calls: str) -> int:
 @pytest.mark.parametrize("batch", (1, 4), ids=("one_sample", "four_samples"))
 @pytest.mark.parametrize("calls", (FORWARD, BACKWARD), ids=("forward", "backward"))
 def test_as_many_threads_run_as_were_asked_for(calls, batch):
-    """Also within one sample."""
+    """Within one sample too."""
     assert threads_started(3, batch, calls) == 2
 
 
-# a call of the op; no gradients, since torch's own operators have threads of their own
+# without gradients, since PyTorch's own operators start threads
 CONVOLVE = """
     x = tensor({batch}, 64, 28, 28)
     kernels = [tensor(16, 64 // g, k, k) for k, g in ((3, 1), (5, 4), (7, 8), (9, 16))]
@@ -225,7 +224,7 @@ CONVOLVE = """
 @linux
 @pytest.mark.parametrize("batch", (1, 4), ids=("one_sample", "four_samples"))
 def test_convolutions_run_on_as_many_threads_as_were_asked_for(batch):
-    """Also within one sample."""
+    """Within one sample too."""
     assert threads_started(3, batch, CONVOLVE) == 2
     assert threads_started(1, batch, CONVOLVE) == 0
 
@@ -275,5 +274,5 @@ FORK = """
     "child", ("pass", "torch.set_num_threads(1)"), ids=("as_it_is", "one_thread")
 )
 def test_a_forked_child_can_use_the_op(child):
-    """Its parent has used it with two threads. The second is what DataLoader's workers do."""
+    """Its parent has used the operator with two threads. DataLoader's workers set one thread."""
     run_code((SETUP + FORK).format(threads=2, batch=2, child=child))

@@ -20,7 +20,7 @@ from support.convolutions import (
     same,
     spc,
 )
-from support.gradients import CHECK, NOT_SUPPORTED
+from support.gradients import CHECK
 from support.tolerance import assert_near, assert_no_worse
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -48,18 +48,10 @@ def test_derivatives(call, layout, check):
     assert check(feats_of(call), tensors, **CHECK)
 
 
-@pytest.mark.parametrize("wanted", range(4))
-def test_derivatives_of_one_input_alone(wanted):
-    tensors = make_inputs(TINY, torch.float64).tensors()
-    tensors[wanted].requires_grad_()
-    assert torch.autograd.gradcheck(feats_of(TINY), tensors, **CHECK)
-    assert torch.autograd.gradgradcheck(feats_of(TINY), tensors, **CHECK)
-
-
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_autograd_gives_what_the_backward_op_gives(dtype, layout):
-    """For each set of inputs that want their gradients."""
+    """Every subset of the inputs requires its gradients once."""
     inputs = make_inputs(TINY, dtype, layout)
     for bits in range(1, 16):
         mask = [bool(bits >> i & 1) for i in range(4)]
@@ -88,26 +80,6 @@ def test_a_loss_of_one_map_alone():
     assert not actual[1].any() and not actual[3].any() and actual[2].any()
 
 
-def test_without_a_graph():
-    inputs = make_inputs(TINY).leaves()
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            feats, pooled = spc(TINY, inputs.x, inputs.weights)
-        assert not any(t.requires_grad for t in (*feats, pooled))
-    feats, _ = spc(TINY, inputs.x.detach(), [w.detach() for w in inputs.weights])
-    assert all(f.grad_fn is None for f in feats)
-
-
-def test_an_input_changed_before_backward_is_an_error():
-    for changed in range(4):
-        tensors = [t.clone() for t in make_inputs(TINY).leaves().tensors()]
-        feats, _ = spc(TINY, tensors[0], tensors[1:])
-        with torch.no_grad():
-            tensors[changed].mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            sum(f.sum() for f in feats).backward()
-
-
 def test_a_map_may_be_changed_in_place():
     """No map is needed for backward: a ReLU behind it may be in place."""
     inputs = make_inputs(TINY, torch.float64).leaves()
@@ -117,43 +89,6 @@ def test_a_map_may_be_changed_in_place():
         loss = sum(relu(f).square().sum() for f in feats)
         results.append(torch.autograd.grad(loss, inputs.tensors()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_checkpointing():
-    inputs = make_inputs(TINY).leaves()
-    function = feats_of(TINY)
-    expected = torch.autograd.grad(function(*inputs.tensors()), inputs.tensors(), inputs.grads)
-    feats = torch.utils.checkpoint.checkpoint(function, *inputs.tensors(), use_reentrant=False)
-    actual = torch.autograd.grad(feats, inputs.tensors(), inputs.grads)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-# ---- what is not supported says so ----
-
-
-@pytest.mark.parametrize("which", (0, 2), ids=("x", "weights"))
-@pytest.mark.parametrize("transform", NOT_SUPPORTED)
-def test_function_transforms_raise(transform, which):
-    tensors = make_inputs(TINY, torch.float64).tensors()
-
-    def function(t):
-        given = [t if i == which else u for i, u in enumerate(tensors)]
-        return spc(TINY, given[0], given[1:])[0][1]
-
-    with pytest.raises(RuntimeError, match=r"spc_conv|autograd::Function"):
-        NOT_SUPPORTED[transform](function, tensors[which])
-
-
-@pytest.mark.parametrize("requires_grad", (False, True))
-@pytest.mark.parametrize("which", (0, 2), ids=("x", "weights"))
-def test_forward_mode_raises(which, requires_grad):
-    """A tangent must not get lost without a word."""
-    inputs = make_inputs(TINY, torch.float64)
-    tensors = (inputs.leaves() if requires_grad else inputs).tensors()
-    with forward_ad.dual_level():
-        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
-        with pytest.raises(RuntimeError, match=r"spc_conv: forward-mode.*expected.*PSAModule"):
-            spc(TINY, tensors[0], tensors[1:])
 
 
 @pytest.mark.parametrize("which", ("grad_feats", "x", "weights"))
@@ -172,14 +107,6 @@ def test_forward_mode_of_the_backward_op_raises(which):
             grads[1] = dual(grads[1])
         with pytest.raises(RuntimeError, match=r"spc_conv_backward: forward-mode"):
             BACKWARD(grads, x, weights, *TINY.settings, [True] * 4)
-
-
-def test_batched_gradients_raise():
-    inputs = make_inputs(TINY, torch.float64).leaves()
-    feats, _ = spc(TINY, inputs.x, inputs.weights)
-    grads = [torch.stack([g, g]) for g in inputs.grads]
-    with pytest.raises(RuntimeError, match="spc_conv_backward"):
-        torch.autograd.grad(feats, inputs.tensors(), grads, is_grads_batched=True)
 
 
 # ---- FusedPSAModule: the operator for plain convolutions, the layers for all others ----
@@ -325,7 +252,7 @@ def flat(base):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_convolutions_are_called(change):
-    """And the module is still what the reference is with the same change."""
+    """The module still computes what the reference computes with the same change."""
     fused, plain = modules()
     x = torch.randn(2, 16, 9, 8, dtype=torch.float64)
     before = fused(x)
@@ -363,7 +290,7 @@ def test_hooks_of_convolutions_are_called(layer, hook):
     "parametrization", (parametrizations.weight_norm, parametrizations.spectral_norm)
 )
 def test_parametrized_convolutions(parametrization):
-    """By the operator or not: the weight is computed when it is read."""
+    """The weight is computed when it is read."""
     fused, plain = modules()
     fused.eval(), plain.eval()
     for module in (fused, plain):
@@ -378,7 +305,7 @@ def test_parametrized_convolutions(parametrization):
 
 
 def test_old_weight_norm():
-    """That computes the weight in a hook."""
+    """Its hook computes the weight."""
     fused, plain = modules()
     for module in (fused, plain):
         with pytest.warns(FutureWarning):
@@ -412,7 +339,7 @@ def test_changed_weights_are_seen(change):
 
 
 def test_the_layouts_are_not_mixed_up():
-    """A gradient of the other layout than x and the maps."""
+    """The gradient has another layout than x and the maps."""
     for layout, other in ((CONTIGUOUS, CHANNELS_LAST), (CHANNELS_LAST, CONTIGUOUS)):
         inputs = make_inputs(TINY, torch.float64, layout, grad_layout=other).leaves()
         feats, _ = spc(TINY, inputs.x, inputs.weights)

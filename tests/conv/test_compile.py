@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from epsa_fused import FusedPSAModule
 
-# a branch of each kernel, and of torch's
+# a branch of each method, and one of PyTorch's library
 MIXED = Call("mixed", 2, 16, 32, 6, 7, (same(3, 1), same(5, 4), same(3, 16), same(1, 2)))
 STRIDE_2 = Call("stride_2", 3, 12, 20, 7, 9, (same(3, 4), Branch((1, 1), 1, 0)), 2)
 STRIDE_3 = Call("stride_3", 2, 8, 8, 7, 9, (same(3, 4), same(5, 1)), 3)
@@ -113,7 +113,7 @@ def gradients_of(function, call, inputs):
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_function(backend, dynamic, layout):
-    """Bit for bit and stride for stride what eager gives, at a second shape too."""
+    """Bits and strides are those of eager, at a second shape too."""
     compiled = torch.compile(spc, fullgraph=True, backend=backend, dynamic=dynamic)
     other = Call("other", 3, 16, 32, 9, 5, MIXED.branches)
     for call in (MIXED, other):
@@ -209,7 +209,7 @@ def test_compiled_under_autocast():
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
 def test_flop_count(call, memory_format):
-    """Two for each multiply-add, as torch counts them; each gradient as many again."""
+    """Two per multiply-add, as PyTorch counts. Each gradient costs as much as the forward."""
     inputs = make_inputs(call).leaves()
     x = inputs.x.contiguous(memory_format=memory_format)
     with FlopCounterMode(display=False) as counter:

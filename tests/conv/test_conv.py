@@ -40,8 +40,7 @@ def everything(call: Call) -> list[bool]:
 
 
 def check_kinds(call, layout, dtype, results, weights=None) -> None:
-    """Dtypes and strides: of the weights' gradients those that torch gives a new tensor like the
-    weight, as an optimizer wants them."""
+    """Dtypes and strides. A weight's gradient has those of torch.empty_like(weight)."""
     memory_format = maps_format(call, layout)
     for name, result in results.items():
         if name == "pooled":
@@ -76,7 +75,7 @@ def test_every_call(call, dtype):
     ids=lambda k: f"{k[0]}x{k[1]}",
 )
 def test_every_kind_of_branch(kernel):
-    """All groups, strides and dilations; the rest takes turns."""
+    """All groups, strides and dilations. Images, paddings, dtypes and layouts take turns."""
     for turn, call in enumerate(sweep(kernel)):
         dtype = DTYPES[turn % 4]
         layout = PLAIN_LAYOUTS[turn // 4 % 2]
@@ -95,7 +94,7 @@ def test_every_kind_of_branch_and_every_image(kernel, layout, dtype):
 
 
 def test_the_sweep_meets_every_method_and_tile():
-    """On each instruction set, so the tests above are tests of all kernels."""
+    """On every instruction set, so the tests above reach all kernels."""
     calls = [call for kernel in KERNELS + FLAT_KERNELS for call in sweep(kernel)] + list(CALLS)
     for isa in _C.build_info()["cpu_isas"]:
         plans = [
@@ -127,14 +126,14 @@ def test_the_gradient_of_pixels_that_no_kernel_meets(dtype):
     inputs = make_inputs(call, dtype)
     for _ in range(5):
         used = [torch.full_like(inputs.x, torch.nan) for _ in range(4)]
-        del used  # the allocator may give their memory to the next call
+        del used  # the allocator may reuse this memory in the next call
         check(call, inputs, everything(call))
 
 
 @pytest.mark.per_isa
 @pytest.mark.parametrize("seed", (2838, 4009))
 def test_few_pixels_under_a_kernel(seed):
-    """In a corner Winograd's sums hold more than the products that are left."""
+    """In a corner Winograd's sums exceed the few products of the result."""
     call = Call("corner", 1, 16, 32, 8, 8, (Branch((3, 3), 1, 2),))
     check(call, make_inputs(call, seed=seed), everything(call))
     call = Call("corner of the gradient", 1, 16, 32, 8, 8, (Branch((3, 3), 1, 0),))
@@ -164,7 +163,7 @@ def test_values_of_very_different_sizes(dtype, stride, branches):
     check(call, inputs, everything(call))
 
 
-# two branches with kernels of each method, and one that goes to the library
+# branches of each method, and one that the library computes
 LAYOUT_CALLS = (
     Call("layouts", 3, 16, 32, 7, 9, (same(3, 1), same(5, 4), same(3, 16), same(1, 2))),
     Call("layouts_stride_2", 2, 20, 20, 8, 7, (same(3, 4), same(5, 1), same(1, 10)), 2),
@@ -234,8 +233,8 @@ def test_dilation_is_one_by_default():
 @pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_pooled_is_the_mean_of_the_unrounded_maps(dtype):
-    """A map of 100 in every pixel but for a quarter of a rounding step: the rounded map's mean
-    does not know of it. By both kernels and the library."""
+    """Every pixel is 100 and a quarter of a rounding step, which the rounded map loses. By both
+    methods and the library."""
     step = 100 * torch.finfo(dtype).eps
     branches = tuple(Branch((1, 1), g, 0) for g in (1, 2))
     for stride in (1, 3):
@@ -258,7 +257,7 @@ MASK_CALL = Call("masks", 3, 16, 16, 7, 6, (same(3, 1), same(5, 4), same(3, 16))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("bits", range(16))
 def test_output_mask(bits, dtype):
-    """What is wanted has the bits that it has among all; what is not is empty."""
+    """A wanted gradient has the bits that it has among all. The others are empty."""
     mask = [bool(bits >> i & 1) for i in range(4)]
     inputs = make_inputs(MASK_CALL, dtype)
     results = check(MASK_CALL, inputs, mask)
@@ -276,7 +275,7 @@ def test_output_mask(bits, dtype):
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_special_values_of_x_reach_the_outputs_whose_windows_hold_them(dtype, layout, value):
-    """And no others, not of the same vector, the next group or row, nor behind the last pixel."""
+    """Other outputs of the same vector, the next group or row stay finite."""
     call = Call("special", 2, 16, 32, 6, 7, (same(3, 1), same(5, 4), same(3, 16), same(3, 2)))
     for pixel in ((0, 0, 0), (5, 3, 6), (15, 5, 0), (10, 5, 6)):
         inputs = make_inputs(call, dtype, layout)
@@ -310,7 +309,7 @@ def test_special_values_of_a_weight_stay_in_their_channel(dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_inputs_are_never_written(layout):
-    """Nor is the memory between their elements."""
+    """The memory between their elements is not written either."""
     call = LAYOUT_CALLS[0]
     inputs = make_inputs(call, layout=layout)
     tensors = [*inputs.tensors(), *inputs.grads]

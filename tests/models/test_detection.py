@@ -17,7 +17,7 @@ from epsa_fused import EPSANet, epsanet50, epsanet50_large
 from epsa_fused.detection import FixedBatchNorm2d, foreground_only, fpn_backbone
 
 README = (ROOT / "README.md").read_text()
-# Trainable parameters of the paper's detectors: ours, and in millions as published.
+# Trainable parameters of the paper's detectors: exactly, and in millions as published.
 FIGURES = {
     ("FasterRCNN", epsanet50): (38_561_624, 38.56),
     ("FasterRCNN", epsanet50_large): (43_852_048, 43.85),
@@ -27,8 +27,8 @@ FIGURES = {
     ("RetinaNet", epsanet50_large): (40_067_684, 40.07),
 }
 DETECTORS = ("FasterRCNN", "MaskRCNN", "RetinaNet")
-# Relative error of two detectors in float64 whose backbones round differently, over 50 layers. (In
-# float32 some of the many choices between regions fall otherwise.)
+# Relative error of two detectors in float64 whose backbones round differently. In float32 they
+# would choose other regions.
 LIMIT = 1e-9
 
 
@@ -112,7 +112,7 @@ def test_the_maps(layers):
     for layer, actual in zip(layers, maps.values(), strict=False):
         stride = model.pyramid_strides[layer - 1]
         assert actual.shape == (2, 24, -(-97 // stride), -(-65 // stride))
-    # what the pyramid says of the network's own maps
+    # the same pyramid of the network's own maps
     fpn = ops.FeaturePyramidNetwork([model.pyramid_channels[i - 1] for i in layers], 24)
     fpn = fpn.double()
     fpn.load_state_dict(backbone.fpn.state_dict())
@@ -190,7 +190,7 @@ def test_other_channels_of_the_images():
     ),
 )  # fmt: skip
 def test_backbones_that_cannot_be_built(model, options, error, message):
-    """Said without torchvision too."""
+    """The errors do not need torchvision."""
     with pytest.raises(error, match=message):
         fpn_backbone(model, **options)
 
@@ -331,8 +331,8 @@ def photographs():
 
 @pytest.fixture(scope="module")
 def network(photographs):
-    """EPSANet-50 of random weights, with the photographs' statistics: with those that it starts
-    from nothing is normalised."""
+    """EPSANet-50 of random weights, with the photographs' statistics. Initial statistics would
+    normalise nothing."""
     torch.manual_seed(0)
     model = epsanet50()
     for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):

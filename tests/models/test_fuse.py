@@ -41,22 +41,16 @@ def assert_same(fused, model, x):
 
 MODULES = {
     "reference": (lambda: PSAModule(16, 64, conv_groups=GROUPS), FusedPSAModule, "reversed"),
-    "reference_in_order": (
-        lambda: PSAModule(16, 64, conv_groups=GROUPS, branch_order="forward"),
-        FusedPSAModule,
-        "forward",
-    ),
-    "reference_of_3_branches": (
-        lambda: PSAModule(16, 48, (3, 5, 7), 2, (1, 2, 4), reduction=5),
-        FusedPSAModule,
-        "reversed",
-    ),
+    "reference_in_order": (lambda: PSAModule(16, 64, conv_groups=GROUPS, branch_order="forward"),
+        FusedPSAModule, "forward"),
+    "reference_of_3_branches": (lambda: PSAModule(16, 48, (3, 5, 7), 2, (1, 2, 4), reduction=5),
+        FusedPSAModule, "reversed"),
     "published": (published_psa, FusedPSAModule, "reversed"),
     "published_in_order": (lambda: published_psa(InOrder), FusedPSAModule, "forward"),
     "stride_2": (lambda: published.PSAModule(64, 64, stride=2), FusedPSAModule, "reversed"),
     "external": (external_psa, FusedSplitPSA, "forward"),
     "external_of_2_branches": (lambda: external_psa(branches=2), FusedSplitPSA, "forward"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -102,7 +96,7 @@ def test_the_published_network_in_evaluation_and_in_training():
     fused = fuse(model)
     assert len(fused.fuse_report.replaced) == 16
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    # The two share the BatchNorms' statistics: each run starts from those of the beginning.
+    # Both share the BatchNorms' statistics, so each run starts from the first ones.
     statistics = copy.deepcopy(model.state_dict())
     for train in (False, True):
         pair = []
@@ -120,7 +114,7 @@ def test_what_was_fused_is_what_would_have_been_built():
     fused = fuse(reference)
     assert repr(fused) == repr(built)
     for (name, a), (_, b) in zip(fused.named_modules(), built.named_modules(), strict=True):
-        # the keys too, so that nothing is forgotten that the constructor sets
+        # the keys too: fuse() sets all that the constructor sets
         assert vars(a).keys() - {"fuse_report"} == vars(b).keys(), name
     built.load_state_dict(fused.state_dict())
     x = torch.randn(2, 3, 64, 64)
@@ -128,7 +122,7 @@ def test_what_was_fused_is_what_would_have_been_built():
 
 
 def test_a_module_that_wrote_over_its_input():
-    """The result is the same; that the input is no longer overwritten, the user should know."""
+    """The result is the same. A warning says that the input is no longer overwritten."""
     model = nn.Sequential(external_psa(Overwriting)).double()
     with pytest.warns(UserWarning, match=r"0 wrote over its input, which the fused module leaves"):
         fused = fuse(model)
@@ -167,7 +161,7 @@ def test_the_random_generator_is_left_alone():
 
 
 def test_each_kind_is_run_once(monkeypatch):
-    """In training and in evaluation. EPSANet-101 has 33 modules of four widths."""
+    """Once in training and once in evaluation. EPSANet-101 has 33 modules of four widths."""
     runs = []
     forward = published.PSAModule.forward
     monkeypatch.setattr(
@@ -241,7 +235,7 @@ def test_a_model_without_data():
 
 
 def test_an_optimizer_goes_on():
-    """In place and not: the parameters are the ones that it was made for."""
+    """In place or not, the parameters are the optimizer's own."""
     for inplace in (False, True):
         model = nn.Sequential(published_psa())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -28,23 +28,15 @@ REFUSED_HOOKS = {
     "se": (lambda m: m.se.register_forward_hook(print), r"0\.se has hooks"),
     "fc2": (lambda m: m.se.fc2.register_full_backward_hook(print), r"0\.se\.fc2 has hooks"),
     "softmax": (lambda m: m.softmax.register_forward_pre_hook(print), r"0\.softmax has hooks"),
-    "se_state_dict": (
-        lambda m: m.se.register_load_state_dict_post_hook(print),
-        r"0 has hooks in _load_state_dict_post_hooks",
-    ),
-    "state_dict": (
-        lambda m: m.register_state_dict_post_hook(lambda *args: None),
-        r"0 has hooks in _state_dict_hooks",
-    ),
-    "load": (
-        lambda m: m.register_load_state_dict_post_hook(print),
-        r"0 has hooks in _load_state_dict_post_hooks",
-    ),
-    "old_backward": (
-        lambda m: m.register_backward_hook(lambda *args: None),
-        r"0 has hooks in _backward_hooks",
-    ),
-}
+    "se_state_dict": (lambda m: m.se.register_load_state_dict_post_hook(print),
+        r"0 has hooks in _load_state_dict_post_hooks"),
+    "state_dict": (lambda m: m.register_state_dict_post_hook(lambda *args: None),
+        r"0 has hooks in _state_dict_hooks"),
+    "load": (lambda m: m.register_load_state_dict_post_hook(print),
+        r"0 has hooks in _load_state_dict_post_hooks"),
+    "old_backward": (lambda m: m.register_backward_hook(lambda *args: None),
+        r"0 has hooks in _backward_hooks"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("hook", REFUSED_HOOKS)
@@ -147,119 +139,69 @@ MISFITS = {
     "failing": (lambda: published_psa(Failing), r"a trial on \[4, 16, 3, 2\] failed: of no use"),
     "dropout": (lambda: published_psa(WithDropout).eval(), r"something else than PSA"),
     "patched": (lambda: changed(published_psa(), set_forward), r"forward was replaced"),
-    "patched_reference": (
-        lambda: changed(PSAModule(64, 64), set_forward),
-        r"forward was replaced",
-    ),
+    "patched_reference": (lambda: changed(PSAModule(64, 64), set_forward), r"forward was replaced"),
     "patched_attention_of_the_reference": (
         lambda: changed(PSAModule(64, 64), lambda m: setattr(m, "attention", torch.stack)),
-        r"something else than PSA",
-    ),
-    "lazy": (
-        lambda: changed(
-            published_psa(), set_child("conv_1", lambda c: nn.LazyConv2d(16, 3, bias=False))
-        ),
-        r"its parameters are not initialised; run the model once",
-    ),
+        r"something else than PSA"),
+    "lazy": (lambda: changed(
+        published_psa(), set_child("conv_1", lambda c: nn.LazyConv2d(16, 3, bias=False))),
+        r"its parameters are not initialised; run the model once"),
     "lazy_se": (
         lambda: changed(published_psa(), set_child("se.fc1", lambda c: nn.LazyConv2d(1, 1))),
-        r"its parameters are not initialised; run the model once",
-    ),
+        r"its parameters are not initialised; run the model once"),
     "another_child": (
         lambda: changed(published_psa(), lambda m: m.add_module("bn", nn.BatchNorm2d(64))),
-        r"other children too: bn",
-    ),
+        r"other children too: bn"),
     "a_gap": (
         lambda: changed(published_psa(), lambda m: m.add_module("conv_6", nn.Conv2d(16, 16, 1))),
-        r"other children too: conv_6",
-    ),
-    "parameter": (
-        lambda: changed(
-            published_psa(), lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))
-        ),
-        r"parameters or buffers of its own: scale",
-    ),
+        r"other children too: conv_6"),
+    "parameter": (lambda: changed(
+        published_psa(), lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))),
+        r"parameters or buffers of its own: scale"),
     "parameter_of_the_se": (
         lambda: changed(published_psa(), lambda m: m.se.add_module("bn", nn.BatchNorm2d(16))),
-        r"the fused one has not: se\.bn\.bias, se\.bn\.num_batches_tracked",
-    ),
-    "buffer_of_the_softmax": (
-        lambda: changed(
-            published_psa(), lambda m: m.softmax.register_buffer("temperature", torch.ones(1))
-        ),
-        r"the fused one has not: softmax\.temperature",
-    ),
-    "conv_bias": (
-        lambda: changed(
-            published_psa(),
-            set_child("conv_2", lambda c: nn.Conv2d(16, 16, 5, padding=2, groups=2)),
-        ),
-        r"conv_2 is Conv2d\(.*groups=2\), expected Conv2d\(.*bias=False\)",
-    ),
-    "dilation": (
-        lambda: changed(
-            published_psa(),
-            set_child("conv_1", lambda c: nn.Conv2d(16, 16, 3, padding=2, dilation=2, bias=False)),
-        ),
-        r"conv_1 is Conv2d\(.*dilation=\(2, 2\)",
-    ),
-    "even_kernel": (
-        lambda: changed(
-            published_psa(), set_child("conv_3", lambda c: nn.Conv2d(16, 16, 4, bias=False))
-        ),
-        r"conv_kernels\[2\]: expected an odd kernel size, got 4",
-    ),
-    "lora_conv": (
-        lambda: changed(published_psa(), set_child("conv_4", Lora)),
-        r"conv_4 is a Lora, expected a Conv2d",
-    ),
-    "lora_se": (
-        lambda: changed(published_psa(), set_child("se.fc1", Lora)),
-        r"se\.fc1 is a Lora with a forward of its own",
-    ),
-    "lora_se_of_the_reference": (
-        lambda: changed(PSAModule(64, 64), set_child("se.fc1", Lora)),
-        r"se\.fc1 is a Lora with a forward of its own",
-    ),
+        r"the fused one has not: se\.bn\.bias, se\.bn\.num_batches_tracked"),
+    "buffer_of_the_softmax": (lambda: changed(
+        published_psa(), lambda m: m.softmax.register_buffer("temperature", torch.ones(1))),
+        r"the fused one has not: softmax\.temperature"),
+    "conv_bias": (lambda: changed(published_psa(),
+        set_child("conv_2", lambda c: nn.Conv2d(16, 16, 5, padding=2, groups=2))),
+        r"conv_2 is Conv2d\(.*groups=2\), expected Conv2d\(.*bias=False\)"),
+    "dilation": (lambda: changed(published_psa(),
+        set_child("conv_1", lambda c: nn.Conv2d(16, 16, 3, padding=2, dilation=2, bias=False))),
+        r"conv_1 is Conv2d\(.*dilation=\(2, 2\)"),
+    "even_kernel": (lambda: changed(
+        published_psa(), set_child("conv_3", lambda c: nn.Conv2d(16, 16, 4, bias=False))),
+        r"conv_kernels\[2\]: expected an odd kernel size, got 4"),
+    "lora_conv": (lambda: changed(published_psa(), set_child("conv_4", Lora)),
+        r"conv_4 is a Lora, expected a Conv2d"),
+    "lora_se": (lambda: changed(published_psa(), set_child("se.fc1", Lora)),
+        r"se\.fc1 is a Lora with a forward of its own"),
+    "lora_se_of_the_reference": (lambda: changed(PSAModule(64, 64), set_child("se.fc1", Lora)),
+        r"se\.fc1 is a Lora with a forward of its own"),
     "se_of_another_width": (
         lambda: changed(published_psa(), set_child("se.fc2", lambda c: nn.Conv2d(1, 32, 1))),
-        r"a trial on .* failed: ",
-    ),
-    "gelu": (
-        lambda: changed(published_psa(), set_child("se.relu", lambda r: nn.GELU())),
-        r"se\.relu is a GELU",
-    ),
-    "split_lengths": (
-        lambda: changed(external_psa(), lambda m: m.se_blocks.append(m.se_blocks[0])),
-        r"4 convs and 5 se_blocks",
-    ),
-    "split_list": (
-        lambda: changed(external_psa(), set_child("convs", lambda c: nn.Sequential(*c))),
-        r"convs is a Sequential, expected a ModuleList",
-    ),
+        r"a trial on .* failed: "),
+    "gelu": (lambda: changed(published_psa(), set_child("se.relu", lambda r: nn.GELU())),
+        r"se\.relu is a GELU"),
+    "split_lengths": (lambda: changed(external_psa(), lambda m: m.se_blocks.append(m.se_blocks[0])),
+        r"4 convs and 5 se_blocks"),
+    "split_list": (lambda: changed(external_psa(), set_child("convs", lambda c: nn.Sequential(*c))),
+        r"convs is a Sequential, expected a ModuleList"),
     "split_layers": (
         lambda: changed(external_psa(), lambda m: m.se_blocks[2].append(nn.Identity())),
-        r"se_blocks\.2 has 6 layers, expected 5",
-    ),
+        r"se_blocks\.2 has 6 layers, expected 5"),
     "split_bias": (
         lambda: changed(external_psa(), set_child("se_blocks.1.1", lambda c: nn.Conv2d(16, 4, 1))),
-        r"some of se_blocks\.\*\.1 have a bias",
-    ),
-    "split_widths": (
-        lambda: changed(
-            external_psa(),
-            lambda m: (
-                set_child("se_blocks.1.1", lambda c: nn.Conv2d(16, 2, 1, bias=False))(m),
-                set_child("se_blocks.1.3", lambda c: nn.Conv2d(2, 16, 1, bias=False))(m),
-            ),
-        ),
-        r"weights of se_blocks\.\*\.1 have shapes",
-    ),
+        r"some of se_blocks\.\*\.1 have a bias"),
+    "split_widths": (lambda: changed(external_psa(), lambda m: (
+        set_child("se_blocks.1.1", lambda c: nn.Conv2d(16, 2, 1, bias=False))(m),
+        set_child("se_blocks.1.3", lambda c: nn.Conv2d(2, 16, 1, bias=False))(m))),
+        r"weights of se_blocks\.\*\.1 have shapes"),
     "split_channels": (
         lambda: changed(external_psa(), set_child("convs.3", lambda c: nn.Conv2d(8, 16, 1))),
-        r"\(in_channels, out_channels\).*\(8, 16\)\], expected equal",
-    ),
-}
+        r"\(in_channels, out_channels\).*\(8, 16\)\], expected equal"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("inplace", (False, True))

@@ -27,8 +27,8 @@ from epsa_fused import (
 from epsa_fused.models import FIGURES as REGISTERED
 from epsa_fused.models import MODELS
 
-# parameters; multiply-adds at 224x224 of the convolutions (the SE's left out) and the classifier;
-# and both as the paper gives them, in millions and billions
+# Parameters; multiply-adds at 224x224 of the convolutions (without the SE's) and the classifier;
+# both as the paper gives them, in millions and billions.
 FIGURES = {
     MODELS[name]: (
         figures.parameters,
@@ -74,7 +74,7 @@ def test_parameters_and_multiply_adds(build, fused):
     # each SE runs two matrices of channels x hidden on every branch
     se = sum(2 * m.branches * m.se.fc1.weight.numel() for m in psa_modules(model))
     assert counter.get_total_flops() == 2 * (multiply_adds + se)
-    # the paper's count holds 0.5% to 0.6% more, which it does not say what of
+    # the paper's count is 0.5% to 0.6% larger and does not say why
     assert 0.993 < multiply_adds / 1e9 / published_billions < 1
 
 
@@ -198,28 +198,16 @@ def test_a_checkpoint_loads_into_frozen_normalisations():
 
 
 WRONG = {
-    "depth": (
-        lambda: on_meta(epsanet101),
-        epsanet50,
-        r"425 unexpected: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], .* and 421 more$",
-    ),
-    "size": (
-        lambda: on_meta(epsanet50_large),
-        epsanet50,
-        r"of another shape: layer1\.0\.conv1\.weight \[128, 64, 1, 1\], expected \[64, 64, 1, 1\]",
-    ),
-    "missing": (
-        lambda: on_meta(epsanet50),
-        epsanet101,
-        r"missing: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], ",
-    ),
-    "classes": (
-        lambda: on_meta(epsanet50, num_classes=10),
-        epsanet50,
+    "depth": (lambda: on_meta(epsanet101), epsanet50,
+        r"425 unexpected: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], .* and 421 more$"),
+    "size": (lambda: on_meta(epsanet50_large), epsanet50,
+        r"of another shape: layer1\.0\.conv1\.weight \[128, 64, 1, 1\], expected \[64, 64, 1, 1\]"),
+    "missing": (lambda: on_meta(epsanet50), epsanet101,
+        r"missing: layer3\.6\.conv1\.weight \[256, 1024, 1, 1\], "),
+    "classes": (lambda: on_meta(epsanet50, num_classes=10), epsanet50,
         r"2 of another shape: fc\.weight \[10, 2048\], expected \[1000, 2048\], "
-        r"fc\.bias \[10\], expected \[1000\]$",
-    ),
-}
+        r"fc\.bias \[10\], expected \[1000\]$"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -256,7 +244,7 @@ def test_without_strict_keys_may_differ_and_shapes_not():
 
 
 def test_hooks_may_convert_a_checkpoint():
-    """As weight_norm's own does with the keys that its predecessor gave."""
+    """weight_norm converts its predecessor's keys like this."""
     model, state = tiny(), tiny().state_dict()
     state["head.weight"] = state.pop("fc.weight")
 
@@ -445,7 +433,7 @@ def test_importing_the_package_does_not_import_timm():
 def test_timm_has_the_models(timm):
     names = {build.__name__ for build in FIGURES}
     assert set(timm.list_models("epsanet*")) == names
-    epsa_fused.register_timm()  # once more is no matter
+    epsa_fused.register_timm()  # a second call changes nothing
     for build in FIGURES:
         with torch.device("meta"):
             model = timm.create_model(build.__name__)

@@ -1,5 +1,5 @@
-"""FusedPSAModule and PSAModule as modules: construction, copies, conversions, and the changes to
-their submodules that a fused step must not leave out silently."""
+"""FusedPSAModule and PSAModule as modules: construction, copies, conversions, and changed
+submodules, which the fused step must not skip silently."""
 
 import copy
 import io
@@ -85,57 +85,27 @@ BAD = {
     "stride": ((16, 64), {"stride": 0}, r"stride: expected at least 1, got 0"),
     "reduction": ((16, 64), {"reduction": 0}, r"reduction: expected at least 1, got 0"),
     # no hidden unit: says which reduction would do
-    "no_hidden_unit": (
-        (16, 32),
-        {},
-        r"reduction: expected at most planes // branches = 8, got 16,.*reduction=8",
-    ),
-    "groups_of_inplans": (
-        (12, 64),
-        {"conv_groups": (1, 2, 4, 8)},
-        r"conv_groups\[3\]: expected a divisor of inplans = 12.*got 8",
-    ),
-    "groups_of_planes": (
-        (64, 64),
-        {"conv_groups": (1, 2, 4, 32)},
-        r"conv_groups\[3\]: expected a divisor of.*planes // branches = 16, got 32",
-    ),
-    "no_groups": (
-        (16, 64),
-        {"conv_groups": (1, 0, 4, 8)},
-        r"conv_groups\[1\]: expected a divisor of.*got 0",
-    ),
-    "even_kernel": (
-        (16, 64),
-        {"conv_kernels": (3, 4, 7, 9)},
-        r"conv_kernels\[1\]: expected an odd kernel size, got 4",
-    ),
-    "negative_kernel": (
-        (16, 64),
-        {"conv_kernels": (3, 5, 7, -1)},
-        r"conv_kernels\[3\]: expected an odd kernel size, got -1",
-    ),
-    "lengths": (
-        (16, 64),
-        {"conv_kernels": (3, 5, 7)},
-        r"conv_kernels and conv_groups: expected equal lengths, got 3 .* and 4",
-    ),
-    "one_branch": (
-        (16, 64),
-        {"conv_kernels": (3,), "conv_groups": (1,)},
-        r"conv_kernels: expected 2 to 8 branches, got 1",
-    ),
-    "nine_branches": (
-        (16, 144),
-        {"conv_kernels": (3,) * 9, "conv_groups": (1,) * 9},
-        r"conv_kernels: expected 2 to 8 branches, got 9",
-    ),
-    "branch_order": (
-        (16, 64),
-        {"branch_order": "backward"},
-        r"branch_order: expected one of \('reversed', 'forward'\), got 'backward'",
-    ),
-}
+    "no_hidden_unit": ((16, 32), {},
+        r"reduction: expected at most planes // branches = 8, got 16,.*reduction=8"),
+    "groups_of_inplans": ((12, 64), {"conv_groups": (1, 2, 4, 8)},
+        r"conv_groups\[3\]: expected a divisor of inplans = 12.*got 8"),
+    "groups_of_planes": ((64, 64), {"conv_groups": (1, 2, 4, 32)},
+        r"conv_groups\[3\]: expected a divisor of.*planes // branches = 16, got 32"),
+    "no_groups": ((16, 64), {"conv_groups": (1, 0, 4, 8)},
+        r"conv_groups\[1\]: expected a divisor of.*got 0"),
+    "even_kernel": ((16, 64), {"conv_kernels": (3, 4, 7, 9)},
+        r"conv_kernels\[1\]: expected an odd kernel size, got 4"),
+    "negative_kernel": ((16, 64), {"conv_kernels": (3, 5, 7, -1)},
+        r"conv_kernels\[3\]: expected an odd kernel size, got -1"),
+    "lengths": ((16, 64), {"conv_kernels": (3, 5, 7)},
+        r"conv_kernels and conv_groups: expected equal lengths, got 3 .* and 4"),
+    "one_branch": ((16, 64), {"conv_kernels": (3,), "conv_groups": (1,)},
+        r"conv_kernels: expected 2 to 8 branches, got 1"),
+    "nine_branches": ((16, 144), {"conv_kernels": (3,) * 9, "conv_groups": (1,) * 9},
+        r"conv_kernels: expected 2 to 8 branches, got 9"),
+    "branch_order": ((16, 64), {"branch_order": "backward"},
+        r"branch_order: expected one of \('reversed', 'forward'\), got 'backward'"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", MODULES)
@@ -217,7 +187,7 @@ def test_training_reaches_every_parameter():
 
 @pytest.mark.parametrize("frozen", ("se", "conv_2", "conv_"))
 def test_frozen_parts(frozen):
-    """Fine-tuning: what is not frozen gets the gradients that it gets otherwise."""
+    """Parts that are not frozen get the same gradients as before."""
     module, x = small(), torch.randn(2, 16, 6, 6)
     module(x).square().sum().backward()
     expected = {name: p.grad for name, p in module.named_parameters()}
@@ -284,7 +254,7 @@ def test_functional_call_with_other_parameters():
 
 
 def test_weights_of_another_width_and_no_biases():
-    """Plain layers in the place of plain layers are no reason to refuse."""
+    """Plain layers may replace plain layers."""
     module = small()
     module.se.fc1 = nn.Conv2d(16, 3, 1, bias=False)
     module.se.fc2 = nn.Conv2d(3, 16, 1, bias=False)
@@ -298,7 +268,7 @@ def test_weights_of_another_width_and_no_biases():
     "parametrization", (parametrizations.weight_norm, parametrizations.spectral_norm)
 )
 def test_parametrized_weights(parametrization):
-    """They are computed when the weight is read, and get their gradients."""
+    """The weight is computed when it is read, and its parameters get gradients."""
     module, x = small().double().eval(), torch.randn(2, 16, 6, 6, dtype=torch.float64)
     parametrization(module.se.fc2)
     weights = [w.detach() for w in se_weights(module)]
@@ -318,7 +288,7 @@ def test_pruning_that_was_made_permanent():
 
 
 class Wrapper(nn.Module):
-    """As LoRA and quantisation wrap a layer, its weight still in reach."""
+    """LoRA and quantisation wrap layers like this, with the weight in reach."""
 
     def __init__(self, base):
         super().__init__()
@@ -475,7 +445,7 @@ def test_pruning_is_refused_while_it_is_a_hook():
         module(torch.randn(2, 16, 6, 6))
 
 
-# The errors send their readers to PSAModule, so that has to compute what it was asked for.
+# The errors recommend PSAModule, so it must call what they refuse.
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -490,7 +460,7 @@ def test_the_reference_module_calls_hooks(layer):
 @pytest.mark.parametrize("change", ("wrapper", "subclass", "patch"))
 @pytest.mark.parametrize("layer", ("fc1", "fc2"))
 def test_the_reference_module_calls_replaced_layers(layer, change):
-    """Each of them doubles the layer's result: so does twice its weight and bias."""
+    """Each change doubles the layer's result, as twice its weight and bias would."""
     module, x = small(PSAModule), torch.randn(2, 16, 6, 6)
     expected = copy.deepcopy(module)
     with torch.no_grad():

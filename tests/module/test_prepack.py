@@ -1,4 +1,4 @@
-"""Weights packed ahead for serving: equal results, dropped when the weights may have changed."""
+"""Weights packed ahead for serving: equal results, and changed weights are noticed."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def test_maps_of_another_size(size):
 @torch.no_grad()
 @pytest.mark.parametrize(("packed_for", "used_for"), ((14, 3), (3, 14)))
 def test_maps_for_which_another_method_is_planned(packed_for, used_for):
-    """The weights' own is used: 3x3 kernels are Winograd's where the map is not too small."""
+    """The packed weights decide: Winograd's method takes 3x3 kernels unless the map is small."""
     module, _ = make("stage3")
     x = torch.randn(3, 256, used_for, used_for)
     expected = module(x)
@@ -63,7 +63,7 @@ def test_maps_for_which_another_method_is_planned(packed_for, used_for):
 
 @torch.no_grad()
 def test_the_packed_weights_are_what_is_read():
-    """Seen by the one change that cannot be noticed."""
+    """A change through .data is the one that cannot be noticed."""
     module, x = make()
     module.prepack(28, 28)
     before = module(x)
@@ -77,7 +77,7 @@ def test_the_packed_weights_are_what_is_read():
 
 @torch.no_grad()
 def test_a_dilation_that_was_changed_since():
-    """Winograd's weights are of no use then; those of other methods still are."""
+    """Winograd's weights cannot be used then. Those of other methods can."""
     module, x = make("stage3")
     module.prepack(14, 14)
     for i, kernel in enumerate((3, 5, 7, 9)):
@@ -90,13 +90,13 @@ def test_a_dilation_that_was_changed_since():
 
 @torch.no_grad()
 def test_packed_bytes_are_those_of_the_weights_alone():
-    """Nothing of what was in the memory before."""
+    """Bytes that were in the memory before do not show."""
     weights, settings = [torch.randn(32, 32, 3, 3)], ([1], 1, [1], [1])
     x = torch.empty(1, 32, 14, 14)
     packed = PREPACK(x, weights, *settings)
     for value in (0, 170, 255):
         used = [torch.full_like(packed, value) for _ in range(4)]
-        del used  # the allocator may give their memory to the next call
+        del used  # the allocator may reuse this memory in the next call
         assert torch.equal(PREPACK(x, weights, *settings), packed)
 
 
@@ -252,7 +252,7 @@ def test_compiled():
 
 
 def test_an_exported_program_has_no_packed_weights(tmp_path):
-    """They hold for this process alone."""
+    """Packed weights belong to this process alone."""
     module, x = make()
     with torch.no_grad():
         expected = module(x)

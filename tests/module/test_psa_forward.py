@@ -27,8 +27,7 @@ def make(name, dtype=torch.float32, memory_format=torch.contiguous_format, order
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_convolutions_and_the_attention(name, dtype, memory_format, order):
-    """Bit for bit where the two steps round their maps as it does: to float32 and float64. It
-    rounds half-precision maps before it weighs them, as they do."""
+    """Bit for bit. Both round half-precision maps before they weigh them."""
     _, args = make(name, dtype, memory_format, order)
     out = OP(*args)
     feats, pooled = CONV(*args[:6])
@@ -80,7 +79,7 @@ def test_the_same_gradients_for_any_number_of_threads(planes, stride, size):
 
 
 def test_many_samples_that_share_heavy_weights():
-    """More than one wave of them."""
+    """The samples need more than one wave."""
     _, (_, *rest) = make("stage4")
     x = torch.randn(21, 512, 7, 7)
     assert torch.equal(OP(x, *rest), torch.cat([OP(sample[None], *rest) for sample in x]))
@@ -107,7 +106,7 @@ def test_gradients_flow_through_the_two_steps():
 
 
 def test_under_autocast():
-    """The convolutions in the lower type, as conv2d's; the SE's weights as they are."""
+    """Autocast lowers the convolutions, as it does conv2d, and leaves the SE weights."""
     _, args = make("stage3")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = OP(*args)

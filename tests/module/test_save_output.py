@@ -1,4 +1,4 @@
-"""FusedPSAModule(save_output=True): of the maps, only the output is kept for the backward pass."""
+"""FusedPSAModule(save_output=True) keeps only the output for the backward pass, no other map."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def step(module, x):
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_reference(name, memory_format, order):
-    """Errors are compared with those of the default, whose own tests are strict."""
+    """The default's errors, which strict tests bound, are the yardstick."""
     module = make(name, branch_order=order, save_output=True)
     plain = make(name, PSAModule, torch.float64, branch_order=order)
     exact = step(plain, make_x(name, torch.float64, memory_format))
@@ -191,7 +191,7 @@ def kept_by_the_graph(module, x) -> list[tuple[int, ...]]:
 
 
 def test_no_map_of_a_branch_is_kept():
-    """But x (which is of another size here), the weights and the output."""
+    """Only x (of another size here), the weights and the output are kept."""
     x = make_x("stride_2")
     kept = kept_by_the_graph(make("stride_2", save_output=True), x)
     assert (2, 128, 5, 7) in kept and (2, 32, 5, 7) not in kept
@@ -199,7 +199,7 @@ def test_no_map_of_a_branch_is_kept():
 
 
 def bytes_kept(layer, x) -> int:
-    """Of all that is saved for the backward pass, but for x and the parameters."""
+    """What is saved for the backward pass besides x and the parameters."""
     storages = {}
 
     def pack(t):

@@ -1,5 +1,5 @@
-"""Whole networks where they are trained and served: torch.compile, torch.export, AOTInductor from
-Python and from C++, autocast, DDP, FSDP2, copies and files. ONNX is in test_onnx.py."""
+"""Whole networks in training and serving: torch.compile, torch.export, AOTInductor from Python and
+C++, autocast, DDP, FSDP2, copies and files. ONNX is in test_onnx.py."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ TERMS = 9 * 512  # products in the longest sum of a network's layers
 
 @pytest.fixture(autouse=True)
 def _no_caches():
-    """Neither graphs of an earlier run, nor of an earlier test."""
+    """Graphs of earlier runs and tests are dropped."""
     torch._dynamo.reset()
     with (
         torch._inductor.config.patch(fx_graph_cache=False),
@@ -53,7 +53,7 @@ def small_model() -> nn.Module:
 
 
 def assert_as_exact_as_eager(actual, model, x) -> None:
-    """In float32. Inductor adds BatchNorms and means up in an order of its own."""
+    """In float32, where Inductor computes BatchNorms and means in another order."""
     exact = copy.deepcopy(model).double()(x.double())
     assert_no_worse(actual, model(x), exact, terms=TERMS)
 
@@ -66,8 +66,7 @@ def gradients(model):
 
 
 def check_compiled(network: nn.Module, train: bool, dynamic: bool, backend: str) -> None:
-    """One graph of the whole network, which gives what eager gives; where `dynamic`, for every
-    batch."""
+    """One graph of the whole network gives eager's results, for every batch where `dynamic`."""
     network = network.double().train(train)
     eager = copy.deepcopy(network)
     torch._dynamo.utils.counters.clear()
@@ -148,7 +147,7 @@ def library():
 
 
 def test_aot_inductor_from_python(package, library):
-    """In a process that knows of epsa_fused only the operators' library."""
+    """The process loads the operators' library and nothing else of the package."""
     folder, model = package
     x = torch.randn(3, 3, 64, 64)
     torch.save(x, folder / "x.pt")
@@ -224,8 +223,7 @@ def test_the_cpp_program_says_what_is_wrong(change, message, library, program, t
 
 
 def test_autocast_is_as_exact_as_the_reference():
-    """bfloat16 rounds away most digits; the fused network must not lose more of them than the
-    plain one does, both against float64."""
+    """The fused network in bfloat16 is as near to float64 as the plain one is."""
     torch.manual_seed(1)
     fused = epsanet50(10).eval()
     plain = epsanet50(10, fused=False).eval()

@@ -53,7 +53,7 @@ def test_the_best_instruction_set_is_chosen():
 
 @pytest.mark.parametrize("wrong", ("AVX2", "sse2"))
 def test_an_unknown_instruction_set_is_refused(wrong):
-    """By the operator too, as a RuntimeError that says what would do."""
+    """The operator refuses it too, and names the usable ones."""
     code = """if True:
         import torch
         from epsa_fused import _C, psa_attention
@@ -103,7 +103,7 @@ def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-# planes of 67 x 61 in 17 channels hold them all, and no size is a multiple of a vector
+# 17 planes of 67 x 61 hold all numbers, and no size is a multiple of a vector
 SHAPE = (1, 17, 67, 61)
 
 
@@ -111,8 +111,8 @@ SHAPE = (1, 17, 67, 61)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_results_are_rounded_as_torch_rounds(dtype, layout):
-    """out is the product in float32, rounded by torch itself: every number as input, subnormal
-    ones and infinities included, times a different attention each time."""
+    """out is the product in float32, rounded as PyTorch rounds it. Inputs are all numbers,
+    subnormal ones and infinities too, times different attentions."""
     numbers = all_numbers(dtype)
     for shift in range(4):
         values = numbers.roll(shift * 9973).repeat(2)[: 17 * 67 * 61].view(SHAPE)

@@ -49,7 +49,7 @@ def test_the_decomposition_is_the_operator(case, kind, order):
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_the_decomposition_rounds_once_too(dtype, layout):
-    """Half-precision maps beside float32 weights: float32 within, `out` in the maps' dtype."""
+    """Half-precision maps beside float32 weights: computed in float32, `out` in the maps' dtype."""
     acc = accumulation_type(dtype)
     inputs = make_inputs(BY_NAME["stage4"], dtype, layout, weight_dtype=acc)
     actual, expected = DECOMPOSED(*inputs.args, True), OP(*inputs.double().args, True)
@@ -70,7 +70,7 @@ def test_the_decomposition_takes_what_was_pooled():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_symbolic_sizes_take_the_fake_kernels_strides(layout):
-    """Not the decomposition's, which are others in mixed layouts."""
+    """The decomposition's strides differ in mixed layouts."""
     inputs = make_inputs(BY_NAME["stage4"], layout=layout)
     expected = [t.stride() for t in OP(*inputs.args, True)]
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
@@ -131,7 +131,7 @@ def test_modules_of_any_batch_and_size(onnxruntime, tmp_path):
 
 
 def test_an_exported_program_can_be_translated(onnxruntime, tmp_path):
-    """Whose graph holds the operator: translated by the table, not by asking while tracing."""
+    """Its graph holds the operator, which the table of decompositions translates."""
     model, x = small_model().eval(), torch.randn(2, 3, 16, 17)
     program = torch.export.export(model, (x,))
     assert any(node.target is OP for node in program.graph.nodes)

@@ -26,7 +26,7 @@ def name_of(value) -> str | None:
 
 @dataclass(frozen=True)
 class Case:
-    """S branches of maps [N, C, H, W], and r hidden units of the SE."""
+    """S branches of maps [N, C, H, W]; the SE has r hidden units."""
 
     name: str
     batch: int
@@ -78,16 +78,16 @@ CASES = (
     Case("branches_6", 2, 6, 8, 9, 8, 1),
     Case("branches_7", 2, 7, 31, 4, 4, 5),
     Case("branches_8", 2, 8, 16, 4, 5, 2),
-    # maps that the CPU kernels cut into chunks (make_geometry in csrc/cpu/kernels/attention.cpp):
-    # planes of 3 chunks, the last of them short; pixels of so many channels that a chunk is
-    # one or, because a map has at most 256 chunks, two of them
+    # The CPU kernels cut these maps into chunks (make_geometry in csrc/cpu/kernels/attention.cpp).
+    # A plane is 3 chunks, the last one short. A chunk is one pixel of many channels, or two pixels
+    # where a map would have more than 256 chunks.
     Case("large_planes", 1, 2, 3, 183, 181, 1),
     Case("many_channels", 1, 2, 4100, 3, 3, 5),
     Case("many_pixels", 1, 2, 4099, 17, 17, 2),
 )
 
 BY_NAME = {case.name: case for case in CASES}
-# few and small, for what is tested many times over
+# few and small, for tests of many parameters
 SMALL = tuple(BY_NAME[name] for name in ("stage4", "odd", "not_square"))
 
 
@@ -149,7 +149,7 @@ class Layout:
     name: str
     make: Callable[[Random, Case], list[Tensor]]
     out_format: torch.memory_format
-    in_place: bool  # read where they lie, or copied?
+    in_place: bool  # whether the operator reads the maps without a copy
 
 
 CONTIGUOUS = Layout(
@@ -166,64 +166,34 @@ PLAIN_LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
 LAYOUTS = (
     *PLAIN_LAYOUTS,
     # chunks of one convolution's output
-    Layout(
-        "chunks",
-        lambda random, case: _chunks(random(*case.out_shape), case),
-        torch.contiguous_format,
-        True,
-    ),
-    Layout(
-        "chunks_channels_last",
+    Layout("chunks", lambda random, case: _chunks(random(*case.out_shape), case),
+        torch.contiguous_format, True),
+    Layout("chunks_channels_last",
         lambda random, case: _chunks(_channels_last(random(*case.out_shape)), case),
-        torch.channels_last,
-        True,
-    ),
-    Layout(
-        "batch_strided",
+        torch.channels_last, True),
+    Layout("batch_strided",
         _each(lambda random, case: random(2 * case.batch, *case.map_shape[1:])[::2]),
-        torch.contiguous_format,
-        True,
-    ),
+        torch.contiguous_format, True),
     Layout("wide_pixels", _each(_wide_pixels), torch.channels_last, True),
     Layout("unaligned", _each(_unaligned), torch.contiguous_format, True),
     Layout("overlapping", _each(_overlapping), torch.contiguous_format, True),
-    Layout(
-        "expanded_batch",
+    Layout("expanded_batch",
         _each(lambda random, case: random(1, *case.map_shape[1:]).expand(case.map_shape)),
-        torch.contiguous_format,
-        True,
-    ),
-    Layout(
-        "expanded_pixels",
+        torch.contiguous_format, True),
+    Layout("expanded_pixels",
         _each(lambda random, case: random(*case.map_shape[:2], 1, 1).expand(case.map_shape)),
-        torch.channels_last,
-        True,
-    ),
-    Layout(
-        "expanded_channels",
-        _each(
-            lambda random, case: random(case.batch, 1, case.height, case.width).expand(
-                case.map_shape
-            )
-        ),
-        torch.contiguous_format,
-        False,
-    ),
+        torch.channels_last, True),
+    Layout("expanded_channels", _each(
+        lambda random, case: random(case.batch, 1, case.height, case.width).expand(case.map_shape)),
+        torch.contiguous_format, False),
     Layout("cropped", _each(_cropped), torch.contiguous_format, False),
-    Layout(
-        "transposed",
-        _each(
-            lambda random, case: random(
-                case.batch, case.channels, case.width, case.height
-            ).transpose(2, 3)
-        ),
-        torch.contiguous_format,
-        False,
-    ),
-    # among branches: the majority decides, contiguous in a draw
+    Layout("transposed", _each(lambda random, case: random(
+        case.batch, case.channels, case.width, case.height).transpose(2, 3)),
+        torch.contiguous_format, False),
+    # layouts differ among branches: the majority decides, contiguous in a draw
     Layout("mixed", _alternating(1), torch.channels_last, False),
     Layout("mixed_draw", _alternating(2), torch.contiguous_format, False),
-)
+)  # fmt: skip
 
 
 def out_format(case: Case, layout: Layout) -> torch.memory_format:
@@ -233,8 +203,8 @@ def out_format(case: Case, layout: Layout) -> torch.memory_format:
 
 
 def strides_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """The strides of a dense tensor. With one pixel both formats are the same bytes, and the
-    package promises contiguous strides."""
+    """The strides of a dense tensor. One pixel has the same bytes in both formats; the package
+    promises contiguous strides for it."""
     _, c, h, w = shape
     if memory_format == torch.channels_last and h * w > 1:
         return h * w * c, 1, w * c, c
@@ -281,7 +251,7 @@ MATRICES, _, STRIDED = WEIGHT_KINDS[:3]
 
 
 def _strided(t: Tensor) -> Tensor:
-    """The same values, every second element of a transposed memory."""
+    """The same values in every second element of a transposed tensor."""
     memory = t.new_empty(*t.shape[::-1], 2)
     memory[..., 0] = t.permute(*range(t.dim())[::-1])
     return memory[..., 0].permute(*range(t.dim())[::-1])
@@ -302,7 +272,7 @@ class Inputs:
         return self.feats, *self.weights
 
     def names(self) -> list[str]:
-        """Of the tensors there are, in the order of `tensors`."""
+        """Names of the tensors that are given, in the order of `tensors`."""
         given = [w for w, t in zip(WEIGHT_NAMES, self.weights, strict=True) if t is not None]
         return [f"feats[{s}]" for s in range(len(self.feats))] + given
 
@@ -316,7 +286,7 @@ class Inputs:
         )
 
     def leaves(self) -> Inputs:
-        """The same memory, each tensor a leaf that wants its gradient."""
+        """Each tensor in the same memory, as a leaf that requires its gradient."""
         return self.map(lambda t: t.detach().requires_grad_())
 
     def double(self) -> Inputs:

@@ -1,4 +1,4 @@
-"""What the tests of torch.compile share."""
+"""Helpers of the tests of torch.compile."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _no_caches():
-    """Graphs of an earlier run, with the strides that fake kernels promised then."""
+    """Cached graphs hold strides that fake kernels promised in an earlier run."""
     torch._dynamo.reset()
     with (
         torch._inductor.config.patch(fx_graph_cache=False),

@@ -5,11 +5,10 @@ Every result is compared, entry by entry, with ATen's convolutions in float64. T
     u(dtype) * |expected|              the rounding of the result to its own dtype, and
     FACTOR * eps(acc) * magnitude      what the accumulation type's roundings add up to,
 
-where the magnitude is what the entry would be if nothing in its sum cancelled: the same
-convolution of |x| and |w|, and for a gradient of |grad|. Winograd's method adds up more than the
-products of an entry, so where it can be used its own sums count if they are larger: they are where
-an entry sees few pixels of the image (padding of 2 and more), or pixels or weights of very
-different sizes.
+The magnitude is the entry's value if nothing in its sum cancelled: the same convolution of |x| and
+|w|, for a gradient of |grad|. Winograd's method adds up more than the products of an entry. Its own
+sums count where they are larger: under few pixels of the image (padding of 2 and more), or among
+pixels or weights of very different sizes.
 """
 
 from __future__ import annotations
@@ -145,13 +144,13 @@ CALLS = (
     Call("branches_3", 3, 20, 10, 9, 8, (same(1, 10), same(5, 5), same(9, 1))),
     Call("branches_8", 2, 48, 48, 7, 8, tuple(same(k, g) for k, g in zip(
         (1, 3, 5, 7, 9, 11, 3, 5), (1, 2, 3, 4, 6, 8, 16, 48), strict=True))),
-    # pixels whose last reads go past the last row
+    # the last output row reads past the image
     Call("stride_2_odd", 3, 32, 32, 15, 13, (same(3, 1), same(5, 4), same(7, 32)), 2),
     Call("stride_3", 3, 32, 32, 15, 13, (same(3, 1), same(5, 4), same(7, 32)), 3),
     Call("dilated", 3, 32, 32, 15, 13, (same(3, 1, 2), same(5, 4, 3), same(7, 8, 2))),
-    # rows so long that a tile buffer holds one of them
+    # a tile buffer holds one of these long rows
     Call("wide", 1, 16, 48, 4, 301, (same(3, 1), same(5, 4))),
-    # Winograd's: odd sizes, groups, more channels and tiles in a row than are taken at a time
+    # for Winograd's method: odd sizes, groups, more channels and tiles in a row than one block has
     Call("winograd", 3, 96, 96, 15, 13, (same(3, 1), same(3, 3), same(3, 6))),
     Call("winograd_wide", 1, 32, 24, 5, 301, (same(3, 1),)),
     Call("winograd_padding", 2, 32, 40, 6, 9, (Branch((3, 3), 1, 4),)),
@@ -162,8 +161,8 @@ BY_NAME = {call.name: call for call in CALLS}
 
 # ---- a sweep over kernels, groups, strides and dilations ----
 
-# groups, and the input and output channels of each: lanes that are full, shared and lacking, for
-# registers of 4, 8 and 16 floats
+# groups, input and output channels of a group: full, shared and unused lanes of registers of 4, 8
+# and 16 floats
 CHANNELS = (
     (1, 3, 5),
     (1, 16, 17),
@@ -188,8 +187,8 @@ FLAT_KERNELS = ((1, 3), (3, 1), (2, 5), (11, 2), (4, 7))
 
 
 def sweep(kernel: tuple[int, int], *, thorough: bool = False) -> list[Call]:
-    """One branch of this kernel, of all groups, strides 1 to 3, dilations 1 and 2; images and
-    paddings take turns, or `thorough` all of them."""
+    """Calls of one branch: all groups, strides 1 to 3, dilations 1 and 2. Images and paddings take
+    turns; `thorough` combines them all."""
     calls = []
     turn = sum(kernel)
     for groups, ic, oc in CHANNELS:
@@ -221,7 +220,7 @@ def sweep(kernel: tuple[int, int], *, thorough: bool = False) -> list[Call]:
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """In memory too, where the strides of one channel or one pixel leave that open."""
+    """In memory too: strides of one channel or one pixel leave the order open."""
     n, c, h, w = t.shape
     return t.new_empty(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
 
@@ -234,7 +233,7 @@ def unaligned(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory; of x also the layout of the maps that follows, for images of
+    """How a tensor lies in memory. `maps` is the layout of the maps that follows from x, if it has
     several channels and pixels."""
 
     name: str
@@ -254,46 +253,34 @@ LAYOUTS = (
     Layout("unaligned", lambda random, *size: unaligned(random(*size))),
     Layout("batch_strided", lambda random, n, c, h, w: random(2 * n, c, h, w)[::2]),
     Layout("some_channels", lambda random, n, c, h, w: random(n, c + 3, h, w)[:, 2 : c + 2]),
-    Layout(
-        "some_channels_last",
+    Layout("some_channels_last",
         lambda random, n, c, h, w: channels_last(random(n, c + 4, h, w))[:, 1 : c + 1],
-        torch.channels_last,
-    ),
+        torch.channels_last),
     Layout("cropped", lambda random, n, c, h, w: random(n, c, h + 2, w + 3)[:, :, 1:-1, 1:-2]),
-    Layout(
-        "cropped_channels_last",
+    Layout("cropped_channels_last",
         lambda random, n, c, h, w: channels_last(random(n, c, h + 2, w + 3))[:, :, 1:-1, 1:-2],
-        torch.channels_last,
-    ),
+        torch.channels_last),
     Layout("every_second_pixel", lambda random, n, c, h, w: random(n, c, h, 2 * w)[..., ::2]),
     Layout("every_second_channel", lambda random, n, c, h, w: random(n, 2 * c, h, w)[:, ::2]),
     Layout("transposed", lambda random, n, c, h, w: random(n, c, w, h).transpose(2, 3)),
     Layout("reversed", lambda random, n, c, h, w: random(w, h, c, n).permute(3, 2, 1, 0)),
-    Layout(
-        "batch_inside",
-        lambda random, n, c, h, w: random(h, w, n, c).permute(2, 3, 0, 1),
-        torch.channels_last,
-    ),
+    Layout("batch_inside", lambda random, n, c, h, w: random(h, w, n, c).permute(2, 3, 0, 1),
+        torch.channels_last),
     Layout("expanded_batch", lambda random, n, c, h, w: random(1, c, h, w).expand(n, c, h, w)),
     Layout("expanded_channels", lambda random, n, c, h, w: random(n, 1, h, w).expand(n, c, h, w)),
-    Layout(
-        "expanded_pixels",
-        lambda random, n, c, h, w: random(n, c, 1, 1).expand(n, c, h, w),
-        torch.channels_last,
-    ),
+    Layout("expanded_pixels", lambda random, n, c, h, w: random(n, c, 1, 1).expand(n, c, h, w),
+        torch.channels_last),
     Layout("expanded_rows", lambda random, n, c, h, w: random(n, c, 1, w).expand(n, c, h, w)),
-)
-# of a weight [C, in_channels / groups, kernel_h, kernel_w]; `maps` has no meaning
+)  # fmt: skip
+# layouts of a weight [C, in_channels / groups, kernel_h, kernel_w], without a meaning for `maps`
 WEIGHT_LAYOUTS = (
     *PLAIN_LAYOUTS,
     Layout("unaligned", lambda random, *size: unaligned(random(*size))),
     Layout("strided", lambda random, *size: _strided(random(*size))),
     Layout("some_outputs", lambda random, o, i, h, w: random(2 * o, i, h, w)[1::2]),
     Layout("some_inputs", lambda random, o, i, h, w: random(o, i + 2, h, w)[:, 1:-1]),
-    Layout(
-        "some_inputs_last",
-        lambda random, o, i, h, w: channels_last(random(o, i + 2, h, w))[:, 1:-1],
-    ),
+    Layout("some_inputs_last",
+        lambda random, o, i, h, w: channels_last(random(o, i + 2, h, w))[:, 1:-1]),
     Layout("some_taps", lambda random, o, i, h, w: random(o, i, h + 1, w + 2)[:, :, 1:, 1:-1]),
     Layout("inputs_outside", lambda random, o, i, h, w: random(i, o, h, w).transpose(0, 1)),
     Layout("taps_transposed", lambda random, o, i, h, w: random(o, i, w, h).transpose(2, 3)),
@@ -301,7 +288,7 @@ WEIGHT_LAYOUTS = (
     Layout("expanded_outputs", lambda random, o, i, h, w: random(1, i, h, w).expand(o, i, h, w)),
     Layout("expanded_inputs", lambda random, o, i, h, w: random(o, 1, h, w).expand(o, i, h, w)),
     Layout("expanded_taps", lambda random, o, i, h, w: random(o, i, 1, 1).expand(o, i, h, w)),
-)
+)  # fmt: skip
 
 
 def maps_format(call: Call, layout: Layout) -> torch.memory_format:
@@ -311,7 +298,7 @@ def maps_format(call: Call, layout: Layout) -> torch.memory_format:
 
 
 def dense_strides(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """Those of a new tensor."""
+    """The strides of a new tensor."""
     return torch.empty(shape, device="meta").to(memory_format=memory_format).stride()
 
 
@@ -333,7 +320,7 @@ class Inputs:
         )
 
     def leaves(self) -> Inputs:
-        """x and weights, in the same memory, want their gradients."""
+        """x and weights, in the same memory, require their gradients."""
         x, *weights = (t.detach().requires_grad_() for t in self.tensors())
         return Inputs(x, weights, self.grads)
 
@@ -347,8 +334,8 @@ def make_inputs(
     *,
     seed: int = 0,
 ) -> Inputs:
-    """No entry of x or of a weight is like another, each channel has a mean of its own. The
-    values are drawn in float64, so they are those of any dtype."""
+    """All entries of x and of the weights differ, and so do the means of the channels. The values
+    are drawn in float64, so every dtype gets the same."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*sizes: int) -> Tensor:
@@ -371,7 +358,7 @@ def make_inputs(
 
 
 def method(call: Call, branch: Branch, dtype: torch.dtype) -> str:
-    """How the CPU computes a branch: by one of our kernels or by the library."""
+    """How the CPU computes a branch: by one of the package's kernels or by the library."""
     return _C.conv_plan(
         in_channels=call.in_channels,
         out_channels=call.channels,
@@ -387,7 +374,7 @@ def method(call: Call, branch: Branch, dtype: torch.dtype) -> str:
 
 
 def run_own(call: Call, inputs: Inputs) -> list[Tensor]:
-    """The maps and means that our kernels compute, whatever the library does beside them."""
+    """The maps and means of the branches that the package's kernels compute."""
     feats, pooled = OP(inputs.x, inputs.weights, *call.settings)
     own = [s for s, b in enumerate(call.branches) if method(call, b, inputs.x.dtype) != "library"]
     return [t for s in own for t in (feats[s], pooled[:, s])]
@@ -414,7 +401,7 @@ def reference(call: Call, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 def exact_results(
     call: Call, inputs: Inputs, *, absolute: bool = False, backward: bool = True
 ) -> dict[str, Tensor]:
-    """In float64; with `absolute`, of absolute values: what nothing cancels in."""
+    """In float64. `absolute` takes absolute values, so that nothing cancels."""
 
     def exact(t: Tensor) -> Tensor:
         t = t.detach().double().contiguous()
@@ -461,7 +448,7 @@ def winograd_magnitude(
 
 
 def winograd_magnitudes(call: Call, inputs: Inputs, backward: bool) -> dict[str, Tensor]:
-    """By how much the magnitudes grow where branches are computed by Winograd's method."""
+    """What Winograd's method adds to the magnitudes."""
     inputs = inputs.map(lambda t: t.detach().double().contiguous().abs())
     x = inputs.x
     more = {}

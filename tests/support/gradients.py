@@ -1,4 +1,4 @@
-"""What the tests of derivatives share."""
+"""Settings of gradcheck, and the transforms that the operators refuse."""
 
 import torch
 

@@ -21,8 +21,8 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Gradients by name, as `run` of tolerance.py names them. Everything in float64.
 
-    With `absolute`, every term of every sum is taken positive: the sizes that a gradient would
-    have if nothing in it cancelled.
+    `absolute` takes every term of every sum as positive. The result is a gradient's size if
+    nothing in it cancelled.
     """
     size = torch.abs if absolute else torch.clone
     minus = torch.add if absolute else torch.sub

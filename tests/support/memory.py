@@ -8,9 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocations(function: Callable[[], object]) -> list[int]:
-    """The size in bytes of each allocation while `function` runs, in order, also of those that
-    are freed again. C++ code that runs without Python counts like any other."""
-    function()  # what the first call sets up stays out
+    """The sizes in bytes of all allocations while `function` runs, in order. Memory that is freed
+    again counts, and so does memory of C++ code."""
+    function()  # the first call sets up caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result

@@ -1,4 +1,4 @@
-"""Packages that a test wants and the suite can do without."""
+"""Packages that some tests need and others do not."""
 
 import importlib
 from types import ModuleType

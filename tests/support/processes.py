@@ -1,5 +1,4 @@
-"""Fresh Python processes, for what cannot be undone in this one: the instruction set, the thread
-pool, a fork."""
+"""Fresh Python processes: instruction set, thread pool and forks cannot be undone in this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other people's PSA code, retyped from its description: what ours is compared with.
+"""Published PSA code, retyped from its description, to compare the package with.
 
 PSAModule, EPSABlock and EPSANet are murufeng/EPSANet's; ExternalPSA is the module that
 External-Attention-pytorch calls PSA.

@@ -7,8 +7,8 @@ be further from the truth than
     u(dtype) * max |expected|          that last rounding, and
     FACTOR * eps(acc) * magnitude      what the accumulation type's roundings add up to,
 
-where the magnitude is max |expected|, or for a gradient, whose terms cancel, what it would be if
-they did not (maths.py). Half-precision features get no allowance beyond the one rounding.
+The magnitude is max |expected|. A gradient's terms cancel, so its magnitude is its size if they did
+not (maths.py). Half-precision features get no allowance beyond the one rounding.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ NETWORK_LIMIT = 1e-10
 
 
 def assert_near(actual: Tensor, expected: Tensor, limit: float = NETWORK_LIMIT) -> None:
-    """Whole networks, of which the rule above says nothing."""
+    """For whole networks, which the rule above does not cover."""
     error = relative_error(actual, expected)
     assert error <= limit, f"relative error {error:.2g}, at most {limit:.2g}"
 

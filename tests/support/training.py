@@ -1,4 +1,4 @@
-"""Short trainings for the tests: their settings, their data, and what they leave behind."""
+"""Short trainings for the tests: their settings, their data and their files."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SHORT = {
     "checkpoint_every": 4,
 }
 STEPS = 6  # an epoch
-# Seconds, against a test that would wait for ever; nothing here takes long, but a machine that
-# others share may stop for minutes.
+# Seconds until a waiting test fails. Nothing here takes long, but a shared machine may stop for
+# minutes.
 LIMIT = 900
 
 
@@ -78,7 +78,7 @@ def rows(out: Path, name: str = "steps.csv") -> list[dict[str, str]]:
 
 
 def losses(out: Path) -> list[tuple[str, ...]]:
-    """What of steps.csv two equal trainings have in common."""
+    """The columns of steps.csv that two equal trainings share."""
     return [(row["step"], row["epoch"], row["lr"], row["loss"]) for row in rows(out)]
 
 
@@ -103,7 +103,7 @@ def saved(out: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
 
 
 def wait_for_steps(process: subprocess.Popen, out, steps: int) -> None:
-    """Until its log has rows of so many."""
+    """Waits until the log has so many rows."""
     limit = time.monotonic() + LIMIT
     while time.monotonic() < limit:
         file = out / "steps.csv"
@@ -130,7 +130,7 @@ def evaluated(weights: dict[str, Any], dtype: torch.dtype = torch.float32) -> tu
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two checkpoints are not bitwise the same; the seconds that they took may differ."""
+    """Names of entries that differ in any bit. Durations in seconds may differ."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [d for k in a if k != "seconds" for d in differences(a[k], b[k], f"{where}/{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):

@@ -27,7 +27,7 @@ def accuracy(monkeypatch):
 
 
 def test_a_row_has_the_commit_at_which_it_was_measured(tmp_path, monkeypatch, accuracy):
-    """Also when it is found done by a later one."""
+    """A later commit that finds the training done keeps the row."""
     arguments = ["--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     arguments += ["--runs", str(tmp_path / "runs")]
 

@@ -25,7 +25,7 @@ from epsa_fused.train.log import CsvLog
 
 
 def save_and_die(path, previous, state, moment) -> None:
-    """Save, and be killed before or after one of the calls, or once so many bytes are written."""
+    """Saves, and is killed before or after one of the calls, or after so many bytes."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if isinstance(moment, int):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends the process as SIGKILL does
@@ -68,8 +68,8 @@ def save_and_die(path, previous, state, moment) -> None:
     ids=str,
 )
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, moment, second):
-    """The one before or, from the renaming on, the new one; and the next save works. What has the
-    previous one's name, if there is something, is whole and not newer."""
+    """It is the old one until the renaming, then the new one, and the next save works. The previous
+    checkpoint, if there is one, is whole and not newer."""
     path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
 
     def state(i):
@@ -113,7 +113,7 @@ def test_the_previous_one_is_copied_where_there_are_no_hard_links(tmp_path, monk
         checkpoint.write(path, {"format": checkpoint.FORMAT, "i": i}, previous)
     assert (checkpoint.read(path)["i"], checkpoint.read(previous)["i"]) == (2, 1)
 
-    # and a disk that is full by then loses neither the last one nor its name to half a copy
+    # a disk that is full by then leaves the last checkpoint, and no half copy
     def full(source, target):
         target.write_bytes(source.read_bytes()[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -126,7 +126,7 @@ def test_the_previous_one_is_copied_where_there_are_no_hard_links(tmp_path, monk
 
 
 def test_a_folder_that_cannot_be_forced_to_the_disk(tmp_path, monkeypatch):
-    """By then the new checkpoint is in place; the message may not say otherwise."""
+    """The new checkpoint is in place by then, and the message says so."""
     path = tmp_path / "checkpoint.pt"
     checkpoint.write(path, {"format": checkpoint.FORMAT, "i": 0})
     fsync = os.fsync
@@ -143,8 +143,8 @@ def test_a_folder_that_cannot_be_forced_to_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
-    """A limit on the size of files, between the first checkpoint's and the next one's, which has
-    the momentum too."""
+    """The limit of a file's size is between the first checkpoint's and the next one's, which also
+    holds the momentum."""
     config = settings(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_400_000, before[1]))
@@ -192,8 +192,7 @@ def test_a_log_on_a_full_disk(tmp_path):
     ],
 )
 def test_a_log_forgets_what_is_no_row(tmp_path, end):
-    """The checkpoint is forced to the disk, the log is not: after a power cut its end may be cut or
-    anything, and the run goes on all the same."""
+    """Only the checkpoint is forced to the disk. A power cut may spoil the log's end."""
     path = tmp_path / "log.csv"
     path.write_bytes(b"step,loss\r\n1,0.5\r\n2,0.25\r\n" + end)
     log = CsvLog(path, ["step", "loss"], 3)

@@ -1,4 +1,4 @@
-"""Training by several processes, which torchrun starts, gives what one gives."""
+"""Training by several processes of torchrun gives the result of one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENDLESS = 10_000  # epochs, until a signal ends them, however late that comes
 def start(out, **given) -> subprocess.Popen:
     return subprocess.Popen(
         [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN | given)],
-        # by default torchrun kills after 30 s, which a machine that others share may stop for
+        # by default torchrun kills after 30 s, and a shared machine may stop for as long
         env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(LIMIT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,7 +80,7 @@ def train_alone_and_compare(folder, two, given) -> None:
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
     train_alone_and_compare(tmp_path, pair, GIVEN | {"accumulate": 2})
-    # and the other way to share the batch is another training
+    # a batch without micro-batches is another training
     other = tmp_path / "other"
     train(settings(other, **GIVEN))
     apart, drift = ((trained(out) - trained(pair)).norm() for out in (other, tmp_path / "one"))
@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path, pair):
 
 
 def test_two_processes_evaluate_every_image_once(pair):
-    """With the first one's BatchNorm statistics, which are what is saved."""
+    """The first process's BatchNorm statistics count; they are saved."""
     best = saved(pair, "best.pt")
     loss, top1 = evaluated(best)
     exact, _ = evaluated(best, torch.float64)
@@ -110,7 +110,7 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
     output, code = ended(start(cut, epochs=epochs, resume="yes"))
     assert code == 0, output
     shutil.copytree(pair, uncut)
-    if epochs > GIVEN["epochs"]:  # the machine had stopped before the signal was sent
+    if epochs > GIVEN["epochs"]:  # the signal came late
         output, code = ended(start(uncut, epochs=epochs, resume="yes"))
         assert code == 0, output
     assert differences(saved(cut), saved(uncut)) == []
@@ -120,7 +120,7 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
 
 
 def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
-    """The gradients of the first ones wait for the last one's, and go to the others with them."""
+    """Gradients of all micro-batches are exchanged together, after the last one."""
     given = GIVEN | {"batch": 96}
     output, code = ended(start(tmp_path / "two", **given, accumulate=2))
     assert code == 0, output
@@ -128,8 +128,8 @@ def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
 
 
 def test_everything_at_once_is_ended_by_sigterm_and_goes_on_bitwise(tmp_path):
-    """Average, dropout, bfloat16, crops by loading processes; and 9 held-out images, of which one
-    process has a batch more than the other. torchrun passes SIGTERM on, and ends with 1 itself."""
+    """Average, dropout, bfloat16, crops by loading processes, and 9 held-out images: one process
+    has a batch more. torchrun passes SIGTERM on and exits with 1."""
     given = {
         "data": str(image_folder(tmp_path / "data", train=16, held_out=3)),
         "batch": 8,
@@ -166,7 +166,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypa
 
 
 def test_an_error_of_all_processes_is_said(tmp_path):
-    """Without a traceback, and nobody waits for ever."""
+    """There is no traceback, and no process waits for ever."""
     output, code = ended(start(tmp_path, batch=63))
     assert code != 0
     assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output
@@ -174,12 +174,12 @@ def test_an_error_of_all_processes_is_said(tmp_path):
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_an_error_of_one_process_is_said(tmp_path, part):
-    """In a step, and in the evaluation, of which each image has one process."""
+    """An image fails in a step or in the evaluation; each image belongs to one process."""
     folder = image_folder(tmp_path / "data")
     (folder / part / "ant" / "1.png").write_bytes(b"")
     output, code = ended(start(tmp_path, data=str(folder), batch=8))
     assert code != 0
     assert output.count("error: an image cannot be read: ") == 1
     assert f"{part}/ant/1.png" in output
-    assert "SIGKILL" not in output  # the other one did not have to be stopped
+    assert "SIGKILL" not in output  # the other process ended by itself
     assert saved(tmp_path)["steps_done"] == (3 if part == "val" else 0)

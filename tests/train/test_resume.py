@@ -30,11 +30,11 @@ from epsa_fused.train.training import Training
 
 
 class CutOff(BaseException):
-    """A crash: nothing may catch it."""
+    """A crash that nothing catches."""
 
 
 def cut_off_after(monkeypatch, steps: int, config) -> None:
-    """Train until so many steps are done; the next one does not end."""
+    """Trains so many steps; the next one does not end."""
     one_step = Training._one_step
 
     def until(self, *args):
@@ -48,7 +48,7 @@ def cut_off_after(monkeypatch, steps: int, config) -> None:
 
 
 def linear(classes: int, **_) -> nn.Module:
-    """In the place of a network whose float16 convolutions are slow on the CPU."""
+    """Replaces a network whose float16 convolutions are slow on the CPU."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes))
 
 
@@ -61,14 +61,14 @@ def linear(classes: int, **_) -> nn.Module:
     ],
 )
 def test_a_run_that_is_cut_off_goes_on_bitwise(tmp_path, monkeypatch, given):
-    """Twice: inside an epoch, past the checkpoint of step 4, and right at the next one's start."""
+    """It is cut off twice: past the checkpoint of step 4, and at the start of an epoch."""
     monkeypatch.setitem(MODELS, "epsanet50", linear)
     torch.set_num_threads(1)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
     train(settings(uncut, **given))
     cut_off_after(monkeypatch, 5, settings(cut, **given))
     assert (saved(cut)["steps_done"], len(losses(cut))) == (4, 5)
-    torch.rand(7)  # what a new process starts from is another state
+    torch.rand(7)  # a new process has another random state
     cut_off_after(monkeypatch, STEPS, settings(cut, **given, resume="yes"))
     assert (saved(cut)["epoch"], saved(cut)["step"]) == (1, 0)
     result = train(settings(cut, **given, resume="yes"))
@@ -93,7 +93,7 @@ def test_crops_go_on_bitwise_with_another_number_of_workers(tmp_path, monkeypatc
 
 
 def cut_off_in_the_evaluation(monkeypatch, config) -> None:
-    """Once its first images are read."""
+    """Cuts off after the evaluation's first images."""
 
     def never(self, batch):
         assert self.step == STEPS
@@ -116,7 +116,7 @@ def cut_off_in_the_evaluation(monkeypatch, config) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("given", [{}, {"ema": 0.9, "dropout": 0.3, "workers": 1}], ids=str)
 def test_a_run_that_is_cut_off_in_an_evaluation_goes_on_bitwise(tmp_path, monkeypatch, given):
-    """With the evaluation: the epoch's steps were saved."""
+    """The epoch's steps were saved, so it goes on with the evaluation."""
     torch.set_num_threads(1)
     given = given | {"checkpoint_every": 1000}
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
@@ -124,7 +124,7 @@ def test_a_run_that_is_cut_off_in_an_evaluation_goes_on_bitwise(tmp_path, monkey
     cut_off_in_the_evaluation(monkeypatch, settings(cut, **given))
     assert (saved(cut)["epoch"], saved(cut)["step"], len(losses(cut))) == (0, STEPS, STEPS)
     torch.rand(7)
-    # again in it, and with its row written, but not saved
+    # cut off again in it, and then after its row but before its checkpoint
     cut_off_in_the_evaluation(monkeypatch, settings(cut, **given, resume="yes"))
     with monkeypatch.context() as patch, pytest.raises(CutOff):
         patch.setattr(Training, "_save", lambda self: (_ for _ in ()).throw(CutOff))
@@ -135,7 +135,7 @@ def test_a_run_that_is_cut_off_in_an_evaluation_goes_on_bitwise(tmp_path, monkey
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch, capsys):
-    """Schedulers do not wait for the minutes that it may take."""
+    """An evaluation may take minutes, for which schedulers do not wait."""
     torch.set_num_threads(1)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
     given = {"batch": 8}  # three batches of held-out images
@@ -160,14 +160,14 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkey
 
 
 def test_the_checkpoint_of_an_earlier_step_is_kept(tmp_path):
-    """Not the one that was saved before the evaluation, whose weights are the last one's."""
+    """The checkpoint before the evaluation does not count: it has the last one's weights."""
     train(settings(tmp_path, epochs=1))
     assert (saved(tmp_path)["epoch"], saved(tmp_path)["steps_done"]) == (1, 6)
     assert saved(tmp_path, "checkpoint.previous.pt")["steps_done"] == 4
 
 
 def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
-    """After one of finite weights that are lost all the same."""
+    """The last checkpoint has finite weights, but they are far off."""
     torch.set_num_threads(1)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
     train(settings(uncut))
@@ -175,7 +175,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
 
     def blows_up(self, *args):
         loss = one_step(self, *args)
-        if self.steps_done == 9:  # in the tenth step, which step 12's checkpoint is to hold
+        if self.steps_done == 9:  # in the tenth step
             with torch.no_grad():
                 next(self.model.parameters()).fill_(1e30)
         return loss
@@ -185,7 +185,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
         given = {"log_every": 1000, "checkpoint_every": 5}
         with pytest.raises(InputError, match=r"checkpoint.pt is the last .*, .*previous.pt one of"):
             train(settings(cut, **given))
-    assert saved(cut)["state_dict"]["conv1.weight"].max() > 1e29  # and so lost
+    assert saved(cut)["state_dict"]["conv1.weight"].max() > 1e29
     shutil.copy(cut / "checkpoint.previous.pt", cut / "checkpoint.pt")
     train(settings(cut, resume="yes"))
     assert differences(saved(uncut), saved(cut)) == []
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["weight", "running_var"])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, name):
-    """The loss does not show them before the next step."""
+    """The loss shows them only in the next step."""
     one_step = Training._one_step
 
     def then_nan(self, *args):
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_other_data_says_so(done, monkeypatch):
 
 
 def test_a_checkpoint_of_as_many_other_files_says_so(tmp_path):
-    """Their contents it does not see."""
+    """The digest covers names, not contents."""
     folder = image_folder(tmp_path / "data")
     given = {"data": str(folder), "batch": 24, "epochs": 1}
     train(settings(tmp_path, **given))
@@ -285,7 +285,7 @@ def test_a_run_is_not_overwritten(done):
 
 
 def test_auto_resumes_where_there_is_a_run_and_else_starts(tmp_path, monkeypatch):
-    """So that a scheduler can repeat one command."""
+    """A scheduler can repeat one command."""
     torch.set_num_threads(1)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
     train(settings(uncut))
@@ -293,7 +293,7 @@ def test_auto_resumes_where_there_is_a_run_and_else_starts(tmp_path, monkeypatch
     cut_off_after(monkeypatch, 5, config)
     assert train(config).steps == train(config).steps == 2 * STEPS
     assert_same_run(uncut, cut)
-    # nor does it start anew where something is left of a run
+    # it does not start anew beside remains of a run
     (cut / "checkpoint.pt").unlink()
     for resume in ("auto", "no"):
         with pytest.raises(InputError, match=r"previous.pt and no checkpoint.pt; expected a copy"):

@@ -42,13 +42,13 @@ def start(out, **given) -> subprocess.Popen:
 
 
 LONG = {"epochs": 5, "ema": 0.9, "dropout": 0.1}  # 30 steps
-# Until a signal ends it, however late that comes.
+# A signal ends this run, however late it comes.
 ENDLESS = LONG | {"epochs": 10_000, "checkpoint_every": 1000, "workers": 1}
 
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):
-    """The run that those below are to end like."""
+    """The uninterrupted run that the others are compared with."""
     out = tmp_path_factory.mktemp("uncut")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -58,8 +58,7 @@ def uncut(tmp_path_factory):
 
 
 def go_on_as_uncut(uncut, out) -> int:
-    """The epochs to which both are to go: more, where the machine stopped before a signal was
-    sent, or did so in a test before."""
+    """The number of epochs for both runs. It grows where a signal came late."""
     epochs = max(saved(uncut)["epoch"], saved(out)["epoch"] + 1)
     if epochs > saved(uncut)["epoch"]:
         threads = torch.get_num_threads()
@@ -110,7 +109,7 @@ def test_ctrl_c_saves_the_step_and_ends_the_run(tmp_path, uncut):
 
 
 def test_sigterm_does_too(tmp_path):
-    """Sent to the loading process as well, and twice: by a scheduler and by torchrun."""
+    """A scheduler and torchrun send it twice, and to the loading process too."""
     process = start(tmp_path, **ENDLESS)
     wait_for_steps(process, tmp_path, 5)
     os.killpg(process.pid, signal.SIGTERM)
@@ -119,7 +118,7 @@ def test_sigterm_does_too(tmp_path):
 
 
 def test_a_terminal_that_is_closed_does_too(tmp_path):
-    """SIGHUP reaches every process in it, and what they write fails."""
+    """SIGHUP reaches every process of the terminal, and their output fails."""
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         [*TRAIN, *command_line(tmp_path, **ENDLESS)],
@@ -132,7 +131,7 @@ def test_a_terminal_that_is_closed_does_too(tmp_path):
     )
     os.close(end)
     reader = threading.Thread(target=read_until, args=(terminal, b"epoch 2/"))
-    reader.start()  # a terminal that nobody reads stops who writes to it
+    reader.start()  # a terminal that nobody reads blocks its writers
     reader.join(LIMIT)
     os.close(terminal)
     assert process.wait(LIMIT) == 130
@@ -141,7 +140,7 @@ def test_a_terminal_that_is_closed_does_too(tmp_path):
 
 
 def test_a_pipe_whose_reader_ended_does_not_matter(tmp_path):
-    """As with `| tee log`, where Ctrl-C ends tee too."""
+    """Ctrl-C also ends `tee` of `| tee log`."""
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(
             [*TRAIN, *command_line(tmp_path, **ENDLESS)],
@@ -165,7 +164,7 @@ def read_until(terminal, text):
 
 
 def test_an_error_with_loading_processes_ends_the_program(tmp_path):
-    """One that is not foreseen: they ignore the signal by which Python ends its processes."""
+    """Loading processes ignore the signal by which Python would end them after such an error."""
     arguments = command_line(tmp_path, **LONG | {"workers": 2})
     code = f"""
 from epsa_fused.train.__main__ import main
@@ -189,7 +188,7 @@ main({arguments})
 
 
 def test_a_signal_that_is_ignored_stays_so():
-    """As nohup has it."""
+    """nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interrupts() as interrupts:
@@ -203,7 +202,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_training_outside_the_main_thread(tmp_path):
-    """Signals are the main thread's alone, and stay as they are."""
+    """Only the main thread may set handlers, so they stay as they are."""
     handlers = [signal.getsignal(number) for number in SIGNALS]
     seen = []
 

@@ -1,5 +1,4 @@
-"""Training: settings, data, what is learned, and what is refused. Resuming and several processes
-have files of their own."""
+"""Training: settings, data, results and refused input."""
 
 from __future__ import annotations
 
@@ -391,7 +390,7 @@ def test_a_failing_disk_is_fatal_even_where_corrupt_images_are_not(
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL], ids=errno.errorcode.get)
 def test_a_file_that_the_system_refuses_is_a_corrupt_image(tmp_path, monkeypatch, number):
-    """EINVAL: of a seek to a place that a broken file names."""
+    """A broken file may name a place to seek to, which gives EINVAL."""
     from PIL import Image
 
     def fails(path):
@@ -426,7 +425,7 @@ def test_corrupt_images_are_fatal_or_left_out(tmp_path, capsys, workers):
         train(settings(out, **given))
     assert saved(out)["epoch"] == 0
     capsys.readouterr()
-    # the choice is free to change when the run goes on
+    # a resumed run may choose otherwise
     result = train(settings(out, **given, corrupt="skip", resume="yes"))
     errors = capsys.readouterr().err
     assert errors.count("train/cat/0.JPEG") == 1 and errors.count("val/cat/0.JPEG") == 1
@@ -466,7 +465,7 @@ def in_float64(monkeypatch):
 
 @pytest.mark.parametrize("channels_last", (False, True))
 def test_fused_trains_as_the_reference(tmp_path, in_float64, channels_last):
-    """Every step grows rounding errors, here those of float64. A float32 step would show."""
+    """In every weight, to float64's rounding."""
     for psa in ("fused", "reference"):
         train(settings(tmp_path / psa, **FOUR_STEPS, psa=psa, channels_last=channels_last))
     fused, reference = (trained(tmp_path / psa) for psa in ("fused", "reference"))
@@ -477,7 +476,7 @@ def test_fused_trains_as_the_reference(tmp_path, in_float64, channels_last):
 
 
 def test_fused_drifts_no_further_than_the_reference(tmp_path, request):
-    """In float32, from the float64 training; the yardstick is the reference in both layouts."""
+    """Drift is the distance of the float32 weights from the float64 training's, in both layouts."""
     for psa in ("fused", "reference"):
         for layout in (False, True):
             out = tmp_path / f"{psa}{layout}"
@@ -531,7 +530,7 @@ def test_a_terminal_shows_progress(tmp_path, capsys, monkeypatch):
 
 
 def test_the_average_is_of_the_weights(tmp_path):
-    """After the first step it is their copy, after the second half old, half new."""
+    """After the first step it is a copy, after the second the mean of both."""
     train(settings(tmp_path / "one", ema=0.5, batch=96, epochs=1))
     train(settings(tmp_path / "two", ema=0.5, batch=96, epochs=2))
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
@@ -558,7 +557,7 @@ def test_tensorboard_that_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", ["import epsa_fused.train", "from epsa_fused.train import train"])
 def test_numpy_that_is_missing(code):
-    """The package imports without it; training asks for it."""
+    """The package imports without numpy; training asks for it."""
     result = subprocess.run(
         [
             sys.executable,
@@ -589,7 +588,7 @@ def test_batches_that_do_not_fit(tmp_path, given, message):
 
 @pytest.mark.parametrize("given", [{}, {"log_every": 100, "checkpoint_every": 3}])
 def test_a_loss_that_is_not_finite(tmp_path, given):
-    """Seen where it is logged, or else before it is saved."""
+    """It is noticed in the log, or before a checkpoint."""
     with pytest.raises(
         InputError, match=r"expected a finite loss, got nan \(--lr is 1e\+30\); .*checkpoint.pt is"
     ):
