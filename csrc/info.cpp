@@ -226,10 +226,7 @@ py::dict conv_plan(
   const cpu::ConvPlan plan =
       cpu::plan_conv(conv, named("dtype", dtype, kDtypes) == Dtype::f64, wanted);
   py::dict result;
-  result["method"] = plan.method == cpu::ConvMethod::broadcast ? "broadcast"
-      : plan.method == cpu::ConvMethod::dot                    ? "dot"
-      : plan.method == cpu::ConvMethod::winograd               ? "winograd"
-                                                               : "library";
+  result["method"] = cpu::name(plan.method);
   result["pixels"] = plan.pixels;
   result["block"] = plan.block;
   result["units"] = plan.units;

@@ -8,7 +8,7 @@
 namespace epsa::cpu {
 namespace {
 
-// Gradients of x and of the weight in the accumulation type.
+// torch's gradients of x and of the weight, in the accumulation type.
 std::pair<Tensor, Tensor> library_backward(
     const SpcProblem& p, const Tensor& grad, const Tensor& x,
     const Tensor& weight, const SpcSettings& k, int64_t s, bool input_wanted,
@@ -22,8 +22,8 @@ std::pair<Tensor, Tensor> library_backward(
   return {gx, gw};
 }
 
-// The gradient of x, where every branch has a kernel for it: in phases, each of
-// them a convolution of the branches' gradients whose results are added.
+// The gradient of x, if every branch has a kernel for it. It is made in phases. Each phase
+// convolves the branches' gradients and adds the results.
 class InputGrad {
  public:
   InputGrad(
@@ -31,35 +31,16 @@ class InputGrad {
       Isa isa, bool wanted)
       : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
     if (!wanted || p.dtype == at::kDouble) {
-      return;  // also where no phase has a tap, of which plans would tell
+      return;  // a phase without taps has no plan that could say this
     }
     for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
       for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {
         Part part{row, column};
         for (int64_t s = 0; s < p.S; ++s) {
-          const Conv conv = conv_of(p, weights[s], settings, s);
-          const Phase phase = grad_input_phase(conv, row, column);
-          part.rows = phase.conv.out_height;
-          part.columns = phase.conv.out_width;
-          if (phase.conv.taps() == 0) {
-            continue;
-          }
-          const ConvPlan plan =
-              plan_grad_input(phase.conv, p.dtype == at::kDouble, isa);
-          if (plan.method == ConvMethod::library ||
-              (stride_ > 1 && conv.dilation > 1)) {
+          if (!add_branch(part, weights[s], settings, s, isa)) {
             parts_.clear();
             return;
           }
-          Tensor w = weights[s];
-          if (stride_ > 1) {
-            w = w.slice(2, phase.tap_row, std::nullopt, stride_)
-                    .slice(3, phase.tap_column, std::nullopt, stride_);
-          }
-          part.branches.push_back(s);
-          part.convs.push_back(phase.conv);
-          part.plans.push_back(plan);
-          part.weights.push_back(evenly(w));
         }
         divide(part);
         parts_.push_back(std::move(part));
@@ -99,7 +80,7 @@ class InputGrad {
     return floats;
   }
 
-  // grads(s): the scratch of branch s's gradient of this sample
+  // grads(s): the scratch that holds branch s's gradient of this sample.
   template <class Grads>
   void run(
       int64_t task, int64_t n, const Grads& grads, const Tensor& grad_x,
@@ -119,7 +100,7 @@ class InputGrad {
       const int64_t first = unit_run(part.convs[b], plan, unit).first;
       const Conv& conv = part.convs[b];
       for (int64_t c = 0; c < conv.ic();) {
-        c = k_.convolve(
+        c = k_.method(plan.method).convolve(
             conv, plan, grads(part.branches[b]), part.packed.unit(b, plan, unit),
             unit, c, begin, end,
             {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
@@ -138,8 +119,8 @@ class InputGrad {
   }
 
  private:
-  // One phase. A task is a strip of its rows and a range of channels; all branches
-  // add to it, so it holds whole units of each.
+  // One phase. A task is a strip of its rows and a range of channels. All branches add to
+  // it, so it holds whole units of each.
   struct Part {
     int64_t first_row, first_column;
     int64_t rows = 0, columns = 0;
@@ -148,12 +129,43 @@ class InputGrad {
     std::vector<ConvPlan> plans{};
     std::vector<Tensor> weights{};
     Packed packed{};
-    // of each range: places in the lists above, and units
+    // For each range: indices of the lists above, and units.
     std::vector<std::vector<std::pair<size_t, int64_t>>> units{};
     int64_t range = 1, ranges = 0, strip = 0, strips = 0;
     int64_t pitch = 0, row = 0;  // of the strip's buffer
   };
 
+  // False where branch s has no kernel for this phase.
+  bool add_branch(
+      Part& part, const Tensor& weight, const SpcSettings& settings, int64_t s,
+      Isa isa) const {
+    const Conv conv = conv_of(p_, weight, settings, s);
+    const Phase phase =
+        grad_input_phase(conv, part.first_row, part.first_column);
+    part.rows = phase.conv.out_height;
+    part.columns = phase.conv.out_width;
+    if (phase.conv.taps() == 0) {
+      return true;  // this branch adds nothing
+    }
+    const ConvPlan plan =
+        plan_grad_input(phase.conv, p_.dtype == at::kDouble, isa);
+    if (plan.method == ConvMethod::library ||
+        (stride_ > 1 && conv.dilation > 1)) {
+      return false;
+    }
+    Tensor w = weight;
+    if (stride_ > 1) {
+      w = w.slice(2, phase.tap_row, std::nullopt, stride_)
+              .slice(3, phase.tap_column, std::nullopt, stride_);
+    }
+    part.branches.push_back(s);
+    part.convs.push_back(phase.conv);
+    part.plans.push_back(plan);
+    part.weights.push_back(evenly(w));
+    return true;
+  }
+
+  // Cuts a phase into tasks.
   void divide(Part& part) {
     const int64_t lanes = k_.lanes;
     for (const ConvPlan& plan : part.plans) {
@@ -171,19 +183,19 @@ class InputGrad {
       for (int64_t unit = 0; unit < plan.units; ++unit) {
         const int64_t first = unit_run(part.convs[b], plan, unit).first;
         part.units[first / part.range].push_back({b, unit});
-        // a unit may be less than full, and writes all of its lanes
+        // A unit that lacks some channels still writes all of its lanes.
         part.pitch =
             std::max(part.pitch, first % part.range + plan.unit_channels);
       }
       width = std::max(width, plan.buffer_width);
-      lane_floats_ = std::max(lane_floats_, k_.lane_floats(part.convs[b], plan));
+      lane_floats_ = std::max(lane_floats_, k_.method(plan.method).lane_floats(part.convs[b], plan));
     }
     part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
     part.row = width * part.pitch;
     constexpr int64_t kBufferFloats = 8192;
     part.strip = std::clamp<int64_t>(kBufferFloats / part.row, 1, part.rows);
     if (part.strip > 1 && part.strip < part.rows) {
-      part.strip -= part.strip % 2;  // winograd makes pairs of rows
+      part.strip -= part.strip % 2;  // winograd computes pairs of rows
     }
     part.strips = (part.rows + part.strip - 1) / part.strip;
     buffer_ = std::max(buffer_, part.strip * part.row);
@@ -197,8 +209,8 @@ class InputGrad {
   int64_t buffer_ = 0, lane_floats_ = 0, tasks_ = 0;
 };
 
-// The gradients that have kernels here: of x if all branches have one, and of
-// those weights that have one.
+// The gradients that have kernels here: of x, if all branches have one, and of each weight
+// that has one.
 class Backward {
  public:
   Backward(
@@ -228,7 +240,7 @@ class Backward {
         x_size_.include(conv, p.out_w);
       }
     }
-    grad_size_.width = p.out_w;  // for the weights' gradients no more is read
+    grad_size_.width = p.out_w;  // the weights' gradients read no more
     if (input_) {
       input_grad_.include_in(grad_size_);
     }
@@ -242,112 +254,169 @@ class Backward {
       at::TensorList grad_feats, const Tensor& x, const Tensor& grad_x,
       const std::vector<Tensor>& grad_weights) {
     const int64_t threads = threads_for(flops_);
-    const int64_t lanes = k_.lanes;
-    const int64_t grad_blocks = (p_.C + lanes - 1) / lanes;
-    const int64_t x_blocks =
-        weight_tasks_.empty() ? 0 : (p_.in_channels + lanes - 1) / lanes;
-    const int64_t x_floats =
-        x_blocks ? x_size_.floats(p_.in_channels, p_.H, lanes) : 0;
-    const int64_t grad_floats = grad_size_.floats(p_.C, p_.out_h, lanes);
-    const int64_t weight_tasks = static_cast<int64_t>(weight_tasks_.size());
-    const int64_t input_tasks = input_ ? input_grad_.tasks() : 0;
     if (input_) {
       input_grad_.pack(threads);
     }
-    // A task's weights, not a sample's gradients, stay in the cache from one of the
-    // input's tasks to the next.
-    const bool task_first = input_grad_.weight_floats() > kCacheFloats;
-    // Several samples at a time: each thread has one, and the weights' sums are
-    // fetched seldom. They are made in the samples' order, whoever makes them.
-    constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
-    const int64_t sample_floats = x_floats + p_.S * grad_floats;
-    const int64_t wave = std::min(
-        p_.N,
-        std::max<int64_t>(1, kWaveFloats / (threads * sample_floats)) * threads);
-    // With one wave each sum is finished at once, in its thread's own memory.
-    const bool at_once = wave == p_.N;
-    const Floats sums(at_once ? 0 : sums_, /*zero=*/true);
-    const auto finish = [&](const Unit& task, const float* unit_sums) {
-      k_.unpack_weight_grad(
-          convs_[task.branch], weight_plans_[task.branch], task.unit, unit_sums,
-          weights_of(grad_weights[task.branch], convs_[task.branch]));
-    };
-    const Floats images(wave * x_floats);
-    const Floats grads(wave * p_.S * grad_floats);
-    const auto image = [&](int64_t n) {
-      return x_size_.scratch(images.get() + n * x_floats, p_.H);
-    };
-    const auto grad = [&](int64_t n, int64_t s) {
-      return grad_size_.scratch(
-          grads.get() + (n * p_.S + s) * grad_floats, p_.out_h);
-    };
-    for (int64_t n0 = 0; n0 < p_.N; n0 += wave) {
-      const int64_t count = std::min(wave, p_.N - n0);
-      const int64_t blocks = x_blocks + p_.S * grad_blocks;
-      for_each(count * blocks, threads, [&](int64_t i) {
-        const int64_t n = i / blocks, block = i % blocks;
-        if (block < x_blocks) {
-          k_.pack_image(
-              image_of(x, n0 + n), p_.in_channels, p_.W, image(n), block,
-              block + 1);
-          return;
-        }
-        const int64_t s = (block - x_blocks) / grad_blocks;
-        const int64_t b = (block - x_blocks) % grad_blocks;
-        k_.pack_image(
-            image_of(grad_feats[s], n0 + n), p_.C, p_.out_w, grad(n, s), b,
-            b + 1);
-      });
-      const int64_t tasks = weight_tasks + count * input_tasks;
-      std::atomic<int64_t> next{0};
-      for_parts(threads, threads, [&](int64_t, int64_t) {
-        const Floats buffer(input_grad_.buffer_floats());
-        const Floats lane_sums(input_grad_.lane_floats());
-        const Floats own_sums(at_once ? most_sums_ : 0);
-        for (int64_t i; (i = next++) < tasks;) {
-          if (i < weight_tasks) {
-            const Unit& task = weight_tasks_[i];
-            const int64_t s = task.branch;
-            float* unit_sums = at_once ? own_sums.get() : sums_of(sums, task);
-            if (at_once) {
-              std::fill_n(unit_sums, weight_plans_[s].unit_sums, 0.0f);
-            }
-            for (int64_t n = 0; n < count; ++n) {
-              k_.weight_grad(
-                  convs_[s], weight_plans_[s], image(n), grad(n, s), task.unit,
-                  unit_sums);
-            }
-            if (at_once) {
-              finish(task, unit_sums);
-            }
-            continue;
-          }
-          const int64_t k = i - weight_tasks;
-          const int64_t n = task_first ? k % count : k / input_tasks;
-          input_grad_.run(
-              task_first ? k / count : k % input_tasks, n0 + n,
-              [&](int64_t s) { return grad(n, s); }, grad_x, buffer.get(),
-              lane_sums.get());
-        }
-      });
+    const Call call(*this, {grad_feats, x, grad_x, grad_weights}, threads);
+    for (int64_t n = 0; n < p_.N; n += call.wave) {
+      const int64_t count = std::min(call.wave, p_.N - n);
+      call.pack_images(n, count);
+      call.compute(n, count);
     }
-    if (!at_once) {
-      for_each(weight_tasks, threads, [&](int64_t i) {
-        finish(weight_tasks_[i], sums_of(sums, weight_tasks_[i]));
-      });
+    if (!call.at_once) {
+      call.finish_weights();
     }
   }
 
  private:
-  // Of a branch's weight gradient.
+  // A piece of work on a branch's weight gradient.
   struct Unit {
     int64_t branch, unit;
   };
 
-  float* sums_of(const Floats& sums, const Unit& task) const {
-    return sums.get() + first_sums_[task.branch] +
-        task.unit * weight_plans_[task.branch].unit_sums;
-  }
+  struct Tensors {
+    at::TensorList grad_feats;
+    const Tensor& x;
+    const Tensor& grad_x;
+    const std::vector<Tensor>& grad_weights;
+  };
+
+  // A thread's scratch memory.
+  struct Memory {
+    Floats buffer, lanes;  // of the gradient of x
+    Floats sums;  // of one unit of a weight's gradient
+  };
+
+  // One call's arguments, memory and steps.
+  struct Call {
+    const Backward& self;
+    const SpcProblem& p;
+    const ConvKernels& k;
+    Tensors tensors;
+    int64_t threads;
+    int64_t grad_blocks, x_blocks;  // blocks of channels of one image
+    int64_t grad_floats, x_floats;  // of one packed image
+    int64_t weight_tasks, input_tasks;  // of one wave, of one sample
+    // Samples at a time. Each thread has at least one, and the weights' sums are fetched
+    // seldom. Each sum follows the samples' order, whichever threads add to it.
+    int64_t wave;
+    // A single wave finishes each weight's sums in its thread's own memory.
+    bool at_once;
+    // The weights that a task reads, rather than a sample's gradients, stay in the cache
+    // from one of the input's tasks to the next.
+    bool task_first;
+    Floats sums, images, grads;
+
+    Call(const Backward& b, const Tensors& given, int64_t threads_)
+        : self(b), p(b.p_), k(b.k_), tensors(given), threads(threads_) {
+      grad_blocks = (p.C + k.lanes - 1) / k.lanes;
+      grad_floats = self.grad_size_.floats(p.C, p.out_h, k.lanes);
+      weight_tasks = static_cast<int64_t>(self.weight_tasks_.size());
+      x_blocks = weight_tasks ? (p.in_channels + k.lanes - 1) / k.lanes : 0;
+      x_floats =
+          x_blocks ? self.x_size_.floats(p.in_channels, p.H, k.lanes) : 0;
+      input_tasks = self.input_ ? self.input_grad_.tasks() : 0;
+      task_first = self.input_grad_.weight_floats() > kCacheFloats;
+      constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
+      const int64_t sample_floats = x_floats + p.S * grad_floats;
+      const int64_t each =
+          std::max<int64_t>(1, kWaveFloats / (threads * sample_floats));
+      wave = std::min(p.N, each * threads);
+      at_once = wave == p.N;
+      sums = Floats(at_once ? 0 : self.sums_, /*zero=*/true);
+      images = Floats(wave * x_floats);
+      grads = Floats(wave * p.S * grad_floats);
+    }
+
+    Scratch image(int64_t n) const {  // n: within the wave
+      return self.x_size_.scratch(images.get() + n * x_floats, p.H);
+    }
+    Scratch grad(int64_t n, int64_t s) const {
+      return self.grad_size_.scratch(
+          grads.get() + (n * p.S + s) * grad_floats, p.out_h);
+    }
+
+    void pack_images(int64_t first, int64_t count) const {
+      const int64_t blocks = x_blocks + p.S * grad_blocks;
+      for_each(count * blocks, threads, [&](int64_t i) {
+        const int64_t n = i / blocks, block = i % blocks;
+        if (block < x_blocks) {
+          k.pack_image(
+              image_of(tensors.x, first + n), p.in_channels, p.W, image(n),
+              block, block + 1);
+          return;
+        }
+        const int64_t s = (block - x_blocks) / grad_blocks;
+        const int64_t b = (block - x_blocks) % grad_blocks;
+        k.pack_image(
+            image_of(tensors.grad_feats[s], first + n), p.C, p.out_w,
+            grad(n, s), b, b + 1);
+      });
+    }
+
+    void compute(int64_t first, int64_t count) const {
+      const auto memory = [&] {
+        return Memory{
+            Floats(self.input_grad_.buffer_floats()),
+            Floats(self.input_grad_.lane_floats()),
+            Floats(at_once ? self.most_sums_ : 0)};
+      };
+      for_each_with(
+          weight_tasks + count * input_tasks, threads, memory,
+          [&](int64_t i, const Memory& own) {
+            if (i < weight_tasks) {
+              weight_task(self.weight_tasks_[i], count, own);
+            } else {
+              input_task(i - weight_tasks, first, count, own);
+            }
+          });
+    }
+
+    void weight_task(
+        const Unit& task, int64_t count, const Memory& own) const {
+      const int64_t s = task.branch;
+      const WeightGradPlan& plan = self.weight_plans_[s];
+      float* unit_sums = at_once ? own.sums.get() : sums_of(task);
+      if (at_once) {
+        std::fill_n(unit_sums, plan.unit_sums, 0.0f);
+      }
+      for (int64_t n = 0; n < count; ++n) {
+        k.weight_grad(
+            self.convs_[s], plan, image(n), grad(n, s), task.unit, unit_sums);
+      }
+      if (at_once) {
+        finish(task, unit_sums);
+      }
+    }
+
+    void input_task(
+        int64_t i, int64_t first, int64_t count, const Memory& own) const {
+      const int64_t n = task_first ? i % count : i / input_tasks;
+      const int64_t task = task_first ? i / count : i % input_tasks;
+      self.input_grad_.run(
+          task, first + n, [&](int64_t s) { return grad(n, s); },
+          tensors.grad_x, own.buffer.get(), own.lanes.get());
+    }
+
+    float* sums_of(const Unit& task) const {
+      return sums.get() + self.first_sums_[task.branch] +
+          task.unit * self.weight_plans_[task.branch].unit_sums;
+    }
+
+    void finish(const Unit& task, const float* unit_sums) const {
+      const int64_t s = task.branch;
+      k.unpack_weight_grad(
+          self.convs_[s], self.weight_plans_[s], task.unit, unit_sums,
+          weights_of(tensors.grad_weights[s], self.convs_[s]));
+    }
+
+    void finish_weights() const {
+      for_each(weight_tasks, threads, [&](int64_t i) {
+        const Unit& task = self.weight_tasks_[i];
+        finish(task, sums_of(task));
+      });
+    }
+  };
 
   SpcProblem p_;
   Isa isa_;
@@ -357,9 +426,9 @@ class Backward {
   std::vector<Conv> convs_;
   std::vector<WeightGradPlan> weight_plans_;
   std::vector<Unit> weight_tasks_;
-  std::vector<int64_t> first_sums_;  // of a branch's weight gradient
+  std::vector<int64_t> first_sums_;  // of each branch's weight gradient
   ScratchSize x_size_, grad_size_;
-  int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of one at most
+  int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of the largest unit
   double flops_ = 0;
 };
 
@@ -411,7 +480,7 @@ SpcBackward spc_backward(
       g.zero_();
     }
   } else if (native.any()) {
-    std::vector<Tensor> even;  // as the kernel can write them
+    std::vector<Tensor> even;  // in strides that the kernels can write
     for (const Tensor& g : grad_weights) {
       const bool writable = g.dim() != 4 || evenly_spaced(g);
       even.push_back(writable ? g : at::empty(g.sizes(), g.options()));

@@ -1,9 +1,389 @@
-// The operators spc_conv and spc_prepack on the CPU.
+// The convolutions forward on the CPU, and the operators spc_conv and spc_prepack.
 #include "cpu/conv_forward.h"
 
 #include <torch/library.h>
 
 namespace epsa::cpu {
+
+// ---- plans ----
+
+ForwardBank::ForwardBank(
+    const char* op, const SpcProblem& p, at::TensorList weights,
+    const SpcSettings& settings, const std::optional<Tensor>& prepacked)
+    : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
+  for (int64_t s = 0; s < p.S; ++s) {
+    convs_.push_back(conv_of(p, weights[s], settings, s));
+  }
+  header_ = PrepackHeader(p, convs_, weights, isa_);
+  // Packed weights are ignored where the weights were changed or replaced since.
+  bool use_packed = false;
+  if (prepacked) {
+    const PrepackHeader given = read_prepacked(op, *prepacked, header_);
+    use_packed = given.same_weights(header_);
+    header_ = use_packed ? given : header_;
+  }
+  for (int64_t s = 0; s < p.S; ++s) {
+    Packing& packing = header_.branch[s].packing;
+    const ConvPlan plan =
+        plan_conv(convs_[s], p.dtype == at::kDouble, isa_, packing);
+    TORCH_CHECK_VALUE(
+        !use_packed ||
+            (plan.block == packing.block && plan.method == packing.method),
+        op, ": packed has method ", static_cast<int>(packing.method),
+        " and blocks of ", packing.block, " for weights[", s,
+        "], expected one of this convolution's; prepack again");
+    packing = {plan.method, plan.block};
+    weights_.push_back(use_packed ? weights[s] : evenly(weights[s]));
+    add_branch(s, plan);
+  }
+  if (use_packed) {
+    check_prepacked_size(op, *prepacked, weight_floats_);
+    prepacked_ = *prepacked;
+  }
+}
+
+void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
+  const Conv& conv = convs_[s];
+  plans_.push_back(plan);
+  first_sums_.push_back(sums_);
+  if (plan.method == ConvMethod::library) {
+    return;
+  }
+  const int64_t strips = plan.strips(p_.out_h);
+  strips_ = std::max(strips_, strips);
+  sums_ += strips * p_.C;
+  buffer_ =
+      std::max(buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
+  lane_floats_ = std::max(
+      lane_floats_, k_.method(plan.method).lane_floats(conv, plan));
+  unit_weights_ = std::max(unit_weights_, plan.unit_weights);
+  weight_floats_ += plan.units * plan.unit_weights;
+  flops_ += flops_of(p_, conv);
+  size_.include(conv, plan.buffer_width);
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    units_.push_back({static_cast<int>(s), unit, 0});
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      tasks_.push_back({static_cast<int>(s), unit, strip});
+    }
+  }
+}
+
+bool ForwardBank::has_all() const {
+  return std::none_of(plans_.begin(), plans_.end(), [](const ConvPlan& p) {
+    return p.method == ConvMethod::library;
+  });
+}
+
+std::vector<ConvWeights> ForwardBank::conv_weights() const {
+  std::vector<ConvWeights> weights;
+  for (size_t s = 0; s < convs_.size(); ++s) {
+    weights.push_back(weights_of(weights_[s], convs_[s]));
+  }
+  return weights;
+}
+
+Tensor ForwardBank::prepack() const {
+  Tensor bytes = at::detail::empty_cpu(
+      {PrepackHeader::kBytes +
+       weight_floats_ * static_cast<int64_t>(sizeof(float))},
+      at::kByte, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
+  char* data = static_cast<char*>(bytes.mutable_data_ptr());
+  // Clears also the gaps that the kernels leave between the weights.
+  std::memset(data, 0, bytes.numel());
+  std::memcpy(data, static_cast<const void*>(&header_), sizeof(header_));
+  Packed(plans_).fill(
+      k_, convs_, plans_, conv_weights(), usable_threads(),
+      reinterpret_cast<float*>(data + PrepackHeader::kBytes));
+  return bytes;
+}
+
+// ---- steps ----
+
+// A thread's scratch memory: tile buffers and lanes.
+struct ForwardBank::Memory {
+  Floats buffer, lanes;
+  explicit Memory(const ForwardBank& f, int64_t buffers = 1)
+      : buffer(buffers * f.buffer_), lanes(f.lane_floats_) {}
+};
+
+// One call's arguments and steps.
+struct ForwardBank::Call {
+  const ForwardBank& self;
+  const Tensor& x;
+  const std::vector<Tensor>& feats;
+  const std::vector<ConvWeights>& weights;
+  float* pooled;
+  const Packed* packed = nullptr;  // null: each unit packs its own weights
+
+  Scratch scratch(float* image) const {
+    return self.size_.scratch(image, self.p_.H);
+  }
+
+  void pack(int64_t n, float* image, int64_t begin, int64_t end) const {
+    self.k_.pack_image(
+        image_of(x, n), self.p_.in_channels, self.p_.W, scratch(image), begin,
+        end);
+  }
+
+  void pack_images(
+      int64_t first, int64_t count, float* images, int64_t threads) const {
+    const int64_t blocks = self.blocks(), floats = self.image_floats();
+    for_each(count * blocks, threads, [&](int64_t i) {
+      const int64_t n = i / blocks, block = i % blocks;
+      pack(first + n, images + n * floats, block, block + 1);
+    });
+  }
+
+  const float* unit_weights(const Task& task) const {
+    return packed->unit(task.branch, self.plans_[task.branch], task.unit);
+  }
+
+  void pack_unit(const Task& task, float* to) const {
+    const ConvPlan& plan = self.plans_[task.branch];
+    self.k_.method(plan.method).pack_weights(
+        self.convs_[task.branch], plan, weights[task.branch], task.unit, to);
+  }
+
+  void task(
+      const Task& task, int64_t n, float* image, float* sums,
+      const Memory& memory) const {
+    const float* weights = unit_weights(task);
+    const int64_t channels = self.convs_[task.branch].ic();
+    for (int64_t c = 0; c < channels;) {
+      c = convolve(
+          task, weights, c, image, memory.buffer.get(), memory.lanes.get());
+    }
+    unpack(task, n, memory.buffer.get(), sums);
+  }
+
+  // Starts at channel c. Returns the first channel that it left out.
+  int64_t convolve(
+      const Task& task, const float* unit_weights, int64_t c, float* image,
+      float* buffer, float* lanes) const {
+    const auto [begin, end] = rows(task);
+    const ConvPlan& plan = self.plans_[task.branch];
+    return self.k_.method(plan.method).convolve(
+        self.convs_[task.branch], plan, scratch(image), unit_weights,
+        task.unit, c, begin, end, strip_sums(task, buffer), lanes);
+  }
+
+  void unpack(const Task& task, int64_t n, float* buffer, float* sums) const {
+    const SpcProblem& p = self.p_;
+    const auto [begin, end] = rows(task);
+    const Run run = unit_run(
+        self.convs_[task.branch], self.plans_[task.branch], task.unit);
+    const Tensor& feat = feats[task.branch];
+    Image to = image_of(feat, n, run.first);
+    to.data = static_cast<char*>(to.data) +
+        begin * to.row_stride * feat.element_size();
+    self.k_.unpack(
+        strip_sums(task, buffer), run.count, end - begin, p.out_w, to,
+        sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
+  }
+
+  Sums strip_sums(const Task& task, float* buffer) const {
+    const ConvPlan& plan = self.plans_[task.branch];
+    return {
+        buffer, plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
+        /*add=*/false};
+  }
+
+  std::pair<int64_t, int64_t> rows(const Task& task) const {
+    const int64_t strip = self.plans_[task.branch].strip;
+    const int64_t begin = task.strip * strip;
+    return {begin, std::min(begin + strip, self.p_.out_h)};
+  }
+
+  // Turns the sums of sample n into its means.
+  void finish(int64_t n, const float* sums) const {
+    self.means(sums, pooled + n * self.p_.S * self.p_.C);
+  }
+};
+
+// Partial sums of one sample to means [S, C], in the order of the strips.
+void ForwardBank::means(const float* sums, float* pooled) const {
+  const float pixels = static_cast<float>(p_.out_h * p_.out_w);
+  for (int64_t s = 0; s < p_.S; ++s) {
+    if (!has(s)) {
+      continue;
+    }
+    float* mean = pooled + s * p_.C;
+    std::fill_n(mean, p_.C, 0.0f);
+    for (int64_t strip = 0; strip < plans_[s].strips(p_.out_h); ++strip) {
+      const float* part = sums + first_sums_[s] + strip * p_.C;
+      for (int64_t c = 0; c < p_.C; ++c) {
+        mean[c] += part[c];
+      }
+    }
+    for (int64_t c = 0; c < p_.C; ++c) {
+      mean[c] /= pixels;
+    }
+  }
+}
+
+// ---- orders of work ----
+
+void ForwardBank::run(
+    const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
+    const Done& done) const {
+  const int64_t threads = threads_for(flops_);
+  const std::vector<ConvWeights> weights = conv_weights();
+  Call call{*this, x, feats, weights, pooled};
+  Packed packed(plans_);
+  if (prepacked_.defined()) {
+    packed.data = reinterpret_cast<const float*>(
+        static_cast<const char*>(prepacked_.const_data_ptr()) +
+        PrepackHeader::kBytes);
+    call.packed = &packed;
+  }
+  // Weights that exceed the cache should be read once, rather than the images.
+  if (weight_floats_ > kCacheFloats &&
+      (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
+    by_unit(call, threads, done);
+    return;
+  }
+  if (!call.packed) {
+    packed = pack_weights(k_, convs_, plans_, weights, threads);
+    call.packed = &packed;
+  }
+  // Each thread takes whole samples. All threads share the samples that are left.
+  const int64_t whole = p_.N - p_.N % threads;
+  by_sample(call, whole, threads, done);
+  shared(call, whole, threads, done);
+}
+
+// Each thread takes its own samples, up to `count`, so that x stays in its cache.
+void ForwardBank::by_sample(
+    const Call& call, int64_t count, int64_t threads, const Done& done) const {
+  for_parts(count, threads, [&](int64_t begin, int64_t end) {
+    const Floats image(image_floats()), sums(sums_);
+    const Memory memory(*this);
+    for (int64_t n = begin; n < end; ++n) {
+      call.pack(n, image.get(), 0, blocks());
+      for (const Task& task : tasks_) {
+        call.task(task, n, image.get(), sums.get(), memory);
+      }
+      call.finish(n, sums.get());
+      done(n, 1);
+    }
+  });
+}
+
+// All threads share the samples from `first` on, strip by strip.
+void ForwardBank::shared(
+    const Call& call, int64_t first, int64_t threads, const Done& done) const {
+  const int64_t count = p_.N - first;
+  const int64_t tasks = static_cast<int64_t>(tasks_.size());
+  if (count == 0) {
+    return;
+  }
+  const Floats images(count * image_floats());
+  const Floats sums(count * sums_);
+  call.pack_images(first, count, images.get(), threads);
+  for_each_with(
+      count * tasks, threads, [&] { return Memory(*this); },
+      [&](int64_t i, const Memory& memory) {
+        const int64_t n = i / tasks;
+        call.task(
+            tasks_[i % tasks], first + n, images.get() + n * image_floats(),
+            sums.get() + n * sums_, memory);
+      });
+  for (int64_t n = 0; n < count; ++n) {
+    call.finish(first + n, sums.get() + n * sums_);
+    done(first + n, threads);
+  }
+}
+
+// Samples [first, first + count), whose images are packed.
+struct ForwardBank::Wave {
+  const Call& call;
+  int64_t first, count;
+  float* images;
+  float* sums;
+
+  // Computes one unit of samples [begin, end) of the wave. The weights of a vector of
+  // input channels serve all of them, before the next vector's are read.
+  void unit(
+      const Task& unit, const float* weights, int64_t begin, int64_t end,
+      const Memory& memory) const {
+    const ForwardBank& self = call.self;
+    const int64_t floats = self.image_floats();
+    const int64_t channels = self.convs_[unit.branch].ic();
+    for (int64_t from = 0, to = 0; from < channels; from = to) {
+      each(unit, begin, end, memory, [&](const Task& task, int64_t n, float* buffer) {
+        to = call.convolve(
+            task, weights, from, images + n * floats, buffer,
+            memory.lanes.get());
+      });
+    }
+    each(unit, begin, end, memory, [&](const Task& task, int64_t n, float* buffer) {
+      call.unpack(task, first + n, buffer, sums + n * self.sums_);
+    });
+  }
+
+  // f(task, n, its tile buffer) for each sample and each strip of a unit.
+  template <class F>
+  void each(
+      const Task& unit, int64_t begin, int64_t end, const Memory& memory,
+      const F& f) const {
+    const ForwardBank& self = call.self;
+    const int64_t strips = self.plans_[unit.branch].strips(self.p_.out_h);
+    float* buffer = memory.buffer.get();
+    for (int64_t n = begin; n < end; ++n) {
+      Task task = unit;
+      for (; task.strip < strips; ++task.strip, buffer += self.buffer_) {
+        f(task, n, buffer);
+      }
+    }
+  }
+};
+
+// All threads share the units, and pack a unit's weights where they are used. A wave of
+// samples at a time: neither weights nor images need a large cache.
+void ForwardBank::by_unit(
+    const Call& call, int64_t threads, const Done& done) const {
+  constexpr int64_t kWaveFloats = 1 << 21;  // of packed images
+  const int64_t most =
+      std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
+  const int64_t units = static_cast<int64_t>(units_.size());
+  const Floats images(most * image_floats());
+  const Floats sums(most * sums_);
+  struct Own {
+    Memory memory;
+    Floats weights;
+  };
+  for (int64_t first = 0; first < p_.N; first += most) {
+    const int64_t count = std::min(most, p_.N - first);
+    const Wave wave{call, first, count, images.get(), sums.get()};
+    call.pack_images(first, count, images.get(), threads);
+    // Several tasks for each thread let all threads end at about the same time.
+    const int64_t parts =
+        std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
+    const auto own = [&] {
+      return Own{
+          Memory(*this, (count + parts - 1) / parts * strips_),
+          Floats(call.packed ? 0 : unit_weights_)};
+    };
+    for_each_with(units * parts, threads, own, [&](int64_t i, const Own& own) {
+      const Task& unit = units_[i / parts];
+      const int64_t part = i % parts;
+      if (!call.packed) {
+        call.pack_unit(unit, own.weights.get());
+      }
+      wave.unit(
+          unit, call.packed ? call.unit_weights(unit) : own.weights.get(),
+          part * count / parts, (part + 1) * count / parts, own.memory);
+    });
+    const bool alone = count < threads;
+    for_each(count, alone ? 1 : threads, [&](int64_t n) {
+      call.finish(first + n, sums.get() + n * sums_);
+      done(first + n, alone ? threads : 1);
+    });
+  }
+}
+
+// ---- with the branches that have no kernel here ----
+
 namespace {
 
 Tensor library_forward(
@@ -44,6 +424,8 @@ SpcForward convolve(
   }
   return {std::move(feats), std::move(pooled)};
 }
+
+// ---- the operators ----
 
 namespace {
 

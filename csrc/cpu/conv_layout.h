@@ -1,5 +1,5 @@
-// What the convolutions' forward and backward passes share on the CPU: scratch
-// memory, work for threads, tensors as the kernels read them.
+// Shared by the convolutions' forward and backward passes on the CPU: scratch memory,
+// tensors as the kernels read them, packed weights, and torch's own convolution.
 #pragma once
 
 #include "ops/maps.h"
@@ -12,14 +12,13 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 namespace epsa::cpu {
 
 using at::Tensor;
 
-// Floats whose first one begins a line of the cache; zero where asked for.
+// Floats that begin at a cache line.
 class Floats {
  public:
   Floats() = default;
@@ -38,36 +37,7 @@ class Floats {
   c10::DataPtr memory_;
 };
 
-// f(i) for i in [0, count), each by whichever thread comes first.
-template <class F>
-void for_each(int64_t count, int64_t threads, const F& f) {
-  if (threads == 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      f(i);
-    }
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < count;) {
-      f(i);
-    }
-  });
-}
-
-// f(begin, end): on one thread, or on each thread a part.
-template <class F>
-void for_parts(int64_t count, int64_t threads, const F& f) {
-  if (threads == 1) {
-    if (count > 0) {
-      f(0, count);
-    }
-  } else {
-    parallel_for(0, count, 1, f);
-  }
-}
-
-// Below this another thread costs more than it saves.
+// Below this, another thread costs more than it saves.
 constexpr double kSerialFlops = 1e6;
 
 inline int64_t threads_for(double flops) {
@@ -85,12 +55,13 @@ inline Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
   const int64_t element = n * t.stride(0) + channel * t.stride(1);
   return {
       static_cast<char*>(glue::data_of(t)) + element * t.element_size(),
-      // of one channel or one pixel the strides mean nothing
+      // The strides of one channel or one pixel mean nothing.
       t.size(1) == 1 ? t.size(2) * t.size(3) : t.stride(1),
       t.size(3) == 1 ? 1 : t.stride(3), t.stride(2)};
 }
 
-// Pixels of a row dense, or channels of a pixel: what the kernels take.
+// Whether the kernels can read t: the pixels of a row are dense, or the channels of a
+// pixel.
 inline bool is_image(const Tensor& t) {
   return t.size(3) == 1 || t.stride(3) == 1 ||
       (t.size(1) > 1 && t.stride(1) == 1);
@@ -102,7 +73,7 @@ inline int64_t tap_stride(const Tensor& w) {
                                     : w.stride(3);
 }
 
-// Are a weight's taps evenly spaced, and taps or channels dense?
+// Whether a weight's taps are evenly spaced, and its taps or channels dense.
 inline bool evenly_spaced(const Tensor& w) {
   const bool even =
       w.size(2) == 1 || w.size(3) == 1 || w.stride(2) == w.size(3) * w.stride(3);
@@ -115,7 +86,7 @@ inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
       w.size(1) == 1 ? 1 : w.stride(1), tap_stride(w), /*turned=*/false};
 }
 
-// As the weights of a phase of the input's gradient: inputs and outputs of each
+// The weights of a phase of the input's gradient, in which inputs and outputs of each
 // group change roles.
 inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
   return {
@@ -137,7 +108,7 @@ inline Tensor evenly(const Tensor& w) {
 }
 
 inline const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
-  // there are none for double, of which nothing is asked
+  // Double has no kernels, and its plans never call one: float's stand in.
   return conv_kernels(
       p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
 }
@@ -164,7 +135,7 @@ struct Packed {
     return data + place(s, plan, u);
   }
 
-  // Packs into `to`, and reads from there.
+  // Packs into `to`, from where unit() reads afterwards.
   void fill(
       const ConvKernels& k, const std::vector<Conv>& convs,
       const std::vector<ConvPlan>& plans,
@@ -178,7 +149,7 @@ struct Packed {
     data = to;
     for_each(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
       const auto [s, u] = units[i];
-      k.pack_weights(
+      k.method(plans[s].method).pack_weights(
           convs[s], plans[s], weights[s], u, to + place(s, plans[s], u));
     });
   }
@@ -196,15 +167,15 @@ inline Packed pack_weights(
 
 // ---- branches without kernels here: torch's convolution ----
 
-// Half-precision tensors are computed in float and rounded once, as the kernels
-// do it: torch's own convolutions round more often, and on machines without
-// bfloat16 arithmetic are slow.
+// torch's convolutions get 16-bit tensors as float and their results are rounded once,
+// like the kernels'. In 16 bits they round more often, and they are slow on machines
+// without bfloat16 arithmetic.
 inline Tensor in_acc(const Tensor& t, const SpcProblem& p) {
   return t.scalar_type() == p.acc ? t : t.to(p.acc);
 }
 
-// t in a type and layout, with the strides of a new tensor also where a size of 1
-// leaves them open.
+// t in a type and layout. Its strides are those of a new tensor, also where a size of 1
+// allows others.
 inline Tensor settled(
     const Tensor& t, at::ScalarType dtype, at::MemoryFormat format) {
   Tensor result =
@@ -214,7 +185,7 @@ inline Tensor settled(
   return settled ? t : result.copy_(t);
 }
 
-// The gradients of x and of the weights, as spc_conv_backward returns them.
+// The operator spc_conv_backward: the gradients of x and of the weights.
 SpcBackward spc_backward(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
     at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,

@@ -1,4 +1,3 @@
-// The plan of a convolution (conv_plan.h).
 #include "cpu/conv_plan.h"
 
 #include <algorithm>
@@ -8,13 +7,13 @@ namespace {
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Cycles of a tile per tap and channel, of a core with two FMA units, two load
-// ports and four instructions a cycle.
+// Cycles of a tile per tap and channel. The core has two FMA units and two load ports,
+// and issues four instructions a cycle.
 double tile_cycles(int pixels, int block) {
   const int fmas = pixels * block;
   const int fewer = pixels < block ? pixels : block;
   const int more = pixels + block - fewer;
-  // with one vector of the fewer, the FMA itself loads the other operand
+  // With a single value or vector of weights, the FMA itself loads the other operand.
   const int loads = fewer == 1 ? 0 : more;
   const double by_port =
       (fmas > fewer + more ? fmas : fewer + more) / 2.0;
@@ -23,7 +22,8 @@ double tile_cycles(int pixels, int block) {
   return busiest > 4 ? busiest : 4;  // the latency of an FMA
 }
 
-// Pairs of an output row (or column) and one of a 3 x 3 kernel that meet in the image.
+// Counts the pairs of an output row and a row of a 3 x 3 kernel that meet in the image;
+// likewise for columns.
 double meetings(int64_t out, int64_t padding, int64_t size) {
   int64_t count = 0;
   for (int64_t k = 0; k < 3; ++k) {
@@ -39,8 +39,8 @@ int64_t winograd_strip(const Conv& conv) {
   return std::min(rows, conv.out_height);
 }
 
-// Transforms cost about as much as a quarter of their products, and weights that
-// leave a core's own cache with them more time than the products save.
+// Transforms cost about a quarter of their products. Reading weights that exceed a core's
+// own cache costs more than the products save.
 bool winograd_pays(const Conv& conv) {
   const double direct =
       meetings(conv.out_height, conv.padding_h, conv.height) *
@@ -53,14 +53,14 @@ bool winograd_pays(const Conv& conv) {
   return direct > 1.25 * transformed && weights <= static_cast<double>(kCacheFloats);
 }
 
-// Cycles of a row of the output per tap and channel.
+// Cycles of an output row per tap and channel.
 double row_cycles(const Conv& conv, int pixels, int block) {
   return tile_cycles(pixels, block) *
       static_cast<double>(pieces(conv.out_width, pixels));
 }
 
-// Cycles of a strip's transforms, which each unit makes for itself, and of their
-// products, per input channel. The last products are in smaller tiles.
+// Cycles of a strip per input channel: the transforms, which each unit makes for itself,
+// and their products. The last products are in smaller tiles.
 double winograd_cycles(const Conv& conv, int pixels, int block) {
   constexpr double kTransform = 4;
   const int64_t tiles = pieces(winograd_strip(conv), 2) *
@@ -73,6 +73,19 @@ double winograd_cycles(const Conv& conv, int pixels, int block) {
     rest -= piece;
   }
   return kWinogradPoints * cycles + kTransform * static_cast<double>(tiles);
+}
+
+ConvMethod choose_method(const Conv& conv, int lanes, const Packing& packed) {
+  if (DotLanes::fit(conv, lanes) && conv.oc() < lanes) {
+    return ConvMethod::dot;
+  }
+  if (pieces(conv.oc(), lanes) * lanes > 2 * conv.oc()) {
+    return ConvMethod::library;  // most lanes would be idle
+  }
+  const bool winograd = is_winograd(conv, lanes) &&
+      (packed.block ? packed.method == ConvMethod::winograd
+                    : winograd_pays(conv));
+  return winograd ? ConvMethod::winograd : ConvMethod::broadcast;
 }
 
 }  // namespace
@@ -90,33 +103,42 @@ Conv make_conv(
       width, out_size(height, kernel_h), out_size(width, kernel_w)};
 }
 
+std::string name(ConvMethod method) {
+  switch (method) {
+    case ConvMethod::broadcast:
+      return "broadcast";
+    case ConvMethod::dot:
+      return "dot";
+    case ConvMethod::winograd:
+      return "winograd";
+    case ConvMethod::library:
+      return "library";
+  }
+  return "?";
+}
+
 ConvPlan plan_conv(
     const Conv& conv, bool in_double, Isa isa, const Packing& packed) {
   if (in_double || conv.stride > kMaxStride) {
     return {};
   }
   const int lanes = lanes_of(isa);
-  const int64_t vectors = pieces(conv.oc(), lanes);  // of a group's outputs
-  const bool dot = DotLanes::fit(conv, lanes) && conv.oc() < lanes;
-  if (!dot && vectors * lanes > 2 * conv.oc()) {
+  const ConvMethod method = choose_method(conv, lanes, packed);
+  if (method == ConvMethod::library) {
     return {};
   }
-  ConvMethod method = dot ? ConvMethod::dot : ConvMethod::broadcast;
-  if (!dot && is_winograd(conv, lanes) &&
-      (packed.block ? packed.method == ConvMethod::winograd
-                    : winograd_pays(conv))) {
-    method = ConvMethod::winograd;
-  }
+  const bool dot = method == ConvMethod::dot;
   const bool winograd = method == ConvMethod::winograd;
+  // Of a group: output channels (dot) or vectors of them.
+  const int64_t outputs = dot ? conv.oc() : pieces(conv.oc(), lanes);
   int best_pixels = 0, best_block = 0;
   double best = 0;
   for (int block : kBlocks) {
-    if ((dot ? conv.oc() : vectors) % block ||
-        (packed.block && block != packed.block)) {
+    if (outputs % block || (packed.block && block != packed.block)) {
       continue;
     }
     for (int pixels : kPixels) {
-      // winograd: units enough for all threads
+      // Winograd's blocks are small, which makes units enough for all threads.
       if (!fits(pixels, block, lanes) || (winograd && block * lanes > 32)) {
         continue;
       }
@@ -164,7 +186,7 @@ ConvPlan tile_plan(
     return plan;
   }
   plan.buffer_width = pieces(conv.out_width, pixels) * pixels;
-  // a tile buffer as large as half of a small first-level cache
+  // Half of a small first-level cache.
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(
       kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1,
@@ -174,9 +196,9 @@ ConvPlan tile_plan(
 
 Phase grad_input_phase(
     const Conv& conv, int64_t first_row, int64_t first_column) {
-  // Row y of the input meets tap k of output row o where y = s * o + k - padding:
-  // the taps t, t + s, ... of the output rows q, q - 1, ..., with s * q + t the
-  // row's place in the padded image.
+  // Row y of the input meets tap k of output row o where y = s * o + k - padding. Let
+  // s * q + t be its row in the padded image. It meets the taps t, t + s, ... of the
+  // output rows q, q - 1, ...
   const int64_t s = conv.stride;
   const int64_t row = first_row + conv.padding_h;
   const int64_t column = first_column + conv.padding_w;
@@ -186,7 +208,7 @@ Phase grad_input_phase(
   c.stride = 1;
   c.kernel_h = pieces(conv.kernel_h - phase.tap_row, s);
   c.kernel_w = pieces(conv.kernel_w - phase.tap_column, s);
-  // the first output row that the turned kernel's first tap meets is q - (taps - 1)
+  // The turned kernel's first tap meets output row q - (taps - 1).
   c.padding_h = conv.dilation * (c.kernel_h - 1) - row / s;
   c.padding_w = conv.dilation * (c.kernel_w - 1) - column / s;
   c.height = conv.out_height;
@@ -214,7 +236,7 @@ WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
     return plan;
   }
   const DotLanes dot(conv, lanes);
-  // the lanes' output channels must lie in one vector
+  // All output channels of the lanes' groups must lie in one vector.
   if (dot.groups > 1 &&
       (conv.oc() * dot.groups > lanes || lanes % (conv.oc() * dot.groups))) {
     return plan;
@@ -234,7 +256,7 @@ WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
 }
 
 void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
-  if (conv.padding_w > border) {  // the columns so far move to the right
+  if (conv.padding_w > border) {  // moves the columns so far to the right
     width += conv.padding_w - border;
     border = conv.padding_w;
   }
@@ -243,8 +265,8 @@ void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
   width = std::max(
       {width, border + conv.width,
        left + (conv.out_width - 1) * conv.stride + reach});
-  // An odd number of lines: at a multiple of a page the rows of a kernel would
-  // fall into the same sets of the cache.
+  // An odd number of lines. At a multiple of a page, the rows of a kernel would fall into
+  // the same sets of the cache.
   width |= 1;
   beyond =
       std::max(beyond, (buffer_width - conv.out_width) * conv.stride);

@@ -3,13 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "cpu/isa.h"
 
 namespace epsa::cpu {
 
-// One branch's convolution. Output rows and columns stand for themselves: the
-// convolutions that make up a gradient end where it ends.
+// One branch's convolution. The output's size is given, as it does not follow from the
+// input's where the convolution is part of a gradient.
 struct Conv {
   int64_t in_channels, out_channels, groups;
   int64_t kernel_h, kernel_w;
@@ -32,23 +33,26 @@ Conv make_conv(
 enum class ConvMethod {
   // Lanes are output channels of one group; an input channel is broadcast.
   broadcast,
-  // Lanes are input channels; the lanes of a group are summed at the end.
+  // Lanes are input channels. The lanes of a group are summed at the end.
   dot,
-  // Broadcast over Winograd's transforms F(2 x 2, 3 x 3) of image and weights
-  // (Lavin and Gray, arXiv 1509.09308): 16 products for 36.
+  // Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, arXiv 1509.09308). Lanes are those of
+  // broadcast. 16 products of transformed images and weights replace 36.
   winograd,
   // No kernel here fits: at::conv2d.
   library,
 };
 
-// A unit of work is a run of output channels of one branch and a strip of output
-// rows. Its sums stand in a tile buffer [rows][buffer_width][unit_pitch].
+std::string name(ConvMethod method);
+
+// A unit of work is a run of output channels of one branch and a strip of output rows.
+// Its sums are in a tile buffer [rows][buffer_width][unit_pitch].
 struct ConvPlan {
   ConvMethod method = ConvMethod::library;
-  // of a tile: what registers hold of an output row; winograd: of its transforms
+  // Registers hold a tile's sums: `pixels` of an output row (winograd: transforms), times
+  // `block` vectors of output channels (dot: single output channels).
   int pixels = 0;
-  int block = 0;  // vectors of output channels (broadcast) or channels (dot)
-  int64_t unit_channels = 0;  // output channels of a unit; the last may lack some
+  int block = 0;
+  int64_t unit_channels = 0;  // output channels of a unit; the last may have fewer
   int64_t units = 0;  // runs of output channels
   int64_t unit_pitch = 0;  // floats from pixel to pixel of the tile buffer
   int64_t unit_weights = 0;  // packed floats of one unit
@@ -60,40 +64,40 @@ struct ConvPlan {
   }
 };
 
-// How weights are packed already, for an image of whatever size; block 0: not yet.
+// How weights were packed, for images of any size. Block 0: they were not.
 struct Packing {
   ConvMethod method = ConvMethod::library;
   int block = 0;
 };
 
-// in_double: float64, for which there are no kernels here.
+// in_double: float64, which has no kernels here. packed: the plan must read such weights.
 ConvPlan plan_conv(
     const Conv& conv, bool in_double, Isa isa, const Packing& packed = {});
 
-// The plan of given tiles, of those that fit. Blocks divide a group's vectors of
-// output channels (broadcast) or its output channels (dot).
+// The plan of a given tile, which must fit. The block must divide a group's vectors of
+// output channels (dot: its output channels).
 ConvPlan tile_plan(
     const Conv& conv, ConvMethod method, int pixels, int block, Isa isa);
 
-// The gradient of a convolution's input is stride * stride convolutions of the
-// gradient of its output, each of which makes every stride-th row and column of
-// it, from (first_row, first_column) on. Their kernels are every stride-th row and
-// column of the weights, from (tap_row, tap_column) on, turned around; channels
-// change sides.
+// The gradient of a convolution's input is stride * stride convolutions of its output's
+// gradient. Each of them, a phase, makes every stride-th row and column of the result,
+// from (first_row, first_column) on. Its kernel is every stride-th row and column of the
+// weights, from (tap_row, tap_column) on, turned around. Input and output channels change
+// roles.
 struct Phase {
   int64_t first_row, first_column, tap_row, tap_column;
-  Conv conv;  // where a kernel has no such taps, one of its sizes is 0
+  Conv conv;  // one of the kernel's sizes is 0 where it has no such taps
 };
 Phase grad_input_phase(
     const Conv& conv, int64_t first_row, int64_t first_column);
 
-// The plan of a phase. Its units' sums are added to those of other branches, so
-// they must begin at whole vectors: else it is `library`.
+// The plan of a phase. The sums of its units are added to those of other branches. They
+// must therefore begin at whole vectors; otherwise the plan is `library`.
 ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa);
 
-// How the gradient of a branch's weight is computed. Lanes are input channels, as
-// dot's are, and a tile of `taps` of a kernel's row times `block` output channels
-// of each of the lanes' groups is summed in registers over all pixels.
+// How the gradient of a branch's weight is computed. Lanes are input channels, as in dot.
+// Registers sum a tile over all pixels: taps of a kernel's row, times `block` output
+// channels of each of the lanes' groups.
 struct WeightGradPlan {
   bool library = true;
   int block = 0;
@@ -108,26 +112,25 @@ struct Run {
 };
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
 
-// An image in blocks of L channels, padded to the left and right; rows of the
-// kernel above and below the image are left out. The padding is zero, as are the
-// lanes behind the last channel.
+// An image in blocks of L channels, padded to the left and right. Nothing pads it above
+// and below: the kernels skip the rows of taps that lie outside. The padding is zero, and
+// so are the lanes behind the last channel.
 struct Scratch {
   float* data;
   int64_t height, width;  // of the padded image
   int64_t border;  // columns left of the image
-  int64_t beyond;  // columns behind the last row, zero too
+  int64_t beyond;  // columns behind the last row, which are zero
 };
 
-// The memory of a packed image that several convolutions read: padded to the left
-// and right, in blocks of as many channels as a register has lanes.
+// The size of a scratch that several convolutions read.
 struct ScratchSize {
   int64_t border = 0;  // columns left of the image
   int64_t width = 0;  // columns with their padding
-  int64_t beyond = 0;  // columns that the last row's last tile reads too many
+  int64_t beyond = 0;  // columns that the last tile reads behind the last row
 
-  // Makes room for what conv reads, in tiles that make rows of buffer_width.
+  // Makes room for all reads of conv, whose tiles make rows of buffer_width.
   void include(const Conv& conv, int64_t buffer_width);
-  // of one image, in blocks of `lanes` channels
+  // The floats of one image, in blocks of `lanes` channels.
   int64_t floats(int64_t channels, int64_t height, int64_t lanes) const {
     return ((channels + lanes - 1) / lanes * height * width + beyond) * lanes;
   }
@@ -136,8 +139,8 @@ struct ScratchSize {
   }
 };
 
-// Of dot: how a vector's lanes are shared among groups, or a group's channels
-// among vectors.
+// Dot's lanes. A vector holds several narrow groups, or a wide group takes several
+// vectors.
 struct DotLanes {
   int64_t run;  // lanes of one group
   int64_t groups;  // of one vector
@@ -152,7 +155,7 @@ struct DotLanes {
     const int64_t ic = conv.ic();
     return ic < lanes ? lanes % ic == 0 : ic % lanes == 0;
   }
-  // vectors, or runs of vectors, that hold whole groups
+  // The vectors, or runs of vectors, that hold whole groups.
   int64_t clusters(const Conv& conv) const {
     return (conv.groups + groups - 1) / groups;
   }
@@ -164,14 +167,15 @@ constexpr int lanes_of(Isa isa) {  // floats of a register
   return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
 }
 
-// Of a core's own cache: weights beyond leave it before the next sample needs them.
+// The floats of a core's own cache. More weights than that leave it before the next sample
+// needs them.
 constexpr int64_t kCacheFloats = 1 << 18;
 
 constexpr int kMaxStride = 2;
 constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
 constexpr int kBlocks[] = {1, 2, 4, 8};
 
-// The largest tile of at most so many pixels.
+// The pixels of the largest tile that has at most so many.
 constexpr int largest_tile(int64_t pixels) {
   int largest = 1;
   for (const int p : kPixels) {
@@ -182,7 +186,7 @@ constexpr int largest_tile(int64_t pixels) {
 
 constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
-// What Winograd's method can compute.
+// Whether Winograd's method can compute conv.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
   return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
       conv.dilation == 1 && conv.ic() % lanes == 0;
@@ -190,19 +194,19 @@ constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
 
 constexpr int kWinogradPoints = 16;  // of a transform
 constexpr int64_t kWinogradChannels = 64;  // of the input, at a time
-// Tiles of 2 x 2 outputs at a time: enough to fetch the weights seldom, few enough
-// for a core's own cache.
+// Tiles of 2 x 2 outputs at a time. So many read the weights seldom, and still fit into a
+// core's own cache.
 constexpr int64_t kWinogradTiles = 64;
 
-// Floats of a unit's weights up to those of input channel c, with a line after each
-// point's.
+// The floats of a unit's weights before those of input channel c. A line of the cache
+// separates the points.
 constexpr int64_t winograd_weights(
     const ConvPlan& plan, int64_t c, int64_t lanes) {
   const int64_t calls = (c + kWinogradChannels - 1) / kWinogradChannels;
   return kWinogradPoints * (c * plan.unit_channels + calls * lanes);
 }
 
-// Do a tile's sums and operands fit into the registers?
+// Whether a tile's sums and operands fit into the registers.
 constexpr bool fits(int pixels, int block, int lanes) {
   const int fewer = pixels < block ? pixels : block;
   return pixels * block + fewer + 1 <= (lanes == 16 ? 32 : 16);

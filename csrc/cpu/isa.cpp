@@ -35,8 +35,8 @@ std::string environment() {
   return value ? value : "";
 }
 
-// Read when the library is loaded: the two libraries that hold this file are
-// loaded together and must agree.
+// Read when the library is loaded. Two libraries hold this file; they are loaded together
+// and must agree.
 const std::string wanted = environment();
 
 Isa choose() {

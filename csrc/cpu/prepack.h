@@ -1,5 +1,5 @@
-// Weights that were packed ahead of a call: bytes that begin with what they were
-// packed for.
+// Weights that were packed ahead of a call. They are bytes: a header, which tells what
+// they were packed for, then the floats of all units.
 #pragma once
 
 #include "cpu/conv_layout.h"
@@ -9,20 +9,21 @@
 namespace epsa::cpu {
 
 struct PrepackHeader {
-  char magic[8];  // which also names the layout
+  char magic[8];  // names the layout, too
   int32_t isa, dtype, branches, in_channels, channels;
   struct Branch {
     int32_t groups, kernel_h, kernel_w;
-    Packing packing;  // the plan's; `library`: a branch that is not here
+    Packing packing;  // `library`: this branch has no packed weights
   } branch[kMaxBranches];
-  // The weights that were packed: where they lie, and how often they were changed.
+  // Identifies the packed weights by their address and their count of changes.
   struct Source {
     const void* data;
     int64_t version;
   } source[kMaxBranches];
 
-  static constexpr int64_t kBytes = 320;  // with padding, to whole lines
+  static constexpr int64_t kBytes = 320;  // padded to whole cache lines
 
+  // Headers are compared as bytes, so their gaps must be zero too.
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(
@@ -44,7 +45,7 @@ struct PrepackHeader {
     }
   }
 
-  // Are the convolutions the same, however packed?
+  // Whether the convolutions are the same. Their packing may differ.
   bool same_convolutions(const PrepackHeader& other) const {
     PrepackHeader a = *this, b = other;
     for (int s = 0; s < kMaxBranches; ++s) {
@@ -56,9 +57,9 @@ struct PrepackHeader {
     return std::memcmp(source, other.source, sizeof(source)) == 0;
   }
 
-  std::string name() const {
+  std::string describe() const {
     std::ostringstream out;
-    out << epsa::cpu::name(static_cast<Isa>(isa)) << ", "
+    out << name(static_cast<Isa>(isa)) << ", "
         << static_cast<at::ScalarType>(dtype) << ", " << in_channels << " to "
         << branches << " x " << channels << " channels";
     for (int32_t s = 0; s < std::min(branches, kMaxBranches); ++s) {
@@ -70,8 +71,8 @@ struct PrepackHeader {
 };
 static_assert(sizeof(PrepackHeader) <= PrepackHeader::kBytes);
 
-// What stands before packed weights, which must have been made for convolutions
-// as `expected` says.
+// Reads the header of packed weights. Raises where they are not for the convolutions of
+// `expected`.
 inline PrepackHeader read_prepacked(
     const char* op, const Tensor& packed, const PrepackHeader& expected) {
   TORCH_CHECK_VALUE(
@@ -94,7 +95,7 @@ inline PrepackHeader read_prepacked(
       ": packed does not hold what spc_prepack returned");
   TORCH_CHECK_VALUE(
       given.same_convolutions(expected), op, ": packed was made for ",
-      given.name(), ", expected ", expected.name(), "; prepack again");
+      given.describe(), ", expected ", expected.describe(), "; prepack again");
   return given;
 }
 

@@ -13,7 +13,7 @@ namespace epsa::cpu {
 namespace {
 
 std::atomic<bool> threads_lost{false};
-bool had_threads = false;  // of the parent, just before a fork
+bool had_threads = false;  // the parent, just before a fork
 
 bool process_has_threads() {
 #if defined(__linux__)
@@ -26,7 +26,7 @@ bool process_has_threads() {
     return count > 1;
   }
 #endif
-  return true;  // unknown: be safe
+  return true;  // unknown, and this answer is the safe one
 }
 
 #if defined(__unix__) || defined(__APPLE__)

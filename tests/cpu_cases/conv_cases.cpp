@@ -1,107 +1,12 @@
-// The convolutions' kernels over a table of cases, without torch: for a build with sanitizers.
+// The convolutions' kernels over a table of cases.
 //
-// Every buffer lies on the heap and is exactly as large as the kernels are told, and what they must
-// write is NaN before. Results are compared with a naive loop in double. The instruction set is that
-// of EPSA_CPU_ISA.
-//
-// To add kernels: a function like check_forward, called from run_case for each type.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <string>
-#include <vector>
-
+// To test a new kernel, add a function like check_forward and call it from run_case.
+#include "cases.h"
 #include "cpu/kernels/conv.h"
 
 namespace {
 
-using namespace epsa::cpu;
-
-// ---- memory ----
-
-template <class T>
-using Buffer = std::unique_ptr<T[], void (*)(void*)>;
-
-// `count` items from the beginning of a line of the cache on, and no byte more
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, count * sizeof(T)) != 0) {
-    std::abort();
-  }
-  return {static_cast<T*>(memory), std::free};
-}
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-Buffer<float> floats(int64_t count, float value) {
-  auto result = allocate<float>(count);
-  std::fill_n(result.get(), count, value);
-  return result;
-}
-
-// ---- types: values with few bits, which each type holds exactly ----
-
-struct Float {
-  using Type = float;
-  static constexpr Dtype dtype = Dtype::f32;
-  static constexpr double rounding = 0x1p-24;
-  static float of(float v) { return v; }
-  static float value(float v) { return v; }
-};
-
-struct Bfloat16 {
-  using Type = bf16;
-  static constexpr Dtype dtype = Dtype::bf16;
-  static constexpr double rounding = 0x1p-8;  // up to a half in the last place
-  static bf16 of(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    return {static_cast<uint16_t>(bits >> 16)};
-  }
-  static float value(bf16 v) {
-    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-  }
-};
-
-struct Float16 {
-  using Type = f16;
-  static constexpr Dtype dtype = Dtype::f16;
-  static constexpr double rounding = 0x1p-11;
-  static f16 of(float v) {  // a normal number or zero
-    if (v == 0) {
-      return {0};
-    }
-    int exponent;
-    const double mantissa = std::frexp(std::fabs(v), &exponent);  // in [1/2, 1)
-    const auto fraction = static_cast<uint16_t>((2 * mantissa - 1) * 1024);
-    return {static_cast<uint16_t>(
-        (v < 0) << 15 | (exponent + 14) << 10 | fraction)};
-  }
-  static float value(f16 v) {
-    const int exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
-    if (exponent == 31) {
-      return fraction ? kNan : std::numeric_limits<float>::infinity();
-    }
-    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25)
-                                 : std::ldexp(fraction, -24);
-    return static_cast<float>(v.bits >> 15 ? -size : size);
-  }
-};
-
-// k / 16 for k in -31 .. 31
-float draw(uint64_t& state) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<float>(static_cast<int>((state >> 33) % 63) - 31) / 16;
-}
+using namespace epsa::case_program;
 
 // ---- cases ----
 
@@ -132,7 +37,7 @@ struct Stored {
         row = width;
         channel = height * width;
         break;
-      case Order::rows_apart:  // a part of larger planes
+      case Order::rows_apart:  // part of larger planes
         row = width + 3;
         channel = (height + 1) * row + 1;
         break;
@@ -148,7 +53,7 @@ struct Stored {
     count = 1 + (channels - 1) * channel + (width - 1) * pixel +
         (height - 1) * row;
     data = allocate<T>(count);
-    // what lies between is NaN, in each of the types
+    // All ones are NaN in each of the dtypes.
     std::memset(data.get(), 0xff, count * sizeof(T));
   }
   T& at(int64_t c, int64_t h, int64_t w) const {
@@ -197,7 +102,7 @@ struct StoredWeights {
   ConvWeights view() const {
     return {data.get(), oc * out, out, in, tap, /*turned=*/false};
   }
-  // As the weights of a phase of stride 1.
+  // The weights of a phase of stride 1.
   ConvWeights turned() const {
     return {data.get(), oc * out, in, out, tap, /*turned=*/true};
   }
@@ -205,18 +110,12 @@ struct StoredWeights {
 
 // ---- checks ----
 
-int cases = 0, failed = 0;
-
 void fail(const Case& c, const ConvPlan& plan, const char* what, double error) {
   ++failed;
   std::printf(
-      "FAILED %s, tile %d x %d: %s: %.3g times what is allowed\n", c.name.c_str(),
-      plan.pixels, plan.block, what, error);
-}
-
-double worse(double a, double b) {  // NaN is worst
-  constexpr double infinity = std::numeric_limits<double>::infinity();
-  return std::isnan(b) ? infinity : std::max(a, b);
+      "FAILED %s, %s of %d x %d: %s: %.3g times what is allowed\n",
+      c.name.c_str(), name(plan.method).c_str(), plan.pixels, plan.block, what,
+      error);
 }
 
 template <class T>
@@ -224,6 +123,7 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
   using Type = typename T::Type;
   const Conv& c = k.conv;
   const ConvKernels& kernels = conv_kernels(T::dtype, isa);
+  const ConvMethodKernels method = kernels.method(plan.method);
   const int64_t H = c.out_height, W = c.out_width;
   uint64_t state = 1;
   ++cases;
@@ -251,7 +151,7 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
   size.width += k.more_border;
   const int64_t blocks =
       (c.in_channels + kernels.lanes - 1) / kernels.lanes;
-  const auto image = floats(
+  const auto image = filled<float>(
       size.floats(c.in_channels, c.height, kernels.lanes), kNan);
   const Scratch scratch = size.scratch(image.get(), c.height);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -260,23 +160,23 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
 
   const Stored<Type> out(k.to, c.out_channels, H, W);
   const int64_t strips = plan.strips(H);
-  const auto sums = floats(strips * c.out_channels, kNan);
+  const auto sums = filled<float>(strips * c.out_channels, kNan);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const auto packed = floats(plan.unit_weights, kNan);
-    kernels.pack_weights(
+    const auto packed = filled<float>(plan.unit_weights, kNan);
+    method.pack_weights(
         c, plan, weights.view(), unit, packed.get());
     const Run run = unit_run(c, plan, unit);
     for (int64_t strip = 0; strip < strips; ++strip) {
-      const auto buffer = floats(
+      const auto buffer = filled<float>(
           plan.strip * plan.buffer_width * plan.unit_pitch, kNan);
-      const auto lanes = floats(kernels.lane_floats(c, plan), kNan);
+      const auto lanes = filled<float>(method.lane_floats(c, plan), kNan);
       const int64_t begin = strip * plan.strip;
       const int64_t end = std::min(begin + plan.strip, H);
       const Sums strip_sums{
           buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
           /*add=*/false};
       for (int64_t i = 0; i < c.ic();) {
-        i = kernels.convolve(
+        i = method.convolve(
             c, plan, scratch, packed.get(), unit, i, begin, end, strip_sums,
             lanes.get());
       }
@@ -363,9 +263,9 @@ void check_weight_grad(const Case& k, Isa isa) {
   x_size.include(c, W);
   grad_size.border = k.more_border;
   grad_size.width = W + k.more_border;
-  const auto x_data = floats(x_size.floats(c.in_channels, c.height, L), kNan);
+  const auto x_data = filled<float>(x_size.floats(c.in_channels, c.height, L), kNan);
   const auto grad_data =
-      floats(grad_size.floats(c.out_channels, H, L), kNan);
+      filled<float>(grad_size.floats(c.out_channels, H, L), kNan);
   const Scratch xs = x_size.scratch(x_data.get(), c.height);
   const Scratch gs = grad_size.scratch(grad_data.get(), H);
   kernels.pack_image(
@@ -375,7 +275,7 @@ void check_weight_grad(const Case& k, Isa isa) {
 
   const StoredWeights<Type> result(c, k.weights);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const auto sums = floats(plan.unit_sums, 0.0f);
+    const auto sums = filled<float>(plan.unit_sums, 0.0f);
     kernels.weight_grad(c, plan, xs, gs, unit, sums.get());
     kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.view());
   }
@@ -410,8 +310,8 @@ void check_weight_grad(const Case& k, Isa isa) {
   }
 }
 
-// The gradient of x of a convolution of stride 1: its one phase is a convolution
-// itself, with the weights turned around.
+// The gradient of x for stride 1. Its one phase is a convolution with the weights turned
+// around.
 template <class T>
 void check_input_grad(const Case& k, Isa isa) {
   using Type = typename T::Type;
@@ -426,6 +326,7 @@ void check_input_grad(const Case& k, Isa isa) {
   }
   ++cases;
   const ConvKernels& kernels = conv_kernels(T::dtype, isa);
+  const ConvMethodKernels method = kernels.method(plan.method);
   const int64_t H = c.out_height, W = c.out_width, L = kernels.lanes;
   uint64_t state = 3;
   const Stored<Type> grad(k.from, c.out_channels, H, W);
@@ -439,23 +340,23 @@ void check_input_grad(const Case& k, Isa isa) {
   }
   ScratchSize size;
   size.include(phase, plan.buffer_width);
-  const auto data = floats(size.floats(c.out_channels, H, L), kNan);
+  const auto data = filled<float>(size.floats(c.out_channels, H, L), kNan);
   const Scratch scratch = size.scratch(data.get(), H);
   kernels.pack_image(
       grad.image(), c.out_channels, W, scratch, 0, (c.out_channels + L - 1) / L);
 
   const Stored<Type> result(k.to, c.in_channels, c.height, c.width);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const auto packed = floats(plan.unit_weights, kNan);
-    kernels.pack_weights(phase, plan, weights.turned(), unit, packed.get());
-    const auto buffer = floats(
+    const auto packed = filled<float>(plan.unit_weights, kNan);
+    method.pack_weights(phase, plan, weights.turned(), unit, packed.get());
+    const auto buffer = filled<float>(
         c.height * plan.buffer_width * plan.unit_pitch, 0.0f);
-    const auto lanes = floats(kernels.lane_floats(phase, plan), kNan);
+    const auto lanes = filled<float>(method.lane_floats(phase, plan), kNan);
     const Sums sums{
         buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
         /*add=*/true};
     for (int64_t o = 0; o < phase.ic();) {
-      o = kernels.convolve(
+      o = method.convolve(
           phase, plan, scratch, packed.get(), unit, o, 0, c.height, sums,
           lanes.get());
     }
@@ -509,7 +410,7 @@ void run_case(const Case& k, const ConvPlan& plan, Isa isa) {
 
 // ---- the table ----
 
-// Groups, and the input and output channels of each: lanes that are full, shared and lacking.
+// Groups, and the input and output channels of each. Lanes are full, shared or idle.
 constexpr int64_t kChannels[][3] = {
     {1, 3, 5},   {1, 16, 17}, {1, 19, 33}, {2, 8, 12}, {1, 20, 36}, {3, 5, 7},
     {3, 32, 3},  {4, 4, 4},   {2, 16, 16}, {5, 2, 6},  {6, 1, 1},   {9, 8, 2},
@@ -539,7 +440,7 @@ std::vector<Case> table() {
               std::max(least, choices[turn / 5 % 3]), dilation, height, width);
           k.from = static_cast<Order>(turn % 4);
           k.to = static_cast<Order>(turn / 4 % 4);
-          // the glue gives parts of maps only with all of their pixels
+          // Outputs never leave out rows of a plane.
           k.to = k.to == Order::rows_apart ? Order::planes : k.to;
           k.weights = static_cast<WeightOrder>(turn / 2 % 4);
           k.more_border = turn % 3;
@@ -563,7 +464,7 @@ std::vector<Case> table() {
   return result;
 }
 
-// A case for each tile that there is, whether or not a plan would choose it.
+// A case for each tile, whether or not a plan would choose it.
 void run_tiles(Isa isa) {
   const int lanes = lanes_of(isa);
   for (int block : kBlocks) {
@@ -593,8 +494,8 @@ void run_tiles(Isa isa) {
   }
 }
 
-// Images of the width of a tile, whose padding is left out; with several vectors of
-// channels, and rows that are reduced together. Then the gradient of the weights.
+// Images as wide as a row tile, with several vectors of channels and with rows that are
+// reduced together; and the gradient of their weights.
 void run_whole_rows(Isa isa) {
   const int lanes = lanes_of(isa);
   for (int pixels : {7, 14}) {
@@ -636,9 +537,9 @@ void run_whole_rows(Isa isa) {
   }
 }
 
-// Each tile of winograd's products, with channels of several calls, units that lack
-// some, an odd row and column, and more tiles in a row than are made at a time; then the
-// gradient of x, where the plan is winograd's.
+// Each tile of winograd's products. The cases have channels of several calls, units that
+// lack some, an odd row and column, and more tiles in a row than one piece. The gradients
+// follow, of which x's is winograd's too.
 void run_winograd(Isa isa) {
   const int lanes = lanes_of(isa);
   constexpr int64_t kMaps[][2] = {{5, 7}, {1, 1}, {4, 2 * kWinogradTiles + 5}, {18, 14}};
@@ -703,6 +604,5 @@ int main() {
   run_whole_rows(isa);
   run_winograd(isa);
   std::printf("%s: %d left to the library\n", name(isa).c_str(), library);
-  std::printf("%d cases, %d failed\n", cases, failed);
-  return failed != 0;
+  return summary();
 }

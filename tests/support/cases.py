@@ -78,7 +78,7 @@ CASES = (
     Case("branches_6", 2, 6, 8, 9, 8, 1),
     Case("branches_7", 2, 7, 31, 4, 4, 5),
     Case("branches_8", 2, 8, 16, 4, 5, 2),
-    # The CPU kernels cut these maps into chunks (make_geometry in csrc/cpu/kernels/attention.cpp).
+    # The CPU kernels cut these maps into chunks (make_geometry in csrc/cpu/attention_plan.cpp).
     # A plane is 3 chunks, the last one short. A chunk is one pixel of many channels, or two pixels
     # where a map would have more than 256 chunks.
     Case("large_planes", 1, 2, 3, 183, 181, 1),
