@@ -1,0 +1,44 @@
+// The kernels of one instruction set, in place of the .cpp that compiles them for all.
+// Builds with sanitizers take long, and a program of cases runs one instruction set.
+//
+// The build defines EPSA_CASES_ATTENTION or EPSA_CASES_CONV, and EPSA_VEC_BYTES together
+// with the -march flag of that instruction set.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/conv.h"
+#include "cpu/kernels/multi_isa.h"
+
+#define EPSA_FN inline __attribute__((always_inline))
+
+namespace epsa::cpu {
+namespace one_isa {
+#ifdef EPSA_CASES_ATTENTION
+#include "cpu/kernels/attention.inc"
+#else
+#include "cpu/kernels/conv.inc"
+#endif
+
+auto& checked_table(Dtype dtype, Isa isa) {
+  const auto* found = table(dtype);
+  if (!found || lanes_of(isa) * sizeof(float) != EPSA_VEC_BYTES) {
+    std::abort();
+  }
+  return *found;
+}
+}  // namespace one_isa
+
+#ifdef EPSA_CASES_ATTENTION
+const Kernels& kernels(Dtype dtype, Isa isa) {
+  return one_isa::checked_table(dtype, isa);
+}
+#else
+const ConvKernels& conv_kernels(Dtype dtype, Isa isa) {
+  return one_isa::checked_table(dtype, isa);
+}
+#endif
+
+}  // namespace epsa::cpu
