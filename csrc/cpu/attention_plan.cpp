@@ -1,4 +1,4 @@
-#include "cpu/kernels/attention.h"
+#include "cpu/attention_plan.h"
 
 #include <algorithm>
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "cpu/conv_plan.h"
-#include "cpu/kernels/attention.h"
+#include "types.h"
 
 namespace epsa::cpu {
 
