@@ -94,8 +94,8 @@ $(VENV)/built: $(VENV)/torch $(VENV)/packages-build $(SOURCES)
 
 # ---- CUDA ----
 
-# The CUDA build of torch and its nvidia packages (2.2 GB), in an environment of their own, and a
-# full build against them: compile, link, import, kernels registered. Needs nvcc, not a GPU.
+# Installs torch with CUDA and its nvidia packages (2.2 GB) in an environment of their own. Then it
+# compiles, links and imports the extension against them. It needs nvcc, but no GPU.
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(patsubst %/bin/nvcc,%,$(shell command -v nvcc)))
@@ -120,12 +120,12 @@ $(CUDA_VENV)/installed:
 	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) numpy ninja pybind11 "setuptools>=77,<82"
 	touch $@
 
-# On a machine with an NVIDIA GPU, nvcc and a torch with CUDA, which these use as they are: nothing
-# is installed. They build in place for the GPU that is there.
+# These need a machine with an NVIDIA GPU, nvcc and a torch with CUDA. They install nothing and build
+# in place for the GPU that is there.
 GPU_PYTHON ?= python3
 GPU_BUILD := build/gpu
 
-# what the GPU machine's own torch runs: the tests of the operator, on the GPU
+# the operator's tests on the GPU, with the torch that is there
 gpu-test: $(GPU_BUILD)/built
 	$(GPU_PYTHON) -m pytest -m "gpu and not slow" $(PYTEST_ARGS)
 
@@ -136,7 +136,7 @@ gpu-sanitize: $(GPU_BUILD)/cases
 gpu-bench: $(GPU_BUILD)/built
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
-# every launch plan of EPSANet's stages, timed without torch: is the best one ranked first?
+# times every launch plan of EPSANet's stages, without torch: is the best one ranked first?
 gpu-plans: $(GPU_BUILD)/plans
 	device=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | \
 	  tr '[:upper:] ' '[:lower:]-') && \
@@ -150,10 +150,10 @@ $(GPU_BUILD)/built: $(SOURCES)
 	  { tail -n 50 $(GPU_BUILD)/log; exit 1; }
 	touch $@
 
-$(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/*)
+$(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/* tests/simt/cases/*)
 	mkdir -p $(GPU_BUILD)
-	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -lineinfo -arch=native -o $@ \
-	  tests/simt/case_program.cpp tests/simt/test_plans.cpp csrc/cuda/plan.cpp \
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -Itests/simt -lineinfo -arch=native -o $@ \
+	  $(wildcard tests/simt/cases/*.cpp) tests/simt/test_plans.cpp csrc/cuda/plan.cpp \
 	  csrc/cuda/launch.cu
 
 $(GPU_BUILD)/plans: $(SOURCES) benchmarks/plans.cu

@@ -1,4 +1,4 @@
-"""What the launch plan is asked about without a GPU: devices and EPSANet's shapes."""
+"""Devices and EPSANet's shapes, for questions to the launch plan without a GPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _device(
     return device, bandwidth
 
 
-# Multiprocessors and L2 as the devices report them (the RTX 5090: as its white paper has them; the
-# H200 reports 60 MB of L2, more than the H100's 50), GB/s of memory as NVIDIA's data sheets do.
+# Multiprocessors and L2 are the devices' own reports, for the RTX 5090 its white paper. The H200
+# reports 60 MB of L2, the H100 50. The bandwidths in GB/s come from NVIDIA's data sheets.
 _TABLE = {
     "a100": _device("A100 SXM 80GB", 80, 108, 40, 2039),
     "h100": _device("H100 SXM", 90, 132, 50, 3350),
@@ -40,8 +40,9 @@ _TABLE = {
 DEVICES = {key: device for key, (device, _) in _TABLE.items()}
 BANDWIDTH = {key: bandwidth for key, (_, bandwidth) in _TABLE.items()}
 
-# EPSANet-50 and -101: four branches of planes / 4 channels each at H = W, 224 x 224 images. The
-# *_large variants have twice the planes. Each SE has C // 16 hidden units.
+# (planes, H = W) of the stages of EPSANet-50 and -101 for 224 x 224 images. Each of four branches
+# has planes / 4 channels. The *_large variants have twice the planes. Each SE has C // 16 hidden
+# units.
 BRANCHES = 4
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
 LARGE_STAGES = tuple((2 * planes, size) for planes, size in STAGES)

@@ -1,14 +1,14 @@
 """The attention step on a GPU, most wanted figures first; resumes where it was stopped.
 
-    python benchmarks/gpu.py               what is missing, for at most --minutes
+    python benchmarks/gpu.py               the missing rows, for at most --minutes
     python benchmarks/gpu.py --help
 
-For each case: time on the device of every contender (a CUDA graph over input sets that together
-exceed the L2 cache, replayed), beside a copy of the features' bytes measured the same way; the time
-of one call on the wall; peak memory; kernels and memsets of a call, from the profiler; the error
-against float64. Then, for each stage, the module's four convolutions beside its attention step.
-Each row is appended to <out>/<device>-gpu.csv when it is done; rows that are there for these very
-sources (csrc) are skipped.
+Each case measures every contender: its time on the device, beside a copy of the features' bytes;
+the wall time of one call; the peak memory; the kernels and memsets of a call, from the profiler;
+the error against float64. A time on the device is that of a replayed CUDA graph over input sets
+that together exceed the L2 cache. Each stage then measures the module's four convolutions beside
+its attention step. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds
+for the same sources (csrc) are skipped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FIELDS = [
     *("device_us", "iqr_us", "wall_us", "gb_per_s", "of_copy", "peak_mb", "kernels", "memsets"),
     *("error", "timing", "device", "torch", "cuda", "sources", "commit", "date"),
 ]
-# name -> function and mode of torch.compile
+# The function of each contender, and the mode of torch.compile; None: eager.
 CONTENDERS: dict[str, tuple[Callable, str | None]] = {
     "fused": (epsa_fused.psa_attention, None),
     "rewrite compiled": (rewrite, "default"),
@@ -53,7 +53,7 @@ CONTENDERS: dict[str, tuple[Callable, str | None]] = {
 }
 
 
-# all cases of the first before the second begins: most wanted first
+# All cases of one pass come before the next pass.
 PASSES = (
     ("fused",),
     ("rewrite compiled",),
@@ -162,8 +162,10 @@ def peak_memory(call: Callable) -> int:
 
 
 def sets_beyond_cache(nbytes: int) -> int:
-    """Input sets, so many that one is out of the L2 cache before its turn comes again (at most 64,
-    which for a single image is not that many)."""
+    """The number of input sets: each has left the L2 cache before its turn comes again.
+
+    It is at most 64, which is too few for a single image.
+    """
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(64, max(2, -(-4 * cache // nbytes)))
 
@@ -187,7 +189,7 @@ def measure(
 ) -> tuple[dict, list[torch.Tensor]]:
     kind, mode = CONTENDERS[name]
     function = torch.compile(kind, dynamic=False, mode=mode) if mode else kind
-    # of a name without "compiled": the function is compiled here, once for all sets
+    # The runner gets no name: the function was compiled above, once for all sets.
     runners: list[Runner] = [
         make_runner("", function, case, "cuda", copied(inputs)) for _ in range(sets)
     ]
@@ -210,7 +212,7 @@ def measure(
 
 
 def copy_row(case: Case, sets: int, repeats: int) -> dict:
-    """A copy of the features' bytes, into memory that was written before, like the graphs' own."""
+    """A copy of the features' bytes, into memory that was written before, as in the graphs."""
     pairs = [torch.randn(2, case.nbytes // 4, device="cuda").unbind() for _ in range(sets)]
     times, timing = device_times([lambda p=p: p[1].copy_(p[0]) for p in pairs], repeats)
     seconds = statistics.median(times)
@@ -230,7 +232,7 @@ def largest_error(results: list[torch.Tensor], exact: list[torch.Tensor]) -> flo
 
 
 def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
-    """The module's convolutions beside its attention step, N = 64, as inference runs them."""
+    """The module's convolutions beside its attention step, in inference, N = 64."""
     for layout in LAYOUTS:
         for dtype in ("float32", "tf32", "bfloat16"):
             torch.backends.cudnn.allow_tf32 = dtype == "tf32"
@@ -273,7 +275,7 @@ def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
 
 
 def sources() -> str:
-    """Tells one state of the kernels from another, also where no commit is known."""
+    """A digest of the kernels' sources. It works where no commit is known, too."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parent.parent / "csrc").rglob("*.*")):
         digest.update(path.read_bytes())
@@ -281,7 +283,7 @@ def sources() -> str:
 
 
 class Results:
-    """The CSV: what it holds for this device and these sources, and what is appended."""
+    """The CSV: the rows that it holds for this device and these sources, and new ones."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,12 +1,12 @@
-// Times every launch plan that plan.h offers for EPSANet's stages, so that its
-// ranking can be checked against a device. No torch.
+// Times every launch plan that plan.h offers for EPSANet's stages, to check their
+// ranking on a device. It needs no torch.
 //
 //   make gpu-plans           a table, and benchmarks/results/<device>-plans.csv
 //   build/gpu/plans FILE     the same, to a file of your own
 //
-// A time is the median of replays of a CUDA graph that launches the plan once on
-// each of several sets of maps, together larger than the L2 cache; "of copy" is
-// beside a copy of the same bytes measured in the same way.
+// A time is the median over replays of a CUDA graph. The graph launches the plan once
+// on each of several sets of maps, together larger than the L2 cache. "of copy"
+// compares with a copy of the same bytes, measured in the same way.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -58,8 +58,8 @@ class Memory {
   std::unique_ptr<void, Free> memory_;
 };
 
-// Numbers in [-1, 1), of which bf16 are the upper halves. Zeros would need less
-// power than real maps do, and run faster.
+// Floats in [-1, 1); bf16 maps read the same bytes. Zeros would need less power than
+// real maps and run faster.
 Memory random_memory(size_t bytes) {
   static const std::vector<float> numbers = [] {
     std::mt19937 generator(0);
@@ -106,7 +106,7 @@ Times time_calls(
   check(cudaEventCreate(&end));
   std::vector<double> times;
   for (int k = 0; k < kRepeats; ++k) {
-    check(cudaGraphLaunch(run, stream));  // busy while the host goes on
+    check(cudaGraphLaunch(run, stream));  // keeps the device busy meanwhile
     check(cudaEventRecord(begin, stream));
     check(cudaGraphLaunch(run, stream));
     check(cudaEventRecord(end, stream));
@@ -141,7 +141,7 @@ Maps maps_of(const Problem& p, void* data) {
   return maps;
 }
 
-// What one launch reads and writes.
+// The memory that one launch reads and writes.
 struct Set {
   Memory x, y, to, pooled, attention, fc1, fc2, grad_fc1, grad_fc2, workspace;
 

@@ -1,14 +1,15 @@
-"""What the attention step must cost on a GPU, on paper: no GPU is needed.
+"""The least cost of the attention step on a GPU, on paper: no GPU is needed.
 
     python benchmarks/roofline.py                         H100, every stage of EPSANet
     python benchmarks/roofline.py --device b200 --batch 64 --dtype bfloat16
     python benchmarks/roofline.py --help
 
-For each case: the bytes that device memory must move (forward: maps in, maps out; backward:
-gradients and maps in, gradients out), the time that they take at the given bandwidth, and the
-launch plan's first choice: a device that is shared or partitioned may take a later one ("held": of
-how many maps a block has a part in shared memory). The floor leaves out the launch itself and
-everything that does not overlap, so what is measured lies above.
+Each case has three figures. First, the bytes that device memory must move: the forward reads maps
+and writes maps; the backward reads gradients and maps and writes gradients. Second, the time that
+these bytes take at the given bandwidth. Third, the launch plan's first choice; a shared or
+partitioned device may take a later one. "held" counts the maps of which a block has a part in
+shared memory. The floor leaves out the launch and everything that does not overlap, so a
+measured time lies above it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from epsa_fused import _C
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LAYOUTS = ("contiguous", "channels_last")
-# how often the bytes of all features move, at the least
+# The least number of times that the bytes of all features move.
 TRAFFIC = {"forward": 2, "backward": 3}
 
-# as plan.cpp counts: 64 registers a thread, of 65536; 1 KiB of a block's shared memory is the
-# system's
+# As plan.cpp counts: a thread has 64 of 65536 registers. The system takes 1 KiB of shared memory
+# for each block.
 THREADS_BY_REGISTERS = 1024
 SYSTEM_SHARED = 1024
 
@@ -87,7 +88,7 @@ def row(
         "blocks_per_sm": resident,
         "occupancy": round(resident * plan["threads"] / device.threads_per_multiprocessor, 3),
         "waves": ceil(plan["blocks"] / (resident * device.multiprocessors)),
-        # streaming reads the maps, or their gradients, a second time
+        # streaming reads the maps or their gradients a second time
         "l2_bytes": features if plan["variant"] == "streaming" else 0,
         "kernels": 1,
         "memsets": int(plan["workspace"]["cleared"] > 0),

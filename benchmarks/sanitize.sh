@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# compute-sanitizer over the kernels' case program, one tool after another; the summary goes to
-# benchmarks/results/<device>-sanitizer.txt. A tool that the system refuses to run is reported as such.
+# Runs the kernels' case program under each tool of compute-sanitizer. The summary goes to
+# benchmarks/results/<device>-sanitizer.txt. It also names tools that the system refuses to run.
 set -uo pipefail
 program=${1:?usage: sanitize.sh PROGRAM}
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)

@@ -1,10 +1,10 @@
-// The operators on CUDA devices: allocation, layouts and the current stream
-// around the launches. No synchronisation, and no memory but PyTorch's, so that
-// CUDA graphs can capture a call.
+// The operators on CUDA devices: allocation, layouts and the current stream around
+// the launches. A call never synchronises and uses PyTorch's memory only, so that
+// CUDA graphs can capture it.
 #include "ops/maps.h"
 #include "cuda/launch.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -18,7 +18,7 @@ using namespace glue;
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// Can every access to these maps be one of 16 bytes, where a sample's are?
+// Can every access to these maps have 16 bytes, if may_align() holds?
 bool aligned(const Maps& maps, const Problem& p) {
   const int64_t size = element_size(p.dtype);
   const bool strided = p.layout == Layout::channels_last && p.pixels > 1;
@@ -55,7 +55,7 @@ Problem problem_of(
   return problem;
 }
 
-// SE weights as the kernels read them: dense, in their own dtype.
+// The SE weights as the kernels read them: dense, in their own dtype.
 struct DenseWeights {
   Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
 

@@ -1,5 +1,5 @@
-// What all the kernels' parts stand on: elements and packs of them, the SE
-// weights, a block's shared memory.
+// The base of all kernels: elements and packs of them, the SE weights, a block's
+// shared memory.
 #pragma once
 
 #include <type_traits>
@@ -81,7 +81,7 @@ EPSA_DEVICE const A* row_of(const void* p, int n, int64_t size) {
   return static_cast<const A*>(p) + n * size;
 }
 
-// An SE weight, which has the accumulation type or the features' 16-bit type.
+// An SE weight. Its type is the accumulation type or the features' 16-bit type.
 template <class T>
 EPSA_DEVICE Acc<T> weight(const Params& p, const void* w, int i) {
   if constexpr (sizeof(T) == 2) {
@@ -103,7 +103,7 @@ EPSA_DEVICE void store_weight(const Params& p, void* w, int i, Acc<T> x) {
   static_cast<Acc<T>*>(w)[i] = x;
 }
 
-// ---- a block's shared memory, cut into pieces of whole 16 bytes ----
+// ---- a block's shared memory, cut into pieces of multiples of 16 bytes ----
 
 struct Shared {
   unsigned char* next = simt::shared_memory();
@@ -122,8 +122,8 @@ struct alignas(16) Message {
   bool last;
 };
 
-// For all threads: is this block the last of `expected` to arrive? Then it sees
-// what the others wrote before they did.
+// Is this block the last of `expected` blocks to arrive? Then it sees all that the
+// others wrote before they arrived. All threads call it.
 EPSA_DEVICE bool last_to_arrive(
     unsigned* counter, int expected, Message* message) {
   barrier();

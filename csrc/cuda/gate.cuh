@@ -1,6 +1,6 @@
-// The SE MLP and the softmax across branches, and their gradients, of one sample
-// by one block. Vectors lie in shared or in global memory; each function ends in
-// a barrier.
+// The SE MLP and the softmax across branches, and their gradients. One block
+// computes one sample. Vectors lie in shared or in global memory. Each function
+// that writes one ends in a barrier.
 #pragma once
 
 #include "cuda/sums.cuh"
@@ -73,8 +73,8 @@ EPSA_DEVICE void gate(
   barrier();
 }
 
-// da [S, C] (of this sample, through the output alone) -> hidden [S, r],
-// grad_v [S, C], grad_u [S, r], grad_pooled [S, C] / M
+// da [S, C] -> hidden [S, r], grad_v [S, C], grad_u [S, r], grad_pooled [S, C] / M.
+// On entry da is this sample's gradient through the output alone.
 template <class T>
 EPSA_DEVICE void gate_grad(
     const Params& p, const Acc<T>* grad_attention, const Acc<T>* pooled,

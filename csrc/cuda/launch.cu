@@ -17,7 +17,7 @@ namespace {
 
 void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next call would report it again
+    cudaGetLastError();  // clears the error, or the next call reports it again
     throw std::runtime_error(
         "epsa_fused: " + what + ": " + cudaGetErrorString(error));
   }
@@ -82,7 +82,7 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
       what);
   blocks *= device.multiprocessors;
   if (plan.variant == Variant::streaming) {
-    // More blocks than fit would only start late and find no ticket.
+    // A block beyond those that fit starts late and finds no ticket.
     plan.blocks = std::min(plan.blocks, blocks);
   }
   return blocks;
@@ -149,14 +149,14 @@ Plan choose_plan(const Problem& p, int device) {
   if (const auto found = chosen.find(key); found != chosen.end()) {
     return found->second;
   }
-  // asked once: it takes the runtime long, and does not change
+  // The runtime takes long to answer, and the answer never changes.
   static std::map<int, Device> devices;
   const auto known = devices.find(device);
   const Device& properties = known != devices.end()
       ? known->second
       : devices.emplace(device, device_properties(device)).first->second;
   const Plan plan = first_admitted(p, device, properties);
-  constexpr size_t kMost = 4096;  // for a program with ever new shapes
+  constexpr size_t kMost = 4096;  // bounds the memory of a program with ever new shapes
   if (chosen.size() >= kMost) {
     chosen.clear();
   }

@@ -1,5 +1,5 @@
-// From a problem to a running kernel, with raw addresses and a stream: the CUDA
-// part that needs no torch header.
+// From a problem to a running kernel, by raw addresses and a stream. It needs no torch
+// header.
 #pragma once
 
 #include <string>
@@ -12,24 +12,24 @@ namespace epsa::cuda {
 // Throws std::runtime_error where CUDA does.
 Device device_properties(int device);
 
-// The first of plans() that the current device, whose number is given, can hold
-// (its occupancy decides: partitions and shared devices have less to give). What
-// was chosen is remembered. Throws std::runtime_error for a device older than
-// sm_80 or one that this library holds no kernels for.
+// The first of plans() that fits on the current device, whose number is `device`.
+// Its occupancy decides: partitioned and shared devices have less room. The choice
+// is remembered. Throws std::runtime_error for a device older than sm_80, or one
+// that this library has no kernels for.
 Plan choose_plan(const Problem& problem, int device);
 
-// How many blocks of a plan the device, which is the current one, can hold at
-// once; 0: none. Else the kernel is ready for the plan, and a streaming plan has
-// no more blocks than fit.
+// Prepares the kernel for the plan. Returns how many blocks the current device
+// holds at once; 0: the plan does not fit. A streaming plan is cut down to that
+// number of blocks.
 int admit(const Problem& problem, Plan& plan, const Device& device);
 
 // One line, for error messages.
 std::string describe(const Plan& plan);
 
 // Clears the counters in `memory` (workspace(problem, plan).bytes, aligned to 16)
-// and launches the kernel on the stream (a cudaStream_t). The tensors in
-// `params` are set, the rest is filled in. Throws std::runtime_error, with the
-// plan, if the launch fails.
+// and launches the kernel on the stream (a cudaStream_t). The caller sets the
+// tensors in `params`; the rest is filled in here. If the launch fails, it throws
+// std::runtime_error with the plan.
 void launch(
     const Problem& problem, const Plan& plan, Params& params, void* memory,
     void* stream);

@@ -1,4 +1,4 @@
-// What a kernel is given: addresses, strides and sizes. Plain data.
+// A kernel's parameters: addresses, strides and sizes. Plain data.
 #pragma once
 
 #include "cuda/plan.h"
@@ -59,7 +59,7 @@ struct Params {
   void* group_sums;
 };
 
-// Fills in what the plan decides: sizes, and pieces of the workspace.
+// Fills in the sizes and the pieces of the workspace.
 void set_plan(
     Params& params, const Problem& problem, const Plan& plan, void* workspace);
 

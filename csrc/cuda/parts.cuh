@@ -1,5 +1,5 @@
-// How a sample is cut into parts, and both passes over a piece of one: the sums
-// of its channels, and out = F * a or dF = G * a + dp / M.
+// How a sample is cut into parts, and both passes over a part: the sums of its
+// channels, then out = F * a or dF = G * a + dp / M.
 #pragma once
 
 #include "cuda/sums.cuh"
@@ -13,7 +13,7 @@ EPSA_DEVICE int part_begin(const Split& split, int part) {
   return part * (split.units / split.parts) + (part < more ? part : more);
 }
 
-// channels_last, where a unit is a pixel.
+// A part in channels_last, whose units are pixels.
 struct PixelRange {
   int first, pixels;
 };
@@ -30,16 +30,16 @@ EPSA_DEVICE int part_of(const Split& split, int unit) {
                                    : (unit - more) / least;
 }
 
-// A dense piece of one contiguous branch: `rows` rows of `pixels` pixels, the
-// first of them in channel c from pixel m on. More than one row only where rows
-// are whole planes.
+// A dense piece of one contiguous branch: `rows` rows of `pixels` pixels. The first
+// row begins at pixel m of channel c. There are several rows only where rows are
+// whole planes.
 struct Segment {
   int s;
   int c, m;
   int rows, pixels;
 };
 
-// kChunks: may planes be cut?
+// Visits the segments of a part. kChunks: may planes be cut?
 template <bool kChunks, class Visit>
 EPSA_DEVICE void for_segments(
     const Params& p, int part, const Visit& visit) {
@@ -65,7 +65,7 @@ EPSA_DEVICE void for_segments(
   }
 }
 
-// Sample n of a map, from an element on; null where there is no map.
+// Sample n of a map, from the element `offset` on; null where there is no map.
 template <class T>
 EPSA_DEVICE T* map_of(const Maps& maps, int s, int n, int64_t offset) {
   T* data = static_cast<T*>(maps.data[s]);
@@ -78,9 +78,9 @@ EPSA_DEVICE T* segment_of(
   return map_of<T>(maps, g.s, n, int64_t{g.c} * p.pixels + g.m);
 }
 
-// The channels_last deal: each branch has its share of the threads, a thread
-// keeps to one column of V channels and walks down the pixels. Neighbours read
-// neighbouring addresses.
+// How threads are dealt out in channels_last. Each branch has an equal share of the
+// threads. A thread keeps to one column of V channels and walks down the pixels.
+// Neighbouring threads read neighbouring addresses.
 template <int V>
 struct Columns {
   int s, column, row;  // of this thread
@@ -105,8 +105,8 @@ struct Columns {
   }
 };
 
-// This thread's way down its column: its first element, null where there is no
-// map, and how far it is to its next pixel.
+// This thread's way down its column: its first element and the distance to its next
+// pixel. The element is null where there is no map.
 template <class T, class Step>
 struct Pixels {
   T* at;
@@ -124,7 +124,7 @@ EPSA_DEVICE Pixels<T, int64_t> pixels_of(
       deal.rows * stride};
 }
 
-// Of a dense piece [S, pixels, C].
+// The same in a dense piece [S, pixels, C].
 template <class T, int V>
 EPSA_DEVICE Pixels<T, int> pixels_of(
     T* piece, const Columns<V>& deal, int pixels, int channels) {
@@ -135,8 +135,29 @@ EPSA_DEVICE Pixels<T, int> pixels_of(
 
 // ---- the first pass ----
 
-// Sums over `pixels` pixels of each branch's channels: sums[s * C + c].
-// `meet` holds V values for each thread.
+// Sums a thread's turns down one column: x, or x * y.
+template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
+EPSA_DEVICE void sum_column(
+    Pixels<const T, XStep> x, Pixels<const T, YStep> y, int turns,
+    Acc<T> (&sum)[V]) {
+  // Batches as in sum_turns would spill here. So the last turns, fewer than a
+  // batch, wait for each other.
+#pragma unroll (kSumTurns<V, kDot, kHeld>)
+  for (int turn = 0; turn < turns; ++turn) {
+    const Pack<T, V> pack_x = load<V>(x.at);
+    x.at += x.step;
+    if constexpr (kDot) {
+      const Pack<T, V> pack_y = load<V>(y.at);
+      y.at += y.step;
+      add_terms<true>(pack_x, pack_y, sum);
+    } else {
+      add_terms<false>(pack_x, pack_x, sum);
+    }
+  }
+}
+
+// Sums `pixels` pixels of each branch's channels: sums[s * C + c]. `meet` holds V
+// values for each thread.
 template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
 EPSA_DEVICE void sum_pixels(
     const Params& p, const Columns<V>& deal, Pixels<const T, XStep> x,
@@ -147,22 +168,7 @@ EPSA_DEVICE void sum_pixels(
   for (int first = 0; first < deal.vectors; first += deal.columns) {
     A sum[V] = {};
     if (first + deal.column < deal.vectors) {
-      const T* px = x.at;
-      const T* py = y.at;
-      // Batches as in sum_rows would spill here: the last turns, fewer than one
-      // makes, wait for each other.
-#pragma unroll (kSumTurns<V, kDot, kHeld>)
-      for (int turn = 0; turn < turns; ++turn) {
-        const Pack<T, V> pack_x = load<V>(px);
-        px += x.step;
-        if constexpr (kDot) {
-          const Pack<T, V> pack_y = load<V>(py);
-          py += y.step;
-          add_terms<true>(pack_x, pack_y, sum);
-        } else {
-          add_terms<false>(pack_x, pack_x, sum);
-        }
-      }
+      sum_column<kDot, kHeld>(x, y, turns, sum);
       x.at += width;
       y.at += width;
     }
@@ -186,7 +192,7 @@ EPSA_DEVICE void sum_pixels(
   }
 }
 
-// Sums over the rows of a segment, of x or of x * y.
+// Sums x, or x * y, over the rows of a segment.
 template <class T, int V, bool kDot, bool kHeld>
 EPSA_DEVICE void sum_segment(
     const Params& p, const T* x, const T* y, const Segment& g, Acc<T>* sums,
@@ -207,7 +213,7 @@ EPSA_DEVICE void sum_segment(
 
 // ---- the second pass: out = F * a, dF = G * a + dp / M ----
 
-// Turns whose loads come before the first store.
+// The turns of a batch: all their loads come before the first store.
 template <int V, bool kAdd>
 constexpr int kScaleTurns = kAdd && V == 8 ? 1 : 2;
 
@@ -216,19 +222,37 @@ EPSA_DEVICE A scaled(A x, A mul, A add) {
   return kAdd ? reweight_grad(x, mul, add) : reweight(x, mul);
 }
 
-// Rows of `pixels` elements; row i has the factor mul[i]. x null: zeros. With
-// kWhole no pack holds parts of two rows.
+// Scales the pack that begins at element i of rows of `length` elements.
+template <bool kAdd, bool kWhole, class T, int V>
+EPSA_DEVICE void scale_pack(
+    Pack<T, V>& pack, unsigned i, unsigned length, const Acc<T>* mul,
+    const Acc<T>* add) {
+  using A = Acc<T>;
+  unsigned row = i / length, m = i % length;
+  A a = mul[row], d = kAdd ? add[row] : A(0);
+  for (int v = 0; v < V; ++v) {
+    from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), a, d), pack.lane[v]);
+    if (!kWhole && v + 1 < V && ++m == length) {
+      m = 0;
+      ++row;
+      a = mul[row];
+      d = kAdd ? add[row] : A(0);
+    }
+  }
+}
+
+// Scales rows of `pixels` elements; row i has the factor mul[i]. A null x means
+// zeros. With kWhole, each pack lies in one row.
 template <class T, int V, bool kAdd, bool kWhole>
 EPSA_DEVICE void scale_rows(
     const T* x, T* to, int rows, int pixels, const Acc<T>* mul,
     const Acc<T>* add) {
-  using A = Acc<T>;
   constexpr int kTurns = kScaleTurns<V, kAdd>;
   const unsigned length = pixels;
   const int step = block_threads() * V;
   const int turns = turns_of(thread_id() * V, rows * pixels, step);
-  // The loads of all turns of a batch come first: the compiler moves none across
-  // a store, which might be to the same address.
+  // All loads of a batch come first. The compiler moves no load across a store,
+  // which might be to the same address.
 #pragma unroll 1
   for (int turn = 0; turn < turns; turn += kTurns) {
     Pack<T, V> packs[kTurns] = {};
@@ -241,19 +265,8 @@ EPSA_DEVICE void scale_rows(
     for (int k = 0; k < kTurns; ++k) {
       if (turn + k < turns) {
         const unsigned i = start + k * step;
-        unsigned row = i / length, m = i % length;
-        A a = mul[row], d = kAdd ? add[row] : A(0);
-        Pack<T, V>& pack = packs[k];
-        for (int v = 0; v < V; ++v) {
-          from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), a, d), pack.lane[v]);
-          if (!kWhole && v + 1 < V && ++m == length) {
-            m = 0;
-            ++row;
-            a = mul[row];
-            d = kAdd ? add[row] : A(0);
-          }
-        }
-        store<V>(to + i, pack);
+        scale_pack<kAdd, kWhole>(packs[k], i, length, mul, add);
+        store<V>(to + i, packs[k]);
       }
     }
   }
@@ -270,13 +283,41 @@ EPSA_DEVICE void scale_segment(
   }
 }
 
+// Scales a thread's turns down one column, whose channels have the factors `mul`.
+template <bool kAdd, class T, int V, class Step>
+EPSA_DEVICE void scale_column(
+    Pixels<const T, Step> x, Pixels<T, int64_t> to, int turns,
+    const Acc<T> (&mul)[V], const Acc<T> (&add)[V]) {
+  constexpr int kTurns = kScaleTurns<V, kAdd>;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; turn += kTurns) {
+    Pack<T, V> packs[kTurns] = {};
+    for (int k = 0; x.at && k < kTurns; ++k) {
+      if (turn + k < turns) {
+        packs[k] = load<V>(x.at);
+        x.at += x.step;
+      }
+    }
+    for (int k = 0; k < kTurns; ++k) {
+      if (turn + k < turns) {
+        Pack<T, V>& pack = packs[k];
+        for (int v = 0; v < V; ++v) {
+          from_acc<T>(
+              scaled<kAdd>(to_acc(pack.lane[v]), mul[v], add[v]), pack.lane[v]);
+        }
+        store<V>(to.at, pack);
+        to.at += to.step;
+      }
+    }
+  }
+}
+
 template <bool kAdd, class T, int V, class Step>
 EPSA_DEVICE void scale_pixels(
     const Params& p, const Columns<V>& deal, Pixels<const T, Step> x,
     Pixels<T, int64_t> to, int pixels, const Acc<T>* mul,
     const Acc<T>* add) {
   using A = Acc<T>;
-  constexpr int kTurns = kScaleTurns<V, kAdd>;
   if (!deal.active || !to.at) {
     return;
   }
@@ -287,29 +328,7 @@ EPSA_DEVICE void scale_pixels(
       a[v] = mul[deal.s * p.channels + at + v];
       d[v] = kAdd ? add[deal.s * p.channels + at + v] : A(0);
     }
-    const T* px = x.at;
-    T* pto = to.at;
-#pragma unroll 1
-    for (int turn = 0; turn < turns; turn += kTurns) {
-      Pack<T, V> packs[kTurns] = {};
-      for (int k = 0; px && k < kTurns; ++k) {
-        if (turn + k < turns) {
-          packs[k] = load<V>(px);
-          px += x.step;
-        }
-      }
-      for (int k = 0; k < kTurns; ++k) {
-        if (turn + k < turns) {
-          Pack<T, V>& pack = packs[k];
-          for (int v = 0; v < V; ++v) {
-            from_acc<T>(
-                scaled<kAdd>(to_acc(pack.lane[v]), a[v], d[v]), pack.lane[v]);
-          }
-          store<V>(pto, pack);
-          pto += to.step;
-        }
-      }
-    }
+    scale_column<kAdd>(x, to, turns, a, d);
     x.at += x.at ? deal.columns * V : 0;
     to.at += deal.columns * V;
   }

@@ -16,13 +16,13 @@ namespace {
 constexpr int kThreads = 256;
 // A block that holds a piece of this size has kMaxThreads threads to move it.
 constexpr int64_t kLargePiece = 56 * 1024;
-// What a streaming block reads for one ticket: some microseconds of one
-// multiprocessor's share of the memory's speed, and small beside the L2 cache.
+// The bytes that a streaming block reads for one ticket. A multiprocessor reads them
+// in some microseconds, and they are few beside the L2 cache.
 constexpr int64_t kPartBytes = 32 * 1024;
-// Shared memory that the system takes of each block.
+// The shared memory that the system takes from each block.
 constexpr int64_t kSystemShared = 1024;
-// Blocks on a multiprocessor that keep its share of the memory busy: some read
-// while others wait for their cluster or write.
+// The blocks that keep a multiprocessor's share of the memory busy: some read while
+// others write or wait for their cluster.
 constexpr int kOverlap = 3;
 // The maximum of CUDA's grids.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
@@ -33,7 +33,7 @@ int64_t round_up(int64_t x, int64_t multiple) {
 int64_t ceil_div(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
-// What size_error and the bounds of parts have kept small.
+// For sizes that size_error and the bounds of parts keep small.
 int narrow(int64_t x) {
   return static_cast<int>(x);
 }
@@ -42,7 +42,7 @@ int64_t sample_elements(const Problem& p) {
   return int64_t{p.vector()} * p.pixels;
 }
 
-// Planes that begin and end at whole vectors, together.
+// The least number of planes that together fill whole vectors.
 int planes_of_vector(const Problem& p, int vector) {
   return vector / std::gcd(p.pixels, vector);
 }
@@ -53,7 +53,7 @@ int units_of(const Problem& p, int planes) {
 
 int largest_cluster(const Device& device) {
   const int cc = device.compute_capability;
-  // 16 blocks are beyond the portable size; the data-centre parts have them
+  // The portable size is 8; the data-centre parts allow 16.
   return cc < 90 ? 1 : cc < 120 ? 16 : 8;
 }
 
@@ -69,8 +69,8 @@ int blocks_on_multiprocessor(
        device.blocks_per_multiprocessor}));
 }
 
-// Samples whose weight gradients one block sums: about as many as there are
-// groups for the last block.
+// The samples whose weight gradients one block sums. There are about as many groups
+// for the last block to sum.
 int group_of(const Problem& p) {
   const int root = narrow(std::ceil(std::sqrt(p.samples)));
   return std::min(p.samples, std::max(8, root));
@@ -83,7 +83,7 @@ int64_t piece_elements(const Problem& p, const Split& split) {
                                          : int64_t{split.planes} * p.pixels);
 }
 
-// Partial sums of one sample.
+// The number of partial sums of one sample.
 int64_t partials_of(const Problem& p, const Split& split) {
   const bool pixels = p.layout == Layout::channels_last;
   return int64_t{p.vector()} * (pixels ? split.parts : split.chunks);
@@ -104,8 +104,8 @@ Plan streaming_plan(const Problem& p, const Device& device) {
   split.chunk = p.pixels;
   const bool planes = p.layout == Layout::contiguous;
   if (planes && p.pixels * bytes > 2 * kPartBytes) {
-    // Rows of such planes that begin between vectors are not worth having:
-    // elements one by one can be cut anywhere.
+    // Rows that begin between vectors do not pay here. Single elements can be cut
+    // anywhere.
     if (p.pixels % plan.vector) {
       plan.vector = 1;
     }
@@ -119,7 +119,8 @@ Plan streaming_plan(const Problem& p, const Device& device) {
       split.planes = planes_of_vector(p, plan.vector);
     }
     split.units = units_of(p, split.planes);
-    // channels_last: a part has S*C partial sums, which must stay few beside it
+    // In channels_last a part has S*C partial sums. They must be few beside its
+    // elements.
     const int64_t least = planes ? 0 : 16 * p.vector() * bytes;
     split.parts = narrow(std::min<int64_t>(
         ceil_div(sample_elements(p) * bytes, std::max(kPartBytes, least)),
@@ -130,8 +131,8 @@ Plan streaming_plan(const Problem& p, const Device& device) {
       std::max(1, blocks_on_multiprocessor(p, plan, device));
   plan.blocks =
       narrow(std::min(resident, int64_t{p.samples} * 2 * split.parts));
-  // A sample's reweight tickets come up when its pool tickets have been worked
-  // off, while its maps are still in the L2 cache.
+  // A sample's reweight tickets come when its pool tickets are done and its maps are
+  // still in the L2 cache.
   const int64_t wanted = ceil_div(plan.blocks, 2 * split.parts) + 1;
   const int64_t cached =
       std::max<int64_t>(1, device.l2 / 4 / (sample_elements(p) * bytes));
@@ -200,7 +201,7 @@ std::string size_error(
           "the number of SE weights r*C",
           product({shared ? 1 : branches, hidden, channels})),
       error("the number of hidden units S*r", product({branches, hidden})),
-      // parts of 32 KiB, of doubles
+      // a part of 32 KiB holds 4096 doubles
       error(
           "N*S*C*H*W / 4096",
           product({samples, branches, channels, pixels}) / 4096)};
@@ -222,7 +223,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
   struct Candidate {
     Plan plan;
     int busy;  // multiprocessors with work
-    int overlap;  // blocks on one, as far as more of them help
+    int overlap;  // blocks on one multiprocessor; more than kOverlap count as that
     bool short_loads;
   };
   std::vector<Candidate> resident;
@@ -241,11 +242,11 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
       }
       const int blocks = blocks_on_multiprocessor(p, plan, device);
       if (blocks >= 1) {
-        // What is not held is summed as it comes from device memory, where rows
-        // that begin between vectors are read by short loads.
+        // Maps that are not held are summed as they come from device memory. Rows
+        // that begin between vectors need short loads there.
         const bool whole = p.layout == Layout::channels_last ||
             p.pixels % plan.vector == 0;
-        // Where all blocks have room at once, smaller ones would not overlap more.
+        // If all blocks fit at once, smaller blocks would not overlap more.
         const bool one_wave =
             plan.blocks <= int64_t{blocks} * device.multiprocessors;
         resident.push_back(
@@ -255,7 +256,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
       }
     }
   }
-  // Of equals the first, which holds more, has more loads under way.
+  // Among equals the first holds more maps and has more loads under way.
   std::stable_sort(
       resident.begin(), resident.end(),
       [](const Candidate& a, const Candidate& b) {
@@ -263,11 +264,11 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
                    -a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
             std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
       });
-  // One block alone on its multiprocessor leaves the memory idle while it waits
-  // for its cluster. With several waves of such blocks streaming is faster.
+  // A block alone on its multiprocessor leaves the memory idle while it waits for
+  // its cluster. Several waves of such blocks are slower than streaming.
   std::vector<Plan> result;
   for (const Candidate& c : resident) {
-    // Short loads need all the threads that a multiprocessor can have.
+    // Short loads need all threads that a multiprocessor can have.
     const bool enough = !c.short_loads ||
         blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
             threads_by_registers(p.dtype);

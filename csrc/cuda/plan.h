@@ -1,9 +1,10 @@
-// How the attention step is laid out on a GPU: which kernel, how many blocks and
-// threads, how much shared memory, how a sample is cut. A pure function of the
-// problem's shape and the device's properties; no torch and no CUDA header.
+// The launch plan of the attention step on a GPU: which kernel, how many blocks and
+// threads, how much shared memory, how a sample is cut. A plan is a pure function of
+// the problem's shape and the device's properties. It needs no torch or CUDA header.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -13,19 +14,27 @@ namespace epsa::cuda {
 
 enum class Pass { forward, backward };
 
-// resident: a cluster of blocks holds a sample in shared memory, so that device
-// memory is read once. streaming: blocks take tickets; the second read of a
-// sample comes from the L2 cache.
+// resident: a cluster of blocks holds a sample in shared memory and reads device
+// memory once. streaming: blocks take tickets and read a sample a second time from
+// the L2 cache.
 enum class Variant { resident, streaming };
 
 const char* name_of(Variant variant);
 std::string kernel_name(Pass pass, Variant variant);  // such as forward_resident
 
-
 // Elements of one access of 16 bytes. double, which serves gradient checks, is
 // never packed.
 constexpr int full_vector(Dtype dtype) {
-  return dtype == Dtype::f64 ? 1 : dtype == Dtype::f32 ? 4 : 8;
+  switch (dtype) {
+    case Dtype::f64:
+      return 1;
+    case Dtype::f32:
+      return 4;
+    case Dtype::bf16:
+    case Dtype::f16:
+      return 8;
+  }
+  throw std::invalid_argument("unknown dtype");
 }
 
 // The kernels' launch bounds: the most threads of a block, and the threads of a
@@ -36,8 +45,8 @@ constexpr int threads_by_registers(Dtype dtype) {
   return dtype == Dtype::f64 ? 512 : 1024;
 }
 
-// What a plan depends on. Sizes are 32-bit numbers, offsets into tensors are
-// 64-bit: see size_error.
+// All that a plan depends on. Sizes are 32-bit numbers (see size_error), offsets into
+// tensors are 64-bit.
 struct Problem {
   Pass pass;
   int samples;  // N >= 1
@@ -58,14 +67,14 @@ struct Problem {
   int vector() const { return branches * channels; }  // of one sample
 };
 
-// Why the kernels can't take a problem of these sizes, all far beyond any
-// network's; empty where they can.
+// Why the kernels can't take a problem of these sizes; empty where they can. The
+// limits are far beyond any network.
 std::string size_error(
     int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
     int64_t hidden, bool shared);
 
-// Do the slots of one [N, S*C, H, W] tensor keep an alignment of 16 bytes? What
-// else it takes are the maps' addresses and strides.
+// Do the slots of one [N, S*C, H, W] tensor keep an alignment of 16 bytes? The maps'
+// addresses and strides must keep it too.
 bool may_align(Dtype dtype, Layout layout, int channels, int pixels);
 
 struct Device {
@@ -79,11 +88,10 @@ struct Device {
   int64_t l2;  // bytes
 };
 
-// How one sample is cut into parts, by the problem's shape and the number of
-// parts alone. The first units % parts parts hold one unit more than the others.
-// contiguous: a unit is `planes` whole planes (s, c), or, where chunks > 1, one
-// chunk of a plane (then parts = units). channels_last: a unit is one pixel of
-// all branches.
+// How one sample is cut into parts. The first units % parts parts hold one unit more
+// than the others. In the contiguous layout a unit is `planes` whole planes (s, c).
+// If chunks > 1, a unit is one chunk of a plane, and parts = units. In channels_last
+// a unit is one pixel of all branches.
 struct Split {
   int parts;
   int units;
@@ -95,8 +103,8 @@ struct Split {
 struct Plan {
   Variant variant;
   int cluster;  // blocks that share a sample (resident)
-  // resident: whose parts a block holds. 1: of the maps, backward of their
-  // gradients; 2, backward: of both.
+  // resident: the maps that a block holds a part of. 1: the features, or in the
+  // backward pass their gradients. 2: both, in the backward pass.
   int pieces;
   int threads;  // of a block
   int blocks;
@@ -113,8 +121,8 @@ std::vector<Plan> plans(const Problem& problem, const Device& device);
 
 // ---- shared memory and workspace of a plan, in bytes ----
 
-// Pieces of the block's dynamic shared memory, in this order, each a multiple of
-// 16 bytes: see kernels.cuh.
+// The dynamic shared memory of a block: the sum of the pieces that the kernels take,
+// each rounded up to 16 bytes.
 int64_t shared_bytes(const Problem& problem, const Plan& plan);
 
 // Offsets into the workspace in device memory, each a multiple of 16 bytes. The

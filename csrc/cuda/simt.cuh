@@ -1,8 +1,8 @@
-// What the kernels need of the machine, each behind a name of its own: threads,
-// barriers, clusters, device-wide arrivals, asynchronous copies, 16-bit floats.
+// The kernels' only access to the machine: threads, barriers, clusters, device-wide
+// arrivals, asynchronous copies, 16-bit floats.
 //
-// Nothing else in the kernels (psa_*.cuh) is special to CUDA, so that the same
-// source runs on a CPU: with EPSA_EMULATED the bodies come from tests/simt.
+// No other kernel source depends on CUDA. So the same source runs on a CPU: with
+// EPSA_EMULATED, tests/simt provides these functions.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@
 // Registers for at least `blocks` resident blocks of `threads` threads.
 #define EPSA_KERNEL(threads, blocks) \
   __global__ void __launch_bounds__(threads, blocks)
-// A parameter that is indexed at run time must stay in the constant bank: else
-// the compiler copies it to the stack.
+// Keeps a parameter that is indexed at run time in the constant bank. The compiler
+// would copy it to the stack.
 #define EPSA_PARAMETER const __grid_constant__
 
 namespace epsa::cuda::simt {
@@ -51,18 +51,19 @@ EPSA_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
-// All threads of the block; orders their accesses to shared and global memory.
+// All threads of the block meet. It orders their accesses to shared and global
+// memory.
 EPSA_DEVICE void barrier() { __syncthreads(); }
 
-// The value of the lane whose number differs by `mask`; all lanes take part.
+// The value of lane `own lane ^ mask`. All lanes of the warp must call it.
 template <class A>
 EPSA_DEVICE A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
 // ---- clusters: the blocks [k * size, (k + 1) * size) of the grid ----
-// Blocks of a launch without clusters never call these; on an architecture that
-// has none a call traps (the plan never asks for it).
+// Only blocks of a launch with clusters call these. A call traps on an architecture
+// without clusters; no plan asks for one there.
 
 EPSA_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
@@ -73,8 +74,8 @@ EPSA_DEVICE int cluster_rank() {
 #endif
 }
 
-// A barrier in two halves, over all threads of the cluster's blocks: what was
-// written before the first is seen after the second.
+// A barrier in two halves, for all threads of the cluster's blocks. All that was
+// written before the first half is seen after the second.
 EPSA_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -90,8 +91,8 @@ EPSA_DEVICE void cluster_wait() {
 #endif
 }
 
-// This block's shared address in the block of another rank, which must not have
-// exited.
+// Maps this block's shared address to the block of another rank. That block must
+// not have exited.
 template <class A>
 EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -103,12 +104,13 @@ EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 #endif
 }
 
-// ---- the whole device: one thread calls these for its block, a barrier before
-// `arrive` and `publish` and one after `arrive` and `is_published` carry the
-// order over to the block's other threads ----
+// ---- the whole device ----
+// One thread calls these for its block. Barriers extend the order to the block's
+// other threads: one before `arrive` and `publish`, one after `arrive` and
+// `is_published`.
 
-// Adds one; returns how many had arrived before. What any of them wrote before
-// it arrived is seen by those who arrive later.
+// Adds one and returns how many had arrived before. A block that arrives sees all
+// that earlier ones wrote before they arrived.
 EPSA_DEVICE unsigned arrive(unsigned* counter) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -118,7 +120,7 @@ EPSA_DEVICE unsigned arrive(unsigned* counter) {
   return before;
 }
 
-// Sets a flag: who sees it set sees what was written before.
+// Sets a flag. A block that sees the flag set sees all that was written before.
 EPSA_DEVICE void publish(unsigned* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1u)
                : "memory");
@@ -132,18 +134,18 @@ EPSA_DEVICE bool is_published(const unsigned* flag) {
   return value != 0;
 }
 
-// Tickets are handed out in order, and order nothing else.
+// The next number. It orders no other access.
 EPSA_DEVICE unsigned long long next_ticket(unsigned long long* counter) {
   return atomicAdd(counter, 1ull);
 }
 
-// In a loop that waits for another block.
+// For loops that wait for another block.
 EPSA_DEVICE void pause() { __nanosleep(64); }
 
 // ---- asynchronous copies ----
 
-// 16 bytes from global to shared memory, both aligned. They have arrived for
-// this thread after copy_async_wait, for the block after a barrier behind it.
+// Copies 16 bytes from global to shared memory, both aligned. They have arrived for
+// this thread after copy_async_wait, for the block after the next barrier.
 EPSA_DEVICE void copy_async16(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),

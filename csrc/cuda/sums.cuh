@@ -1,21 +1,20 @@
-// Sums by all threads of a block, in a fixed order: of anything, and of dense
-// rows.
+// Sums by all threads of a block, in a fixed order: of any terms, and of dense rows.
 #pragma once
 
 #include "cuda/elements.cuh"
 
 namespace epsa::cuda {
 
-// Turns of a loop whose loads are under way together: what a multiprocessor needs
-// to keep its share of the memory busy, as far as 64 registers hold it. With
-// kHeld, x comes from shared memory.
+// The turns of a batch, whose loads are under way together. A multiprocessor needs
+// them to keep its share of the memory busy; 64 registers hold no more. With kHeld,
+// x comes from shared memory.
 template <int V, bool kDot, bool kHeld>
 constexpr int kSumTurns = kDot ? (kHeld && V < 8 ? 3 : 2)
     : kHeld ? 2
     : V == 8 ? 3
              : 4;
 
-// Over `lanes` neighbouring lanes of a warp, a power of two.
+// The sum over `lanes` neighbouring lanes of a warp; `lanes` is a power of two.
 template <class A>
 EPSA_DEVICE A sum_lanes(A value, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
@@ -28,18 +27,18 @@ EPSA_DEVICE A warp_sum(A value) {
   return sum_lanes(value, kWarp);
 }
 
-// How often a loop from `first` on, by `step`, runs below `end`. Loops that read
-// device memory count their turns: only then does the compiler issue the loads of
-// several turns before it waits for the first.
+// The number of turns of a loop from `first` to below `end` by `step`. Loops that
+// read device memory count their turns: only then does the compiler issue the loads
+// of several turns before it waits for the first.
 EPSA_DEVICE int turns_of(int first, int end, int step) {
   // unsigned division takes fewer registers
   const auto count = static_cast<unsigned>(end - first + step - 1);
   return first < end ? static_cast<int>(count / static_cast<unsigned>(step)) : 0;
 }
 
-// The sum of term(k) for begin <= k < end, in that order. A batch's terms are
-// loaded before the first is added, those of the last batch as well: of a loop
-// that is unrolled instead the compiler does the rest one by one.
+// The sum of term(k) for begin <= k < end, in that order. All terms of a batch are
+// loaded before the first is added, in the last batch too. An unrolled loop would
+// load its last terms one by one.
 template <class A, int kTerms, class Term>
 EPSA_DEVICE A sum_terms(int begin, int end, const Term& term) {
   A sum = 0;
@@ -58,9 +57,9 @@ EPSA_DEVICE A sum_terms(int begin, int end, const Term& term) {
   return sum;
 }
 
-// put(i, sum(i, begin, end)) for each i < elements, where `sum` adds up the terms
-// [begin, end) of `count`; by all threads. Where there are fewer elements than
-// threads, neighbouring lanes share the terms of one, each a run of them.
+// Calls put(i, total) for each i < elements. sum(i, begin, end) adds up the terms
+// [begin, end) of an element's `count` terms. With fewer elements than threads,
+// neighbouring lanes share an element, and each sums a run of its terms.
 template <class A, class Sum, class Put>
 EPSA_DEVICE void for_sums(
     int elements, int count, const Sum& sum, const Put& put) {
@@ -72,7 +71,7 @@ EPSA_DEVICE void for_sums(
   const int begin = thread_id() % lanes * run;
   const int end = begin + run < count ? begin + run : count;
   const int step = block_threads() / lanes;
-  // all lanes of a warp take the same turns, as the shuffles need
+  // The shuffles need all lanes of a warp to take the same turns.
   for (int first = 0; first < elements; first += step) {
     const int i = first + thread_id() / lanes;
     const A total = sum_lanes(i < elements ? sum(i, begin, end) : A(0), lanes);
@@ -92,9 +91,36 @@ EPSA_DEVICE void add_terms(
   }
 }
 
-// Sums of whole rows of `pixels` elements each, dense, by all threads: sums[row].
-// Where there are fewer rows than warps, several warps share one and meet in
-// `meet`.
+// Sums a thread's turns over one row: x, or x * y, every `step` elements.
+template <class T, int V, bool kDot, bool kHeld>
+EPSA_DEVICE Acc<T> sum_turns(const T* x, const T* y, int turns, int step) {
+  using A = Acc<T>;
+  constexpr int kTurns = kSumTurns<V, kDot, kHeld>;
+  A sum[V] = {};
+#pragma unroll 1
+  for (int turn = 0; turn < turns; turn += kTurns) {
+    Pack<T, V> packs_x[kTurns] = {}, packs_y[kTurns] = {};
+    for (int k = 0; k < kTurns; ++k) {
+      if (turn + k < turns) {
+        packs_x[k] = load<V>(x + (turn + k) * step);
+        if constexpr (kDot) {
+          packs_y[k] = load<V>(y + (turn + k) * step);
+        }
+      }
+    }
+    for (int k = 0; k < kTurns; ++k) {
+      add_terms<kDot>(packs_x[k], packs_y[k], sum);
+    }
+  }
+  A total = sum[0];
+  for (int v = 1; v < V; ++v) {
+    total += sum[v];
+  }
+  return total;
+}
+
+// All threads sum dense rows of `pixels` elements each: sums[row]. With fewer rows
+// than warps, several warps share a row and add up their sums in `meet`.
 template <class T, int V, bool kDot, bool kHeld>
 EPSA_DEVICE void sum_rows(
     const T* x, const T* y, int rows, int pixels, Acc<T>* sums, Acc<T>* meet) {
@@ -108,28 +134,8 @@ EPSA_DEVICE void sum_rows(
   for (int row = warp / sharing; row < rows; row += warps / sharing) {
     const T* px = x + row * pixels + first;
     const T* py = kDot ? y + row * pixels + first : nullptr;
-    A sum[V] = {};
-    constexpr int kTurns = kSumTurns<V, kDot, kHeld>;
-#pragma unroll 1
-    for (int turn = 0; turn < turns; turn += kTurns) {
-      Pack<T, V> packs_x[kTurns] = {}, packs_y[kTurns] = {};
-      for (int k = 0; k < kTurns; ++k) {
-        if (turn + k < turns) {
-          packs_x[k] = load<V>(px + (turn + k) * step);
-          if constexpr (kDot) {
-            packs_y[k] = load<V>(py + (turn + k) * step);
-          }
-        }
-      }
-      for (int k = 0; k < kTurns; ++k) {
-        add_terms<kDot>(packs_x[k], packs_y[k], sum);
-      }
-    }
-    A total = sum[0];
-    for (int v = 1; v < V; ++v) {
-      total += sum[v];
-    }
-    total = warp_sum(total);
+    const A total =
+        warp_sum(sum_turns<T, V, kDot, kHeld>(px, py, turns, step));
     if (lane == 0) {
       (sharing == 1 ? sums[row] : meet[warp]) = total;
     }

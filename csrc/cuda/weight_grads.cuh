@@ -1,17 +1,17 @@
-// The gradients of the SE weights, summed over samples by the blocks that arrive
-// last.
+// The gradients of the SE weights. The blocks that arrive last sum them over the
+// samples.
 #pragma once
 
 #include "cuda/sums.cuh"
 
 namespace epsa::cuda {
 
-// One of the SE weights' gradients, all of them as one list: of fc1 [B, r, C], of
-// fc2 [B, C, r], of fc1's bias [B, r], of fc2's bias [B, C].
+// One entry of the list of all the SE weights' gradients: fc1 [B, r, C], then fc2
+// [B, C, r], fc1's bias [B, r], fc2's bias [B, C].
 struct WeightGrad {
-  void* tensor;  // that it belongs to; null: not wanted
-  int at;  // its place there
-  int unit, channel;  // in [B, r] and in [B, C]; -1: a bias has only one of them
+  void* tensor;  // the entry's tensor; null: not wanted
+  int at;  // index in the tensor
+  int unit, channel;  // in [B, r] and in [B, C]; a bias has one of them, else -1
   bool of_fc1;
 
   EPSA_DEVICE static int count(const Params& p) {
@@ -55,8 +55,9 @@ EPSA_DEVICE void store_weight_grad(const Params& p, int i, Acc<T> sum) {
   }
 }
 
-// The part of gradient i that rows [first, last) have, from sample `begin` on. A
-// row is one branch of one sample: of every branch where they share the weights.
+// The share of the rows [first, last) in gradient i, counted from sample `begin`.
+// Where branches share the weights, every branch of a sample is a row. Otherwise a
+// sample is one row.
 template <class A>
 EPSA_DEVICE A sum_weight_grad(
     const Params& p, int begin, int i, int first, int last) {
@@ -86,9 +87,9 @@ EPSA_DEVICE A sum_weight_grad(
   });
 }
 
-// Called by the block that has written sample n's hidden, grad_v and grad_u. The
-// last block of a group of samples sums the group, the last of all the groups:
-// nobody waits.
+// The block that has written sample n's hidden, grad_v and grad_u calls this. The
+// last block of a group of samples sums the group. The last block of all sums the
+// groups. No block waits.
 template <class T>
 EPSA_DEVICE void sum_weight_grads(
     const Params& p, int n, Message* message) {

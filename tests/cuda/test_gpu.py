@@ -1,6 +1,8 @@
-"""What only a GPU can show: streams, graphs, several devices, real sizes. The tests of the operator
-(test_forward.py, test_backward.py, ...) run on the GPU too; test_simt_kernels.py runs the kernels
-without one."""
+"""Streams, graphs, several devices, real sizes: only a GPU can show these.
+
+The operator's tests (test_forward.py, test_backward.py, ...) run on the GPU too.
+test_simt_kernels.py runs the kernels without one.
+"""
 
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_a_graph_captures_it(case):
         for result in captured.values():
             result.fill_(float("nan"))
         graph.replay()
-        eager = step()  # beside the replay: neither may disturb the other's counters
+        eager = step()  # beside the replay: each has counters of its own
         for name, result in captured.items():
             assert torch.equal(result, expected[name]), name
             assert torch.equal(eager[name], expected[name]), name
@@ -116,7 +118,7 @@ def test_tensors_on_the_cpu_and_the_gpu():
 
 
 def test_only_the_output_is_allocated():
-    """Beside it, what is small: pooled, attention and the workspace."""
+    """pooled, attention and the workspace are small beside it."""
     inputs = make_inputs(Case("large", 16, 4, 16, 56, 56, 1), device="cuda")
     psa_attention(*inputs.args)
     torch.cuda.reset_peak_memory_stats()
@@ -129,7 +131,7 @@ def test_only_the_output_is_allocated():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_more_than_2_to_the_31_elements(layout):
-    """One map seen as both branches; slices are compared, the rest would not fit a second time."""
+    """One map serves as both branches. Slices are compared: there is no room for two results."""
     n, c, size = 3, 64, 3400
     needed = 2 * 3 * n * c * size**2 + 2**30
     free, _ = torch.cuda.mem_get_info()

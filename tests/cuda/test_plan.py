@@ -1,5 +1,7 @@
-"""The plan of the CUDA kernels, asked without a GPU: is every candidate legal on the device that it
-is for, and does it cut a sample as plan.h says?"""
+"""The launch plan of the CUDA kernels; no GPU is needed.
+
+Every candidate must be legal on its device and cut a sample as plan.h says.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 LAYOUTS = ("contiguous", "channels_last")
 PASSES = ("forward", "backward")
 
-# of a multiprocessor, on all these devices; a block's shared memory has 1 KiB more for the system
+# The registers of a multiprocessor on all these devices, and the shared memory that the system adds
+# to each block.
 REGISTERS = 65536
 SYSTEM_SHARED = 1024
 
@@ -76,12 +79,12 @@ EPSANET = [(planes, size, size) for planes, size in (*STAGES, *LARGE_STAGES)]
 DETECTION = [(64, 200, 334), (128, 100, 167), (256, 50, 84), (512, 25, 42)]
 ODD = [
     *itertools.product((1, 37), range(2, 9), (1, 3, 8, 40), (1, 15, 49, 64)),
-    # planes beyond the size of a part, of which rows do not begin at whole vectors
+    # planes larger than a part, whose rows begin between vectors
     *itertools.product((3,), (2, 8), (1, 8), (66801, 66802, 2**20)),
-    # far more samples than blocks; few pixels of very many channels
+    # far more samples than blocks; few pixels with very many channels
     (100_000, 4, 16, 49),
     (5, 2, 2**20, 1),
-    # close to what size_error admits
+    # close to the limits of size_error
     (2**29 - 1, 2, 1, 1),
     (2**28, 2, 2, 1024),
     (1, 2, 2**19, 2**20),
@@ -89,7 +92,7 @@ ODD = [
 ]
 
 
-# ---- what every candidate must satisfy ----
+# ---- the rules that every candidate must obey ----
 
 
 def part_sizes(split: dict) -> list[int]:
@@ -108,12 +111,12 @@ def check_split(problem: Problem, plan: dict) -> None:
         assert (units, planes, chunks) == (problem.pixels, 1, 1)
         assert problem.channels % vector == 0
     elif chunks > 1:
-        # all chunks of a plane are whole vectors, so those of the next begin at one, too
+        # all chunks of a plane are whole vectors, so the next plane begins at one too
         assert parts == units == problem.vector * chunks and planes == 1
         assert (chunks - 1) * chunk < problem.pixels <= chunks * chunk
         assert chunk % vector == problem.pixels % vector == 0
     else:
-        # a unit lies in one branch, and is whole vectors
+        # a unit lies in one branch and is whole vectors
         assert units * planes == problem.vector and chunk == problem.pixels
         assert problem.channels % planes == 0
         assert planes * problem.pixels % vector == 0
@@ -123,14 +126,14 @@ def check_split(problem: Problem, plan: dict) -> None:
 
 
 def piece_bytes(problem: Problem, split: dict) -> int:
-    """Of the largest part."""
+    """The bytes of the largest part."""
     pixels_last = problem.layout == "channels_last"
     unit = problem.vector if pixels_last else split["planes"] * problem.pixels
     return ceil(split["units"] / split["parts"]) * unit * SIZE[problem.dtype]
 
 
 def needed_shared_bytes(problem: Problem, plan: dict) -> int:
-    """What the kernels take of a block's shared memory, one piece at a time."""
+    """The pieces of a block's shared memory that the kernels take, added up."""
     acc, message = problem.accumulator, 16
 
     def piece(size: int) -> int:
@@ -157,7 +160,7 @@ def blocks_on_multiprocessor(device: _C.CudaDevice, problem: Problem, plan: dict
 
 
 def check_limits(device: _C.CudaDevice, problem: Problem, plan: dict) -> None:
-    """The device can hold at least one block, of a launch that CUDA admits."""
+    """CUDA admits the launch, and the device can hold at least one block of it."""
     threads, cluster, resident = plan["threads"], plan["cluster"], plan["variant"] == "resident"
     assert threads % 32 == 0 and 8 * problem.branches <= threads <= 512
     assert plan["shared_bytes"] == needed_shared_bytes(problem, plan)
@@ -168,7 +171,7 @@ def check_limits(device: _C.CudaDevice, problem: Problem, plan: dict) -> None:
     assert cluster in (1, 2, 4, 8, 16) and cluster <= most
     assert cluster <= fit * device.multiprocessors
     assert 1 <= plan["blocks"] < 2**31
-    # more blocks than fit would find no ticket when they start
+    # blocks beyond those that fit would find no ticket
     assert resident or plan["blocks"] <= fit * device.multiprocessors
     full = 1 if problem.dtype == "float64" else 16 // SIZE[problem.dtype]
     assert plan["vector"] in (1, full)
@@ -191,7 +194,7 @@ def check_variant(problem: Problem, plan: dict) -> None:
 
 
 def check_workspace(problem: Problem, plan: dict) -> None:
-    """What a kernel writes lies inside, piece behind piece; only counters are cleared."""
+    """The pieces follow each other inside the workspace. Only counters are cleared."""
     space, split = plan["workspace"], plan["split"]
     streaming, backward = plan["variant"] == "streaming", problem.pass_ == "backward"
     weights = backward and problem.weights_wanted
@@ -226,7 +229,7 @@ def check_workspace(problem: Problem, plan: dict) -> None:
     assert end <= space["bytes"] < end + 16
     if not streaming and not weights:
         assert space["cleared"] == 0
-    # a part's sums are few beside the elements that it reads
+    # a part has few sums beside its elements
     assert not streaming or sums <= ceil(problem.pixels / 16)
 
 
@@ -274,11 +277,11 @@ def test_what_is_given_or_wanted_keeps_plans_legal(name):
             check(DEVICES[name], replace(problem, **dict(zip(flags, values, strict=True))))
 
 
-# ---- which parts hold which elements, one by one ----
+# ---- the elements of each part, one by one ----
 
 
 def parts_of(problem: Problem, split: dict) -> Iterator[list[tuple[int, int, int]]]:
-    """The elements (s, c, pixel) of each part, by the words of plan.h."""
+    """The elements (s, c, pixel) of each part, as plan.h describes them."""
     maps = [(s, c) for s in range(problem.branches) for c in range(problem.channels)]
     if split["chunks"] > 1:
         for s, c in maps:
@@ -316,7 +319,7 @@ def test_a_cut_holds_every_element_once(shape, dtype):
             elements = list(itertools.chain.from_iterable(seen))
             assert len(elements) == len(set(elements)) == problem.vector * problem.pixels
             for part in seen:
-                # where a branch's run begins and ends in memory: at a whole vector
+                # a branch's run begins and ends at whole vectors in memory
                 for s in range(problem.branches):
                     run = [(c, m) for branch, c, m in part if branch == s]
                     if run and problem.layout == "contiguous":
@@ -330,7 +333,7 @@ def test_a_cut_holds_every_element_once(shape, dtype):
         assert sizes
 
 
-# ---- which plan comes first ----
+# ---- the order of the plans ----
 
 
 def stage(planes: int, height: int, width: int, n: int, pass_: str, **options) -> Problem:
@@ -340,8 +343,8 @@ def stage(planes: int, height: int, width: int, n: int, pass_: str, **options) -
 
 @pytest.mark.parametrize("name", ("h100", "h200", "b200"))
 def test_a_sample_is_read_once_where_a_cluster_can_hold_it(name):
-    """On the data-centre parts from sm_90 on: all stages and batches, by clusters where a block's
-    shared memory is too small."""
+    """The data-centre parts from sm_90 on hold all stages and batches. Clusters hold the samples
+    that are too large for one block's shared memory."""
     device = DEVICES[name]
     for problem in combinations(
         stage_shapes(EPSANET[: len(STAGES)], (1, 32, 64, 256)), ("float32", "bfloat16")
@@ -354,7 +357,7 @@ def test_a_sample_is_read_once_where_a_cluster_can_hold_it(name):
 
 @pytest.mark.parametrize("name", ("h100", "h200", "b200"))
 def test_a_backward_reads_no_rows_between_vectors_from_device_memory(name):
-    """Planes of 49 pixels: with the features in shared memory both maps are fetched by 16 bytes."""
+    """With the features in shared memory, planes of 49 pixels are fetched by 16 bytes."""
     for n, layout in itertools.product((1, 64, 256), LAYOUTS):
         for dtype in ("float32", "bfloat16"):
             best = plans(
@@ -365,8 +368,8 @@ def test_a_backward_reads_no_rows_between_vectors_from_device_memory(name):
 
 
 def test_maps_are_held_twice_only_where_blocks_still_overlap():
-    """Stage 1 in float, 100 KB of each map a block by clusters of 8: the gradient alone is held,
-    for one block with both would have its multiprocessor to itself."""
+    """In stage 1 in float, a block of a cluster of 8 has 100 KB of each map. It holds the gradient
+    alone: with both maps it would have its multiprocessor to itself."""
     problem = stage(64, 56, 56, 64, "backward")
     device = DEVICES["h100"]
     found = plans(device, problem)
@@ -377,7 +380,7 @@ def test_maps_are_held_twice_only_where_blocks_still_overlap():
 
 
 def test_stage_1_in_float_is_eight_blocks_of_a_hundred_kilobytes():
-    """802 816 bytes: with clusters of 8, the portable size, each block holds 100 352."""
+    """A sample has 802 816 bytes. In a cluster of 8, the portable size, a block holds 100 352."""
     found = plans(DEVICES["h100"], stage(64, 56, 56, 64, "forward"))
     assert found[0]["cluster"] == 16
     eight = next(plan for plan in found if plan["cluster"] == 8)
@@ -387,7 +390,7 @@ def test_stage_1_in_float_is_eight_blocks_of_a_hundred_kilobytes():
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_devices_before_sm_90_have_no_clusters(pass_):
-    """One block holds a sample, or it is read twice."""
+    """One block holds a sample, or the sample is read twice."""
     for name in ("a100", "rtx4090"):
         for (planes, size), dtype in itertools.product(STAGES, ("float32", "bfloat16")):
             found = plans(DEVICES[name], stage(planes, size, size, 64, pass_, dtype=dtype))
@@ -396,22 +399,22 @@ def test_devices_before_sm_90_have_no_clusters(pass_):
     assert plans(a100, stage(64, 56, 56, 64, pass_))[0]["variant"] == "streaming"
     half = stage(512, 7, 7, 64, pass_, dtype="bfloat16")
     assert plans(a100, half)[0]["variant"] == "resident"
-    # In float the backward has no room for the features as well, and one block on a multiprocessor
-    # is too few for their short loads.
+    # In float the backward has no room for the features. One block on a multiprocessor is too few
+    # for their short loads.
     float_ = plans(a100, stage(512, 7, 7, 64, pass_))[0]
     assert float_["variant"] == ("resident" if pass_ == "forward" else "streaming")
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_maps_of_detection_size_are_streamed(name):
-    """17 MB a sample: no cluster holds it, the L2 cache does."""
+    """A sample has 17 MB. No cluster holds it; the L2 cache does."""
     for layout, pass_ in itertools.product(LAYOUTS, PASSES):
         problem = stage(64, 200, 334, 2, pass_, layout=layout)
         assert [plan["variant"] for plan in plans(DEVICES[name], problem)] == ["streaming"]
 
 
 def test_nothing_to_sum_is_streamed():
-    """A resident kernel has its sums from the maps that it holds."""
+    """A resident kernel computes its sums from the maps that it holds."""
     given = stage(64, 56, 56, 8, "forward", pooled_given=True)
     none = stage(64, 56, 56, 8, "backward", grad_out_given=False)
     for problem in (given, none):
@@ -419,7 +422,7 @@ def test_nothing_to_sum_is_streamed():
 
 
 def test_rows_that_begin_between_vectors_are_cut_by_elements():
-    """100 x 167 = 16700 pixels are whole vectors of 4, not of 8; 25 x 42 fit a part whole."""
+    """100 x 167 pixels are whole vectors of 4, but not of 8. 25 x 42 pixels fit into one part."""
 
     def last(dtype: str, planes: int, height: int, width: int) -> dict:
         return plans(DEVICES["a100"], stage(planes, height, width, 2, "forward", dtype=dtype))[-1]
@@ -441,8 +444,8 @@ def test_the_forward_of_a_resident_sample_clears_nothing():
 
 
 def test_a_plan_depends_on_its_arguments_alone():
-    """In any order, from an equal device: and not on whether the branches share their weights,
-    which the launch leaves out of what it remembers a plan by."""
+    """Neither the order of the questions matters nor which of two equal devices is asked. Shared
+    weights do not matter either: launch.cu remembers plans without them."""
     fields = [f for f in dir(_C.CudaDevice) if not f.startswith("_")]
     copies = {
         name: _C.CudaDevice(**{f: getattr(device, f) for f in fields})
@@ -494,7 +497,7 @@ def test_a_wrong_problem_is_refused(wrong, message):
 
 
 def test_sizes_whose_product_overflows_are_refused():
-    """2^68 elements: the product of the sizes is 0 in 64 bits."""
+    """2^68 elements: in 64 bits, the product of the sizes is 0."""
     sizes = {"samples": 2**20, "channels": 2**20, "pixels": 2**26}
     assert prod(sizes.values()) * 4 % 2**64 == 0
     with pytest.raises(ValueError, match=r"N\*S\*C\*H\*W / 4096"):

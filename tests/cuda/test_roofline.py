@@ -8,8 +8,8 @@ from support.processes import python
 
 
 def test_the_floor_of_stage_1_on_an_h100(tmp_path):
-    """64 samples of 64 x 56 x 56 floats are 51 380 224 bytes: read once and written once at
-    3350 GB/s that takes 30.7 us; the backward pass moves half as much again."""
+    """64 samples of 64 x 56 x 56 floats are 51 380 224 bytes. Reading and writing them once takes
+    30.7 us at 3350 GB/s. The backward pass moves half as much again."""
     path = tmp_path / "made" / "roofline.csv"
     text = python(roofline.__file__, "--batch", "64", "--dtype", "float32", "--out", str(path))
     assert "H100 SXM (sm_90, 132 multiprocessors) at 3350 GB/s" in text
@@ -29,7 +29,7 @@ def test_the_floor_of_stage_1_on_an_h100(tmp_path):
     assert float(forward["floor_us"]) == pytest.approx(30.675, abs=1e-3)
     assert int(backward["bytes"]) == 3 * 51380224
     assert float(backward["floor_us"]) == pytest.approx(46.012, abs=1e-3)
-    # clusters hold a sample: one read, no counters; the weights' gradients need theirs cleared
+    # Clusters hold a sample: one read, no counters. The weights' gradients need counters cleared.
     assert (forward["variant"], forward["l2_bytes"], forward["memsets"]) == ("resident", "0", "0")
     assert (backward["variant"], backward["l2_bytes"], backward["memsets"]) == (
         "resident",
@@ -39,8 +39,8 @@ def test_the_floor_of_stage_1_on_an_h100(tmp_path):
 
 
 def test_streaming_reads_the_features_again():
-    """An A100 has no clusters. 108 multiprocessors hold 4 blocks of 256 threads each, 1024 of 2048
-    threads by their registers, and all blocks at once."""
+    """An A100 has no clusters. Each of its 108 multiprocessors holds 4 blocks of 256 threads:
+    registers limit it to 1024 of 2048 threads. All blocks run at once."""
     row = roofline.row(
         roofline.DEVICES["a100"], 2000, "forward", "contiguous", "bfloat16", 64, 64, 56
     )
@@ -52,9 +52,8 @@ def test_streaming_reads_the_features_again():
 
 
 def test_large_blocks_are_few_on_a_multiprocessor():
-    """A sample of 802 816 bytes, a sixteenth in each block of a cluster: 50 176 bytes, and 2064 of
-    sums and small vectors. A multiprocessor has 233 472 bytes, and gives 1024 to the system for
-    each block."""
+    """A sample has 802 816 bytes. Each of 16 blocks in a cluster holds 50 176, and 2064 bytes of
+    sums and small vectors. A multiprocessor has 233 472 bytes; the system takes 1024 a block."""
     row = roofline.row(
         roofline.DEVICES["h100"], 3350, "forward", "contiguous", "float32", 64, 64, 56
     )

@@ -1,6 +1,6 @@
 """The emulator that runs CUDA kernels on the CPU: healthy kernels pass, each planted bug is found.
 
-A bug has to be found by every build named beside it, in the words that its report must hold.
+Every build named beside a bug must report it, in the words that stand there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ import re
 import pytest
 from simt import build
 
-BUILDS = ["native", "ucontext", "asan", "tsan"]
+BUILDS = {
+    "native": build.Program("self_test"),
+    "ucontext": build.Program("self_test", ucontext=True),
+    "asan": build.Program("self_test", "asan"),
+    "tsan": build.Program("self_test", "tsan"),
+}
+every_build = pytest.mark.parametrize("program", BUILDS.values(), ids=BUILDS.keys())
 
 HEALTHY = [
     "block_sum_float",
@@ -34,7 +40,7 @@ WRONG = "wrong result"
 RACE = "ThreadSanitizer: data race"
 ASAN = "AddressSanitizer: "
 
-# What the emulator itself reports, whatever the build.
+# Mistakes that the emulator itself reports, in every build.
 REPORTED = {
     "exit_before_barrier": "exit before a barrier: block 0: 32 at a barrier, 32 exited",
     "divergent_barriers": "divergent barriers: block 0: 48 at a barrier, 16 at a shuffle",
@@ -58,7 +64,7 @@ REPORTED = {
     "odd_shared_bytes": "invalid launch: shared memory is not a multiple of 16 bytes",
 }
 
-# What shows in the results, in some order of the threads, or to a sanitizer.
+# Bugs that spoil the results in some order of the threads, or that a sanitizer reports.
 FOUND = [
     ("missing_barrier", "native", WRONG),
     ("missing_barrier", "tsan", RACE),
@@ -72,7 +78,7 @@ FOUND = [
     ("read_after_peers_exit", "asan", ASAN + "use-after-poison"),
     ("read_after_peers_exit", "tsan", RACE),
     ("relaxed_arrival", "tsan", RACE),
-    # One block after another: that the scheduler ran them so is no order of their accesses.
+    # The scheduler runs one block after another; that must not count as an order of accesses.
     ("relaxed_arrival_one_resident", "tsan", RACE),
     ("shared_out_of_bounds", "asan", ASAN + "heap-buffer-overflow"),
     ("peer_out_of_bounds", "asan", ASAN + "heap-buffer-overflow"),
@@ -81,35 +87,17 @@ FOUND = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """The path of the self-test, compiled at most once a build."""
-    directory = tmp_path_factory.mktemp("simt")
-
-    def compiled(name: str):
-        sanitizer = name if name in build.SANITIZERS else ""
-        if reason := build.missing(sanitizer):
-            pytest.skip(reason)
-        path = directory / name
-        if not path.exists():
-            flags = ["-DEPSA_UCONTEXT"] if name == "ucontext" else []
-            build.compile([build.HERE / "self_test.cpp"], path, sanitizer, flags=flags)
-        return path
-
-    return compiled
-
-
-@pytest.mark.parametrize("name", BUILDS)
-def test_healthy_kernels_pass(program, name):
-    result = build.run(program(name), *HEALTHY)
+@every_build
+def test_healthy_kernels_pass(built):
+    result = build.run(built, *HEALTHY)
     assert result.stdout == "".join(f"{case}: ok\n" for case in HEALTHY)
     assert result.returncode == 0
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_misuse_is_reported(program, name):
-    # One process for all: a launch that failed leaves nothing behind.
-    result = build.run(program(name), *REPORTED)
+@every_build
+def test_misuse_is_reported(built):
+    # One process runs all cases: a failed launch must leave nothing behind.
+    result = build.run(built, *REPORTED)
     lines = result.stdout.splitlines()
     assert len(lines) == len(REPORTED), result.stdout
     for line, (case, report) in zip(lines, REPORTED.items(), strict=True):
@@ -117,14 +105,20 @@ def test_misuse_is_reported(program, name):
     assert result.returncode == 1
 
 
-@pytest.mark.parametrize(("case", "name", "report"), FOUND)
-def test_planted_bugs_are_found(program, case, name, report):
-    result = build.run(program(name), case)
+@pytest.mark.parametrize(
+    ("case", "program", "report"),
+    [
+        pytest.param(case, BUILDS[name], report, id=f"{case}-{name}-{report}")
+        for case, name, report in FOUND
+    ],
+)
+def test_planted_bugs_are_found(built, case, report):
+    result = build.run(built, case)
     assert re.search(report, result.stdout), result.stdout
     assert result.returncode != 0
 
 
 def test_every_case_is_listed():
-    source = (build.HERE / "self_test.cpp").read_text()
-    cases = re.findall(r'^    \{"(\w+)"', source, re.MULTILINE)
+    source = "".join(path.read_text() for path in build.SELF_TEST)
+    cases = re.findall(r'^      \{"(\w+)"', source, re.MULTILINE)
     assert sorted(cases) == sorted({*HEALTHY, *REPORTED, *(case for case, _, _ in FOUND)})

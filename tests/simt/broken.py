@@ -1,8 +1,7 @@
-"""Bugs to plant in the kernels and in what they stand on, and who must report each."""
+"""Bugs to plant in the kernels and below them, and the builds that must report each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +19,20 @@ SIMT = "tests/simt/emulated_simt.h"
 WRONG = "wrong result: "
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
-# The threads of a block went different ways; which meet whom is a matter of the order.
+# The threads of a block went different ways. The order decides which of them meet.
 APART = r"(divergent barriers|exit before a barrier): block \d+: "
 
 
 @dataclass(frozen=True)
 class Bug:
-    """`old` must occur exactly `count` times in the file, so that no change of the kernels can
-    quietly turn the bug into none."""
+    """`old` must occur exactly `count` times in the file: a change of the kernels can't quietly
+    turn the bug into none."""
 
     name: str
     file: str
     old: str
     new: str
-    cases: str  # arguments of the case program that reach it
+    cases: str  # arguments of the case program that reach the bug
     found: dict[str, str]  # build -> words of its report
     count: int = 1
     quick: bool = False
@@ -84,8 +83,8 @@ BUGS = [
     Bug(
         "no_barrier_before_meet_is_used_again",
         PARTS,
-        "    barrier();\n  }\n}\n\n// Sums over the rows of a segment",
-        "  }\n}\n\n// Sums over the rows of a segment",
+        "    barrier();\n  }\n}\n\n// Sums x, or x * y, over the rows of a segment",
+        "  }\n}\n\n// Sums x, or x * y, over the rows of a segment",
         "--mode streaming wide/",
         {"native": WRONG, "tsan": RACE},
     ),
@@ -255,7 +254,7 @@ BUGS = [
         "--mode streaming gaps/",
         {"native": WRONG},
     ),
-    Bug(  # of the case's four maps the last has the largest stride, which leads out of the others
+    Bug(  # the last of the case's maps has the largest stride, which leads out of the others
         "stride_of_the_last_map",
         PARTS,
         "maps.pixel_stride[deal.s]",
@@ -325,5 +324,4 @@ BUGS = [
 ]
 
 
-def builds() -> Iterator[tuple[Bug, str]]:
-    return ((bug, build) for bug in BUGS for build in bug.found)
+BY_NAME = {bug.name: bug for bug in BUGS}

@@ -1,4 +1,4 @@
-"""Compiles kernels and the emulator that runs them on the CPU, plain or with a sanitizer.
+"""Builds programs that run CUDA kernels on the CPU, plain or with a sanitizer.
 
 `asan` stands for the address and the undefined-behaviour sanitizers together, `tsan` for the thread
 sanitizer.
@@ -12,16 +12,24 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+from simt import broken
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-EMULATOR = HERE / "emulator.cpp"
+EMULATOR = sorted((HERE / "emulator").glob("*.cpp"))
+SELF_TEST = sorted((HERE / "self_test").glob("*.cpp"))
+CASES = sorted((HERE / "cases").glob("*.cpp"))
+KERNELS = HERE / "emulated_launch.cpp"
+TEST_PLANS = HERE / "test_plans.cpp"
+PLAN = ROOT / broken.PLAN
 
-# What a vector's cast does is no aliasing that C++ allows, but CUDA's compiler does.
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra"]
-# nvcc's `#pragma unroll` means nothing to g++.
+# nvcc lets a cast read an object as a vector; -fno-strict-aliasing makes g++ do the same.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+# g++ does not know nvcc's `#pragma unroll`.
 FLAGS += ["-Wno-unknown-pragmas", "-DEPSA_EMULATED"]
 SANITIZERS = {
     "": [],
@@ -30,40 +38,101 @@ SANITIZERS = {
 }
 
 
-def compile(
-    sources: Sequence[Path], out: Path, sanitizer: str = "", *, flags: Sequence[str] = ()
-) -> Path:
-    """A program of `sources` and the emulator."""
-    pairs = [(source, out.with_suffix(f".{source.stem}.o")) for source in [*sources, EMULATOR]]
-    compile_objects(pairs, sanitizer, flags=flags)
-    return link([made for _, made in pairs], out, sanitizer)
+@dataclass(frozen=True)
+class Program:
+    """`name` is "self_test", "cases" or "library": the operators, for torch.ops.load_library."""
+
+    name: str
+    sanitizer: str = ""
+    types: str = ""  # the element types of the kernels; "": all
+    ucontext: bool = False  # switches fibers by ucontext instead of assembly
+    bug: str = ""  # the name of a bug in broken.py that is planted
 
 
-def compile_objects(
-    pairs: Sequence[tuple[Path, Path]],
-    sanitizer: str = "",
-    *,
-    root: Path = ROOT,
-    flags: Sequence[str] = (),
-) -> None:
-    """An object of each source, in pairs (source, object); `root`: a copy of the project's."""
+class Workshop:
+    """Compiles each object once. Compilers run in parallel, and beside the tests."""
 
-    def one(source: Path, out: Path) -> None:
-        watched = SANITIZERS[sanitizer]
-        if source == EMULATOR and sanitizer:
-            # The sanitizer must not watch the scheduler, which tells it of the threads instead.
-            watched = [f"-DEPSA_{sanitizer.upper()}"]
-        include = [f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'simt'}"]
-        _gxx(*FLAGS, *include, *flags, *watched, "-c", source, "-o", out)
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.objects: dict[tuple, Future[Path]] = {}
+        self.programs: dict[Program, Path] = {}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: one(*pair), pairs))
+    def __enter__(self) -> Workshop:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
-def link(objects: Sequence[Path], out: Path, sanitizer: str = "", *, shared: bool = False) -> Path:
-    """A program, or a `shared` library, of objects and libraries."""
-    _gxx(*SANITIZERS[sanitizer], *(["-shared"] if shared else []), *objects, "-o", out)
-    return out
+    def start(self, program: Program) -> list[Future[Path]]:
+        """Begins to compile the program's objects."""
+        # The sanitizer must not watch the scheduler, which describes the threads to it instead.
+        flags = [f"-DEPSA_{program.sanitizer.upper()}"] if program.sanitizer else []
+        flags += ["-DEPSA_UCONTEXT"] if program.ucontext else []
+        objects = [self._together(EMULATOR, flags)]
+        watched = SANITIZERS[program.sanitizer]
+        if program.name == "self_test":
+            return [*objects, self._together(SELF_TEST, watched)]
+        root = self._planted(program.bug) if program.bug else ROOT
+        types = [f"-DEPSA_TYPES={program.types}"] if program.types else []
+        # A bug in the plan changes no kernel.
+        bug_in_plan = program.bug and broken.BY_NAME[program.bug].file == broken.PLAN
+        objects.append(self._object(KERNELS, [*types, *watched], ROOT if bug_in_plan else root))
+        objects.append(self._object(PLAN, [], root if bug_in_plan else ROOT))
+        if program.name == "library":
+            return [*objects, self._object(TEST_PLANS), *self._operators()]
+        return [*objects, self._object(TEST_PLANS), self._together(CASES)]
+
+    def path(self, program: Program) -> Path:
+        """The program, linked."""
+        if program not in self.programs:
+            parts = [made.result() for made in self.start(program)]
+            options = []
+            if program.name == "library":
+                parts += _torch_libraries()
+                options.append("-shared")
+            out = self.directory / f"{program.name}-{len(self.programs)}"
+            _gxx(*SANITIZERS[program.sanitizer], *options, *parts, "-o", out)
+            self.programs[program] = out
+        return self.programs[program]
+
+    def _together(self, sources: Sequence[Path], flags: Sequence[str] = ()) -> Future[Path]:
+        """One object of several sources: most of a small file's time goes into its headers."""
+        path = self.directory / f"{sources[0].parent.name}.cpp"
+        if not path.exists():
+            path.write_text("".join(f'#include "{source}"\n' for source in sources))
+        return self._object(path, flags)
+
+    def _object(self, path: Path, flags: Sequence[str] = (), root: Path = ROOT) -> Future[Path]:
+        """`root` holds the copy of the project whose source is meant."""
+        source = root / path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        key = (source, *flags)
+        if key not in self.objects:
+            out = self.directory / f"{source.stem}-{len(self.objects)}.o"
+            include = [f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'simt'}"]
+
+            def compiled() -> Path:
+                _gxx(*FLAGS, *include, *flags, "-c", source, "-o", out)
+                return out
+
+            self.objects[key] = self.pool.submit(compiled)
+        return self.objects[key]
+
+    def _operators(self) -> list[Future[Path]]:
+        from torch.utils.cpp_extension import include_paths
+
+        flags = [f"-I{HERE / 'shims'}", *(f"-isystem{path}" for path in include_paths())]
+        checks = ROOT / "csrc" / "ops" / "attention_checks.cpp"
+        return [self._object(source, flags) for source in (HERE / "emulated_op.cpp", checks)]
+
+    def _planted(self, bug: str) -> Path:
+        """A copy of the sources with the bug."""
+        root = self.directory / bug
+        if not root.exists():
+            for part in ("csrc", "tests/simt"):
+                shutil.copytree(ROOT / part, root / part)
+            broken.BY_NAME[bug].plant(root)
+        return root
 
 
 def run(program: Path, *args: str, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -71,7 +140,7 @@ def run(program: Path, *args: str, timeout: float = 120) -> subprocess.Completed
     command = [str(program), *args]
     result = _run(command, timeout)
     if "unexpected memory mapping" in result.stdout:
-        # TSan's runtime does not know the addresses that a newer kernel gives out at random.
+        # TSan's runtime rejects some addresses that newer kernels choose at random.
         result = _run(["setarch", "-R", *command], timeout)
     return result
 
@@ -95,6 +164,12 @@ def missing(sanitizer: str = "") -> str | None:
     return None
 
 
+def _torch_libraries() -> list[Path]:
+    import torch
+
+    return [Path(torch.__file__).parent / "lib" / f"lib{name}.so" for name in ("torch_cpu", "c10")]
+
+
 def _gxx(*args: str | Path) -> None:
     result = subprocess.run(["g++", *map(str, args)], capture_output=True, text=True)
     if result.returncode != 0:
@@ -103,7 +178,7 @@ def _gxx(*args: str | Path) -> None:
 
 def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     environment = os.environ | {
-        # Leaks are not looked for: an abandoned launch never unwinds its threads' stacks.
+        # A failed launch never unwinds its threads' stacks: leaks mean nothing.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",

@@ -1,6 +1,6 @@
-// csrc/cuda/launch.h over the emulator: the kernels' own source, run on
-// a CPU. EPSA_SIMT_MODE names the plan (test_plans.h); EPSA_SIMT_TRACE, where
-// set, has each plan written to stderr; for the rest see emulated_launch.h.
+// csrc/cuda/launch.h over the emulator: it runs the kernels' own source on a CPU.
+// EPSA_SIMT_MODE names the plan (test_plans.h). EPSA_SIMT_TRACE writes each plan to
+// stderr. emulated_launch.h names the other variables.
 #include "emulated_launch.h"
 
 #include <cstdio>

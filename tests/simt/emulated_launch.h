@@ -1,4 +1,4 @@
-// Beside csrc/cuda/launch.h, for the emulator alone.
+// The part of the emulated launch that csrc/cuda/launch.h does not have.
 #pragma once
 
 #include <vector>
@@ -15,9 +15,9 @@ struct Call {
   void* memory;
 };
 
-// Several launches at once, as from several streams. EPSA_SIMT_SEED is the
-// order of blocks and threads (0: first come, first served), EPSA_SIMT_RESIDENT
-// the most blocks that run at once.
+// Several launches at once, as from several streams. EPSA_SIMT_SEED draws the order
+// of blocks and threads (0: first come, first served). EPSA_SIMT_RESIDENT is the
+// most blocks that run at once.
 void launch_together(const std::vector<Call>& calls);
 
 }  // namespace epsa::cuda

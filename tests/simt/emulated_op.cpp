@@ -1,5 +1,5 @@
-// The CUDA glue and kernels under the CPU key, emulated: the tests of the
-// operator then check them instead of the CPU's kernels.
+// Registers the emulated CUDA kernels under the CPU key. The operator's tests then
+// check them instead of the CPU's kernels.
 #include "cuda/attention.cpp"
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {

@@ -1,8 +1,8 @@
-// What csrc/cuda/simt.cuh offers, for a CPU: every CUDA thread is a fiber of
-// emulator.h, which runs until a primitive below hands over to another.
+// The functions of csrc/cuda/simt.cuh for a CPU. Every CUDA thread is a fiber that
+// runs until a primitive below hands over to another fiber.
 //
-// Whatever touches the kernels' own memory is written here and not in
-// emulator.cpp, so that the sanitizers see it.
+// All accesses to the kernels' own memory stand in this header and not in emulator/:
+// the sanitizers watch this header.
 #pragma once
 
 #include <bit>
@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "types.h"
 
 #define EPSA_DEVICE inline
 #define EPSA_KERNEL(threads, blocks) void
@@ -19,14 +21,14 @@ namespace epsa::cuda::simt {
 
 namespace detail {
 
-// A copy to shared memory on its way, and what its source held at the start.
+// A copy to shared memory that has not arrived, with the source's value at its start.
 struct Copy {
   void* to;
   const void* from;
   uint64_t value[2];
 };
 
-// What a thread knows of itself.
+// A thread's own numbers and memory.
 struct Place {
   int thread = 0;
   int threads = 0;
@@ -36,13 +38,13 @@ struct Place {
 };
 extern Place* here;  // the running thread's
 
-// Another thread may go on here. `polled`: this one saw that it has to wait: it
-// lets the others go on, and where all do the same, that is a livelock.
-// `progress`: this one did what others may wait for.
+// Another thread may go on here. `polled`: this thread must wait for another one; if
+// all threads only poll, the launch is in a livelock. `progress`: this thread did
+// something that others may wait for.
 enum class Step { polled, neutral, progress };
 void step(Step kind);
 
-// The thread's launch ends with a report.
+// Ends the launch with a report.
 [[noreturn]] void fail(const char* what);
 
 uint64_t exchange(uint64_t bits, int mask);
@@ -53,12 +55,8 @@ bool in_shared_memory(const void* begin, int64_t bytes);
 
 // ---- 16-bit floats: rounded to nearest even; NaN becomes CUDA's 0x7fff ----
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
+using epsa::bf16;
+using epsa::f16;
 
 EPSA_DEVICE float to_float(bf16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
@@ -82,7 +80,7 @@ EPSA_DEVICE void from_float(float x, f16& to) {
   uint32_t half = bits >> 16 & 0x8000u;
   if (x != x) {
     half = 0x7fffu;
-  } else if (size >= 0x477ff000u) {  // 65520 is halfway to the next power of 2
+  } else if (size >= 0x477ff000u) {  // 65520 and more round to infinity
     half |= 0x7c00u;
   } else if (size >= 0x38800000u) {  // normal: from 2^-14 on
     half |= (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
@@ -153,7 +151,7 @@ EPSA_DEVICE unsigned long long next_ticket(unsigned long long* counter) {
 
 EPSA_DEVICE void pause() { detail::step(detail::Step::polled); }
 
-// ---- asynchronous copies: made as late as the machine may make them ----
+// ---- asynchronous copies: they arrive as late as CUDA allows ----
 
 EPSA_DEVICE void copy_async16(void* shared, const void* global) {
   const auto address = [](const void* p) {
@@ -167,7 +165,7 @@ EPSA_DEVICE void copy_async16(void* shared, const void* global) {
   }
   detail::Copy copy{shared, global, {}};
   std::memcpy(copy.value, global, 16);
-  std::memset(shared, 0xff, 16);  // neither the old nor the new until the wait
+  std::memset(shared, 0xff, 16);  // until the wait, neither old nor new
   detail::here->copies.push_back(copy);
 }
 EPSA_DEVICE void copy_async_wait() {

@@ -7,10 +7,8 @@
 namespace epsa::cuda {
 namespace {
 
-// Few threads, so that small rows take several turns; enough for 8 branches.
+// With few threads, small rows take several turns. 8 branches need no more.
 constexpr int kThreads = 64;
-
-const Device kH100{"H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20};
 
 void set_streaming(const Problem& p, Plan& plan, bool chunks) {
   Split& split = plan.split;
@@ -53,7 +51,7 @@ Plan test_plan(const Problem& p, const std::string& mode) {
   const bool resident = mode != "streaming" && mode != "chunks" &&
       (p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given);
   Plan plan = ranked.back();
-  if (plan.split.chunks > 1) {  // whole planes here
+  if (plan.split.chunks > 1) {  // start from whole planes
     Split& split = plan.split;
     split.planes = plan.vector / std::gcd(p.pixels, plan.vector);
     split.units = p.vector() / split.planes;

@@ -1,5 +1,5 @@
-// For the emulated build of csrc/cuda/attention.cpp: a launch has run when it
-// returns.
+// For the emulated build of csrc/cuda/attention.cpp, whose launches end before they
+// return.
 #pragma once
 
 #include <c10/core/Device.h>
