@@ -28,7 +28,8 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
     Raises:
         ValueError: the call reached no FusedPSAModule.
         RuntimeError: the model is in training mode.
-        Other errors come from the modules' own prepack. After an error no module is packed.
+
+    Other errors come from the modules' own prepack. After an error no module is packed.
     """
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
