@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from epsa_fused import EPSANet, epsanet50, epsanet50_large
 from epsa_fused.detection import FixedBatchNorm2d, foreground_only, fpn_backbone
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "detection.md").read_text()
 # Trainable parameters of the paper's detectors: exactly, and in millions as published.
 FIGURES = {
     ("FasterRCNN", epsanet50): (38_561_624, 38.56),
@@ -81,7 +81,7 @@ def test_what_the_published_parameters_leave_out():
     everything = sum(p.numel() for p in model.parameters())
     assert (
         everything == 41_204_904 + frozen + 4 * 1025 + 257
-        and f"has {everything / 1e6:.2f} M" in README
+        and f"has {everything / 1e6:.2f} M" in PAGE
     )
 
 
