@@ -10,20 +10,30 @@ ROLE = re.compile(r":(?:func|class|meth|mod|data):`~?([\w.]+)`")
 ADDED_ARGUMENTS = re.compile(r"^Args \((.*)\):$", re.MULTILINE)
 
 
+def exported(name: str, package: griffe.Module) -> str | None:
+    """Where the package's own `name` is documented; None if it exports no such name."""
+    member = package.members.get(name)
+    if member is None:
+        return None
+    target = member.final_target if member.is_alias else member
+    if not target.is_module:
+        return f"{package.path}.{name}"
+    # a function that its module is named after, which hides it from griffe
+    return f"{target.path}.{name}" if name in target.members else None
+
+
 def address(name: str, obj: griffe.Object, package: griffe.Module) -> str | None:
     """Where `name`, in the docstring of `obj`, is documented; None if nowhere."""
-    if name.startswith(f"{package.path}."):
-        inner = package.members.get(name.removeprefix(f"{package.path}."))
-        # a function that its module is named after
-        is_module = inner is not None and not inner.is_alias and inner.is_module
-        return f"{name}.{inner.name}" if is_module else name
-    exported = package.members.get(name)
-    if exported is not None and exported.is_alias:
-        return f"{package.path}.{name}"
-    for place in (obj, obj.parent, obj.module):
-        if place is not None and not place.is_function and name in place.members:
+    inner = name.removeprefix(f"{package.path}.")
+    if inner != name:
+        return exported(inner, package) or name
+    for place in (obj, obj.parent):
+        if place is not None and place.is_class and name in place.members:
             return place.members[name].canonical_path
-    return None
+    found = exported(name, package)
+    if found is None and name in obj.module.members:
+        found = obj.module.members[name].canonical_path
+    return found
 
 
 def as_markdown(obj: griffe.Object, package: griffe.Module) -> str:
