@@ -70,6 +70,14 @@ def test_links_lead_somewhere():
             assert made or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
+def test_named_files_exist():
+    folders = "csrc|tests|benchmarks|epsa_fused|examples|docs"
+    for page, text in PAGES.items():
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
+            made = name in ("epsa_fused/_ops.so",)  # by the build
+            assert made or (ROOT / name).exists(), f"{page}: {name}"
+
+
 def test_anchors_exist():
     """Headings that links name, by the rule that GitHub and the site share for plain headings."""
     for page, text in PAGES.items():
