@@ -97,7 +97,7 @@ def extensions() -> list[Extension]:
         "extra_link_args": ["-s"],
         "language": "c++",
     }
-    ops_sources = sources("ops/*.cpp", "autograd/*.cpp", "cpu/**/*.cpp")
+    ops_sources = sources("autocast.cpp", "ops/*.cpp", "autograd/*.cpp", "cpu/**/*.cpp")
     if with_cuda:
         # where there is a GPU, torch takes its architecture
         if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):

@@ -1,4 +1,4 @@
-// Python module _C: what the dispatcher cannot say. No torch header.
+// Python module _C: facts about the build, and plans. No torch header.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -174,7 +174,7 @@ std::vector<py::dict> cuda_plans(
   return result;
 }
 
-// of a convolution's sizes: beyond this their products could overflow
+// Products of larger sizes of a convolution could overflow.
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 void at_most(int64_t most, const char* what, int64_t given) {
@@ -235,11 +235,7 @@ py::dict conv_plan(
   return result;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about this build of epsa_fused and this machine.";
-
+void define_build(py::module_& m) {
   m.attr("MIN_BRANCHES") = epsa::kMinBranches;
   m.attr("MAX_BRANCHES") = epsa::kMaxBranches;
 
@@ -270,7 +266,9 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return epsa::cpu::name(epsa::cpu::isa_in_use()); },
       "The instruction set that the CPU kernels use on this machine; "
       "EPSA_CPU_ISA overrides the choice.");
+}
 
+void define_conv_plan(py::module_& m) {
   m.def(
       "conv_plan", &conv_plan,
       "How the CPU computes one branch's grouped convolution in spc_conv. "
@@ -289,7 +287,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("width"), py::arg("stride") = 1, py::arg("padding") = 0,
       py::arg("dilation") = 1, py::arg("dtype") = "float32",
       py::arg("isa") = py::none());
+}
 
+void define_cuda_device(py::module_& m) {
   py::class_<Device>(
       m, "CudaDevice",
       "What a launch plan depends on of a GPU. Sizes are bytes; "
@@ -313,7 +313,9 @@ PYBIND11_MODULE(_C, m) {
           "shared_per_multiprocessor", &Device::shared_per_multiprocessor)
       .def_readonly("shared_per_block", &Device::shared_per_block)
       .def_readonly("l2", &Device::l2);
+}
 
+void define_cuda_plans(py::module_& m) {
   m.def(
       "cuda_plans", &cuda_plans,
       "How the attention step of these sizes is laid out on a GPU: the "
@@ -329,4 +331,14 @@ PYBIND11_MODULE(_C, m) {
       py::arg("aligned") = py::none(), py::arg("pooled_given") = false,
       py::arg("grad_out_given") = true, py::arg("feats_wanted") = true,
       py::arg("weights_wanted") = true);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about this build of epsa_fused and this machine.";
+  define_build(m);
+  define_conv_plan(m);
+  define_cuda_device(m);
+  define_cuda_plans(m);
 }

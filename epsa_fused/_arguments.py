@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ModuleArguments(NamedTuple):
-    """What psa_forward and psa_save_output take first; csrc/autograd/module.cpp has the schemas."""
+    """What psa_forward and psa_save_output take first; csrc/ops/schemas.cpp has the schemas."""
 
     x: Tensor
     weights: Sequence[Tensor]

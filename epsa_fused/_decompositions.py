@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from ._arguments import ModuleArguments
-from ._fake import fake_psa_attention, fake_psa_forward, fake_psa_save_output, fake_spc_conv
+from ._fake import FAKE_KERNELS
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int) -> Tensor:
@@ -85,18 +85,18 @@ def _psa_forward(*arguments: Any) -> Tensor:
     return _psa_save_output(*arguments[: len(ModuleArguments._fields)])[0]
 
 
-def _register(operator: Any, decomposition: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(name: str, decomposition: Callable[..., Any]) -> None:
     """Enter the decomposition, and the fake kernel as the operator's "meta" entry.
 
     Fake tensors of symbolic sizes would take the decomposition for the operator's shapes, but its
     strides may differ. With a "meta" entry they use the fake kernel.
     """
+    operator = getattr(torch.ops.epsa_fused, name).default
     register_decomposition(operator)(decomposition)
-    register_decomposition(operator, type="meta")(fake)
+    register_decomposition(operator, type="meta")(FAKE_KERNELS[name])
 
 
-_OPS = torch.ops.epsa_fused
-_register(_OPS.psa_attention.default, _psa_attention, fake_psa_attention)
-_register(_OPS.spc_conv.default, _spc_conv, fake_spc_conv)
-_register(_OPS.psa_forward.default, _psa_forward, fake_psa_forward)
-_register(_OPS.psa_save_output.default, _psa_save_output, fake_psa_save_output)
+_register("psa_attention", _psa_attention)
+_register("spc_conv", _spc_conv)
+_register("psa_forward", _psa_forward)
+_register("psa_save_output", _psa_save_output)

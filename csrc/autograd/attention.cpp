@@ -1,123 +1,27 @@
-// The operators' schemas and their autograd (library _ops).
-#include "ops/attention.h"
+// The attention step's autograd.
+#include "autograd/common.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
-
-#include <algorithm>
 
 #define EPSA_FN inline
 namespace epsa {
 namespace {
 #include "ops/attention_math.inc"
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// ---- the operators, through the dispatcher ----
-
-Forward call_forward(
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& pooled) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("epsa_fused::psa_attention", "")
-          .typed<Forward(
-              at::TensorList, const Tensor&, const OptTensor&, const Tensor&,
-              const OptTensor&, bool, const OptTensor&)>();
-  return op.call(
-      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
-}
-
-Backward call_backward(
-    const OptTensor& grad_out, const OptTensor& grad_attention,
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
-    const Tensor& attention, bool reversed,
-    const c10::List<bool>& output_mask) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("epsa_fused::psa_attention_backward", "")
-          .typed<Backward(
-              const OptTensor&, const OptTensor&, at::TensorList, const Tensor&,
-              const OptTensor&, const Tensor&, const OptTensor&, const Tensor&,
-              const Tensor&, bool, c10::List<bool>)>();
-  return op.call(
-      grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight,
-      fc2_bias, pooled, attention, reversed, output_mask);
-}
-
-// ---- helpers ----
-
-OptTensor optional(const Tensor& t) {
-  return t.defined() ? OptTensor(t) : std::nullopt;
-}
-
-Tensor tensor(const OptTensor& t) {
-  return t.has_value() ? *t : Tensor();
-}
-
-bool needs_grad(const Tensor& t) {
-  return t.defined() && t.requires_grad();
-}
-
-bool any_needs_grad(std::initializer_list<OptTensor> tensors) {
-  for (const auto& t : tensors) {
-    if (t && t->requires_grad()) {
-      return true;
-    }
-  }
-  return false;
-}
-
-bool any_needs_grad(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), needs_grad);
-}
-
-// Without this the tangents of inputs that need no (reverse) gradient would get
-// lost; of the others torch::autograd::Function itself says so.
-void refuse_forward_mode(
-    const char* op, at::TensorList feats,
-    std::initializer_list<OptTensor> tensors) {
-  bool any = torch::autograd::isFwGradDefinedTensorList(feats);
-  for (const auto& t : tensors) {
-    any |= torch::autograd::isFwGradDefined(t);
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !any, op, ": forward-mode differentiation (jvp) is not supported, expected "
-      "tensors without tangents; psa_attention_reference supports it");
-}
-
-// Feats and SE weights as they lie in a saved list: S maps, then four weights
-// of which the biases may be undefined.
-struct Inputs {
-  variable_list feats;
-  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-
-  Inputs(const variable_list& list, size_t first, size_t branches)
-      : feats(list.begin() + first, list.begin() + first + branches),
-        fc1_weight(list[first + branches]),
-        fc1_bias(list[first + branches + 1]),
-        fc2_weight(list[first + branches + 2]),
-        fc2_bias(list[first + branches + 3]) {}
-};
+constexpr size_t kWeights = 4;  // of the SE, in every saved list
 
 // ---- the step in differentiable ATen operators, for second derivatives ----
 
 // out [N, S*C, H, W] and attention [N, S, C]
-std::pair<Tensor, Tensor> formula(const Inputs& in, bool reversed) {
-  const auto dtype = in.feats[0].scalar_type();
+std::pair<Tensor, Tensor> formula(
+    at::TensorList feats, const SEWeights& se, bool reversed) {
+  const auto dtype = feats[0].scalar_type();
   const auto acc = accumulation_type(dtype);
-  const int branches = static_cast<int>(in.feats.size());
+  const int branches = static_cast<int>(feats.size());
   variable_list maps, means, slots(branches);
-  for (const Tensor& f : in.feats) {
+  for (const Tensor& f : feats) {
     maps.push_back(f.to(acc));
     means.push_back(maps.back().mean({2, 3}));
   }
@@ -125,18 +29,18 @@ std::pair<Tensor, Tensor> formula(const Inputs& in, bool reversed) {
   const c10::SymInt C = p.sym_size(3);
   // [r, C], or [S, r, C]: an S axis makes the number of dimensions odd
   const c10::SymInt hidden =
-      in.fc1_weight.sym_size(in.fc1_weight.dim() % 2 ? 1 : 0);
+      se.fc1_weight.sym_size(se.fc1_weight.dim() % 2 ? 1 : 0);
   const auto linear = [acc](
                           const Tensor& x, const Tensor& weight,
-                          const Tensor& bias, const c10::SymInt& to,
+                          const OptTensor& bias, const c10::SymInt& to,
                           const c10::SymInt& from) {
     const Tensor w =  // [1 or S, to, from]
         weight.reshape_symint({-1, to, from}).to(acc);
     const Tensor y = at::matmul(x, w.transpose(1, 2));
-    return bias.defined() ? y + bias.reshape_symint({-1, 1, to}).to(acc) : y;
+    return bias ? y + bias->reshape_symint({-1, 1, to}).to(acc) : y;
   };
-  const Tensor h = linear(p, in.fc1_weight, in.fc1_bias, hidden, C).relu();
-  const Tensor v = linear(h, in.fc2_weight, in.fc2_bias, C, hidden);
+  const Tensor h = linear(p, se.fc1_weight, se.fc1_bias, hidden, C).relu();
+  const Tensor v = linear(h, se.fc2_weight, se.fc2_bias, C, hidden);
   const Tensor a = v.sigmoid().softmax(1).squeeze(2);
   for (int s = 0; s < branches; ++s) {
     slots[slot_of_branch(s, branches, reversed)] =
@@ -147,8 +51,45 @@ std::pair<Tensor, Tensor> formula(const Inputs& in, bool reversed) {
 
 // ---- autograd of the backward operator: second derivatives ----
 
-class PsaAttentionBackward
-    : public torch::autograd::Function<PsaAttentionBackward> {
+// A view of each input that needs a gradient: a node of its own, also where two
+// inputs are one tensor. An input outside the graph becomes a leaf.
+variable_list nodes_of(const variable_list& saved) {
+  variable_list nodes;
+  for (const Tensor& t : saved) {
+    nodes.push_back(
+        !t.defined()          ? t
+            : needs_grad(t)   ? t.view_as(t)
+                              : t.detach().requires_grad_());
+  }
+  return nodes;
+}
+
+// The gradients of the gradients `first`, weighed by `cotangents`, to the saved
+// inputs that need one.
+void second_derivatives(
+    const variable_list& first, const variable_list& cotangents,
+    const variable_list& saved, const variable_list& nodes, bool create_graph,
+    variable_list& result) {
+  variable_list targets;
+  std::vector<size_t> positions;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (needs_grad(saved[i])) {
+      targets.push_back(nodes[i]);
+      positions.push_back(i);
+    }
+  }
+  if (first.empty() || targets.empty()) {
+    return;
+  }
+  const variable_list second = torch::autograd::grad(
+      first, targets, cotangents, /*retain_graph=*/std::nullopt, create_graph,
+      /*allow_unused=*/true);
+  for (size_t i = 0; i < second.size(); ++i) {
+    result[positions[i]] = second[i];
+  }
+}
+
+class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
  public:
   static variable_list forward(
       AutogradContext* ctx, const OptTensor& grad_out,
@@ -158,9 +99,9 @@ class PsaAttentionBackward
       const Tensor& attention, bool reversed,
       const c10::List<bool>& output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_feats, dw1, db1, dw2, db2] = call_backward(
-        grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight,
-        fc2_bias, pooled, attention, reversed, output_mask);
+    auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
+        {grad_out, grad_attention, pooled, attention}, feats,
+        {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, output_mask);
     variable_list saved{tensor(grad_out), tensor(grad_attention)};
     saved.insert(saved.end(), feats.begin(), feats.end());
     saved.insert(
@@ -177,27 +118,24 @@ class PsaAttentionBackward
 
   // The vector-Jacobian product of the gradients, by differentiating the
   // formula twice. pooled and attention are functions of the other inputs, so
-  // what flows through them is part of the gradients returned for those.
+  // their share is part of the gradients returned for those.
   static variable_list backward(AutogradContext* ctx, variable_list grad_grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const size_t branches = saved.size() - 6;
-    const bool reversed = ctx->saved_data["reversed"].toBool();
+    const size_t branches = saved.size() - 2 - kWeights;
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode enable_grad(true);
+    // One result for each forward argument; pooled, attention, reversed and
+    // output_mask have none.
+    variable_list result(saved.size() + 4);
 
-    // A view of each input: a node of its own, also where two inputs are one
-    // tensor. An input outside the graph becomes a leaf.
-    variable_list inputs;
-    for (const Tensor& t : saved) {
-      inputs.push_back(
-          !t.defined()          ? t
-              : needs_grad(t)   ? t.view_as(t)
-                                : t.detach().requires_grad_());
-    }
-    const auto [out, attention] = formula(Inputs(inputs, 2, branches), reversed);
+    const variable_list nodes = nodes_of(saved);
+    const SavedSEWeights se(&nodes[2 + branches]);
+    const auto [out, attention] = formula(
+        at::TensorList(nodes).slice(2, branches), se.view(),
+        ctx->saved_data["reversed"].toBool());
     variable_list outputs, grad_outputs;
     for (const auto& [output, grad] :
-         {std::pair(out, inputs[0]), std::pair(attention, inputs[1])}) {
+         {std::pair(out, nodes[0]), std::pair(attention, nodes[1])}) {
       if (grad.defined()) {
         outputs.push_back(output);
         grad_outputs.push_back(grad);
@@ -207,14 +145,11 @@ class PsaAttentionBackward
     variable_list wrt, weights;  // the gradients asked for, and their cotangents
     for (size_t i = 0; i < grad_grads.size(); ++i) {
       if (output_mask.get(i) && grad_grads[i].defined() &&
-          inputs[2 + i].defined()) {
-        wrt.push_back(inputs[2 + i]);
+          nodes[2 + i].defined()) {
+        wrt.push_back(nodes[2 + i]);
         weights.push_back(grad_grads[i]);
       }
     }
-    // One result for each forward argument; pooled, attention, reversed and
-    // output_mask have none.
-    variable_list result(inputs.size() + 4);
     if (outputs.empty() || wrt.empty()) {
       return result;
     }
@@ -228,23 +163,7 @@ class PsaAttentionBackward
         cotangents.push_back(weights[i]);
       }
     }
-    variable_list targets;
-    std::vector<size_t> positions;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      if (needs_grad(saved[i])) {
-        targets.push_back(inputs[i]);
-        positions.push_back(i);
-      }
-    }
-    if (first.empty() || targets.empty()) {
-      return result;
-    }
-    const variable_list second = torch::autograd::grad(
-        first, targets, cotangents, /*retain_graph=*/std::nullopt, create_graph,
-        /*allow_unused=*/true);
-    for (size_t i = 0; i < second.size(); ++i) {
-      result[positions[i]] = second[i];
-    }
+    second_derivatives(first, cotangents, saved, nodes, create_graph, result);
     return result;
   }
 };
@@ -254,19 +173,21 @@ Backward backward_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
     const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_forward_mode(
-      "psa_attention_backward", feats,
-      {grad_out, grad_attention, fc1_weight, fc1_bias, fc2_weight, fc2_bias});
+      "psa_attention_backward",
+      has_tangent(feats) || has_tangent(se) || has_tangent(grad_out) ||
+          has_tangent(grad_attention),
+      kAttentionReference);
   if (!at::GradMode::is_enabled() ||
-      !(any_needs_grad(feats) ||
-        any_needs_grad({grad_out, grad_attention, fc1_weight, fc1_bias,
-                        fc2_weight, fc2_bias}))) {
+      !(needs_grad(feats) || needs_grad(se) || needs_grad(grad_out) ||
+        needs_grad(grad_attention))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_backward(
-        grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight,
-        fc2_bias, pooled, attention, reversed, output_mask);
+    return call_attention_backward(
+        {grad_out, grad_attention, pooled, attention}, feats, se, reversed,
+        output_mask);
   }
-  variable_list grads = PsaAttentionBackward::apply(
+  variable_list grads = AttentionBackward::apply(
       grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight,
       fc2_bias, pooled, attention, reversed, output_mask);
   const auto weights = grads.end() - 4;
@@ -277,7 +198,7 @@ Backward backward_autograd(
 
 // ---- autograd of the forward operator ----
 
-class PsaAttention : public torch::autograd::Function<PsaAttention> {
+class Attention : public torch::autograd::Function<Attention> {
  public:
   static variable_list forward(
       AutogradContext* ctx, at::TensorList feats, const Tensor& fc1_weight,
@@ -285,8 +206,9 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
       const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled_in,
       Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, pooled, attention] = call_forward(
-        feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled_in);
+    auto [out, pooled, attention] = call_attention(
+        feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed,
+        pooled_in);
     *pooled_out = pooled;
     variable_list saved(feats.begin(), feats.end());
     saved.insert(
@@ -301,28 +223,24 @@ class PsaAttention : public torch::autograd::Function<PsaAttention> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const size_t branches = saved.size() - 6;
+    const size_t inputs = saved.size() - 2;  // without pooled and attention
+    const size_t branches = inputs - kWeights;
     // One result for each forward argument; reversed, pooled_in and pooled_out
     // have none.
-    variable_list result(branches + 7);
+    variable_list result(inputs + 3);
     if (!grads[0].defined() && !grads[1].defined()) {
       return result;
     }
-    const Inputs in(saved, 0, branches);
-    // Edges count the tensors that were given; an absent bias has none.
-    c10::List<bool> mask;
-    mask.reserve(branches + 4);
-    size_t edge = 0;
-    for (size_t i = 0; i < branches + 4; ++i) {
-      mask.push_back(saved[i].defined() && ctx->needs_input_grad(edge++));
-    }
-    auto [grad_feats, dw1, db1, dw2, db2] = call_backward(
-        optional(grads[0]), optional(grads[1]), in.feats, in.fc1_weight,
-        optional(in.fc1_bias), in.fc2_weight, optional(in.fc2_bias),
-        saved[branches + 4], saved[branches + 5],
+    const c10::List<bool> mask = mask_of(ctx, saved, inputs);
+    const OptTensor grad_out = optional(grads[0]);
+    const OptTensor grad_attention = optional(grads[1]);
+    const SavedSEWeights se(&saved[branches]);
+    auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
+        {grad_out, grad_attention, saved[inputs], saved[inputs + 1]},
+        at::TensorList(saved).slice(0, branches), se.view(),
         ctx->saved_data["reversed"].toBool(), mask);
     const Tensor weight_grads[] = {dw1, db1, dw2, db2};
-    for (size_t i = 0; i < branches + 4; ++i) {
+    for (size_t i = 0; i < inputs; ++i) {
       if (mask.get(i)) {
         result[i] = i < branches ? grad_feats[i] : weight_grads[i - branches];
       }
@@ -335,51 +253,24 @@ Forward forward_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& pooled) {
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_forward_mode(
-      "psa_attention", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
-  if (!at::GradMode::is_enabled() ||
-      !(any_needs_grad(feats) ||
-        any_needs_grad({fc1_weight, fc1_bias, fc2_weight, fc2_bias}))) {
+      "psa_attention", has_tangent(feats) || has_tangent(se),
+      kAttentionReference);
+  if (!at::GradMode::is_enabled() || !(needs_grad(feats) || needs_grad(se))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_forward(
-        feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
+    return call_attention(feats, se, reversed, pooled);
   }
   // pooled is no output of the Function, since it is not differentiable: marked
   // as such it would keep compiled autograd from tracing.
   Tensor pooled_out;
-  const variable_list results = PsaAttention::apply(
+  const variable_list results = Attention::apply(
       feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled,
       &pooled_out);
   return {results[0], pooled_out, results[1]};
 }
 
 }  // namespace
-
-Tensor call_psa_attention(
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& pooled) {
-  return std::get<0>(call_forward(
-      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled));
-}
-
-TORCH_LIBRARY(epsa_fused, m) {
-  m.set_python_module("epsa_fused._fake");
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def(
-      "psa_attention(Tensor[] feats, Tensor fc1_weight, Tensor? fc1_bias, "
-      "Tensor fc2_weight, Tensor? fc2_bias, bool reversed, "
-      "Tensor? pooled=None) -> (Tensor out, Tensor pooled, Tensor attention)",
-      tags);
-  m.def(
-      "psa_attention_backward(Tensor? grad_out, Tensor? grad_attention, "
-      "Tensor[] feats, Tensor fc1_weight, Tensor? fc1_bias, "
-      "Tensor fc2_weight, Tensor? fc2_bias, Tensor pooled, Tensor attention, "
-      "bool reversed, bool[] output_mask) -> (Tensor[] grad_feats, "
-      "Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, "
-      "Tensor grad_fc2_bias)",
-      tags);
-}
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
   m.impl("psa_attention", forward_autograd);

@@ -82,15 +82,14 @@ struct PackedWeights {
   }
 
   PackedWeights(
-      const Problem& p, const Tensor& w1, const OptTensor& b1, const Tensor& w2,
-      const OptTensor& b2, Workspace& workspace)
-      : fc1(in_acc(w1, p.acc)),
-        fc1_bias(b1 ? in_acc(*b1, p.acc) : Tensor()),
-        fc2(in_acc(w2, p.acc)),
-        fc2_bias(b2 ? in_acc(*b2, p.acc) : Tensor()) {
+      const Problem& p, const SEWeights& se, Workspace& workspace)
+      : fc1(in_acc(se.fc1_weight, p.acc)),
+        fc1_bias(se.fc1_bias ? in_acc(*se.fc1_bias, p.acc) : Tensor()),
+        fc2(in_acc(se.fc2_weight, p.acc)),
+        fc2_bias(se.fc2_bias ? in_acc(*se.fc2_bias, p.acc) : Tensor()) {
     view.fc1 = fc1.const_data_ptr();
-    view.fc1_bias = b1 ? fc1_bias.const_data_ptr() : nullptr;
-    view.fc2_bias = b2 ? fc2_bias.const_data_ptr() : nullptr;
+    view.fc1_bias = se.fc1_bias ? fc1_bias.const_data_ptr() : nullptr;
+    view.fc2_bias = se.fc2_bias ? fc2_bias.const_data_ptr() : nullptr;
     view.fc2t = fc2.const_data_ptr();
     if (p.hidden > 1) {  // [C, 1] is its own transpose
       void* packed = workspace.take(elements(p));
@@ -166,14 +165,8 @@ void for_samples(
 // ---- forward ----
 
 Forward attention_forward(
-    const char* op, at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const Problem& p, at::TensorList feats_, const SEWeights& se, bool reversed,
     const OptTensor& pooled_in) {
-  const Problem p = check_arguments(
-      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
-  if (pooled_in) {
-    check_branch_vector(op, "pooled", *pooled_in, p, feats_[0]);
-  }
   const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
@@ -198,8 +191,7 @@ Forward attention_forward(
       PackedWeights::elements(p) + p.N * p.S * p.hidden +
           (chunked ? p.N * g.partials() : 0),
       3);
-  const PackedWeights weights(
-      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
+  const PackedWeights weights(p, se, workspace);
   char* hidden = workspace.take(p.N * p.S * p.hidden);
   char* pooled_data = static_cast<char*>(pooled.mutable_data_ptr());
   char* attention_data = static_cast<char*>(attention.mutable_data_ptr());
@@ -229,125 +221,144 @@ Forward attention_forward(
 
 // ---- backward ----
 
-Backward attention_backward(
-    const char* op, const OptTensor& grad_out_, const OptTensor& grad_attention_,
-    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
-    const Tensor& attention_, bool reversed, const c10::List<bool>& output_mask,
-    bool of_output) {
-  const Problem p = check_backward_arguments(
-      op, grad_out_, grad_attention_, feats_, fc1_weight,
-      fc1_bias, fc2_weight, fc2_bias, pooled_, attention_, output_mask);
-  const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
-  const at::MemoryFormat format = common_layout(feats_);
-  bool any_feats = false;
-  std::vector<Tensor> grad_feats;
-  for (int64_t s = 0; s < p.S; ++s) {
-    any_feats |= output_mask.get(s);
-    grad_feats.push_back(
-        output_mask.get(s) ? empty({p.N, p.C, p.H, p.W}, p.dtype, format)
-                           : empty({0}, p.dtype));
-  }
-  // Weight gradients are summed in the accumulation type and cast at the end.
-  const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
-  Tensor grad_weights[4];
-  bool wanted[4], any_weights = false;
-  for (int i = 0; i < 4; ++i) {
-    wanted[i] = output_mask.get(p.S + i) && given[i];
-    any_weights |= wanted[i];
-    grad_weights[i] = wanted[i]
-        ? empty(given[i]->sizes(), p.acc)
-        : empty({0}, p.weight_dtype);
-    if (wanted[i] && (p.N == 0 || (!grad_out_ && !grad_attention_))) {
-      grad_weights[i].zero_();
+namespace {
+
+// The gradients of one call: allocated where they are wanted.
+struct Gradients {
+  std::vector<Tensor> feats;
+  Tensor weights[4];  // in the accumulation type, until result() casts them
+  bool any_feats = false, any_weights = false;
+
+  Gradients(
+      const Problem& p, const SEWeights& se, const c10::List<bool>& output_mask,
+      at::MemoryFormat format)
+      : weight_dtype_(p.weight_dtype) {
+    for (int64_t s = 0; s < p.S; ++s) {
+      const bool wanted = output_mask.get(s);
+      any_feats |= wanted;
+      feats.push_back(
+          wanted ? empty({p.N, p.C, p.H, p.W}, p.dtype, format)
+                 : empty({0}, p.dtype));
+    }
+    const Tensor* given[] = {
+        &se.fc1_weight, se.fc1_bias ? &*se.fc1_bias : nullptr, &se.fc2_weight,
+        se.fc2_bias ? &*se.fc2_bias : nullptr};
+    for (int i = 0; i < 4; ++i) {
+      wanted_[i] = output_mask.get(p.S + i) && given[i];
+      any_weights |= wanted_[i];
+      weights[i] = wanted_[i] ? empty(given[i]->sizes(), p.acc)
+                              : empty({0}, p.weight_dtype);
     }
   }
-  const auto result = [&] {
-    for (Tensor& t : grad_weights) {
-      if (t.scalar_type() != p.weight_dtype) {
-        t = t.to(p.weight_dtype);
-      }
-    }
-    return Backward{
-        std::move(grad_feats), grad_weights[0], grad_weights[1],
-        grad_weights[2], grad_weights[3]};
-  };
-  if (p.N == 0 || (!any_feats && !any_weights)) {
-    return result();
-  }
-  if (!grad_out_ && !grad_attention_) {
-    for (Tensor& t : grad_feats) {
+
+  void zero() {
+    for (Tensor& t : feats) {
       t.zero_();
     }
-    return result();
+    for (Tensor& t : weights) {
+      t.zero_();
+    }
   }
 
-  c10::SmallVector<Tensor, kMaxBranches> feats;
-  for (const Tensor& f : feats_) {
-    feats.push_back(grad_out_ ? in_layout(f, format) : f);
+  void* weight_data(int i) const {
+    return wanted_[i] ? weights[i].mutable_data_ptr() : nullptr;
   }
-  const Tensor grad_out = grad_out_ ? in_layout(*grad_out_, format) : Tensor();
-  const Tensor grad_attention =
-      grad_attention_ ? grad_attention_->contiguous() : Tensor();
-  const Tensor pooled = pooled_.contiguous();
-  const Tensor attention = attention_.contiguous();
 
-  const Geometry g = geometry_of(p, format);
-  const int64_t vector = p.S * p.C, size = pooled.element_size();
-  const int64_t vector_bytes = vector * size;
-  const int64_t hidden_bytes = p.S * p.hidden * size;
-  const int64_t partial_bytes = g.partials() * size;
-  const bool chunked = g.chunks > 1;
-  Workspace workspace(
-      p.acc,
-      PackedWeights::elements(p) + 2 * p.N * (vector + p.S * p.hidden) +
-          (chunked ? p.N * g.partials() : 0),
-      6);
-  const PackedWeights weights(
-      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, workspace);
-  char* hidden = workspace.take(p.N * p.S * p.hidden);
-  char* grad_u = workspace.take(p.N * p.S * p.hidden);
-  char* grad_v = workspace.take(p.N * vector);
-  char* grad_pooled = workspace.take(p.N * vector);
-  char* partial =
-      chunked ? workspace.take(p.N * g.partials()) : grad_pooled;
-
-  const auto* pooled_data = static_cast<const char*>(pooled.const_data_ptr());
-  const auto* attention_data =
-      static_cast<const char*>(attention.const_data_ptr());
-  const auto* grad_attention_data = grad_attention_
-      ? static_cast<const char*>(grad_attention.const_data_ptr())
-      : nullptr;
-  const Maps x = maps_of(feats);
-  const Maps dx = wanted_maps(grad_feats, output_mask);
-  const Maps dy =
-      grad_out_ ? slots_of(grad_out, p, format, reversed) : Maps{};
-
-  const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
-    if (grad_out_) {
-      k.reduce(g, dy, &x, partial + n * partial_bytes, n, begin, end);
+  Backward result() {
+    for (Tensor& t : weights) {
+      if (t.scalar_type() != weight_dtype_) {
+        t = t.to(weight_dtype_);
+      }
     }
-  };
-  const auto gate = [&](int64_t n) {
-    k.gate_grad(
-        g, weights.view, grad_out_ ? partial + n * partial_bytes : nullptr,
-        of_output,
-        grad_attention_data ? grad_attention_data + n * vector_bytes : nullptr,
-        pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
-        hidden + n * hidden_bytes, grad_v + n * vector_bytes,
-        grad_u + n * hidden_bytes, grad_pooled + n * vector_bytes);
-  };
-  const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
-    if (grad_out_ && any_feats) {
-      k.scale(
-          g, dy, attention_data + n * vector_bytes,
-          grad_pooled + n * vector_bytes, dx, n, begin, end);
-    }
-  };
-  for_samples(g, p.N, reduce, gate, scale);
+    return {std::move(feats), weights[0], weights[1], weights[2], weights[3]};
+  }
 
-  if (!grad_out_ && any_feats) {
-    // Only the attention was differentiated: dF is dp / M at every pixel.
+ private:
+  at::ScalarType weight_dtype_;
+  bool wanted_[4];
+};
+
+// What one call of the backward pass holds between its steps.
+struct BackwardStep {
+  const Problem& p;
+  const Kernels& k;
+  const Geometry g;
+  Workspace workspace;
+  const PackedWeights weights;
+  const Tensor pooled, attention;
+  char *hidden, *grad_u, *grad_v, *grad_pooled, *partial;
+
+  BackwardStep(
+      const Problem& problem, const SEWeights& se, const GradArguments& given,
+      at::MemoryFormat format)
+      : p(problem),
+        k(kernels(dtype_of(p.dtype), isa_in_use())),
+        g(geometry_of(p, format)),
+        workspace(
+            p.acc,
+            PackedWeights::elements(p) +
+                2 * p.N * p.S * (p.C + p.hidden) +
+                (g.chunks > 1 ? p.N * g.partials() : 0),
+            6),
+        weights(p, se, workspace),
+        pooled(given.pooled.contiguous()),
+        attention(given.attention.contiguous()),
+        hidden(workspace.take(p.N * p.S * p.hidden)),
+        grad_u(workspace.take(p.N * p.S * p.hidden)),
+        grad_v(workspace.take(p.N * p.S * p.C)),
+        grad_pooled(workspace.take(p.N * p.S * p.C)),
+        partial(
+            g.chunks > 1 ? workspace.take(p.N * g.partials()) : grad_pooled) {}
+
+  // The gate's gradients, and those of the maps where grad_out is given.
+  void run(
+      at::TensorList feats, const Tensor& grad_out,
+      const Tensor& grad_attention, const Maps& dx, at::MemoryFormat format,
+      bool reversed, bool of_output, bool any_feats) const {
+    const int64_t size = pooled.element_size();
+    const int64_t vector_bytes = p.S * p.C * size;
+    const int64_t hidden_bytes = p.S * p.hidden * size;
+    const int64_t partial_bytes = g.partials() * size;
+    const auto* pooled_data = static_cast<const char*>(pooled.const_data_ptr());
+    const auto* attention_data =
+        static_cast<const char*>(attention.const_data_ptr());
+    const auto* grad_attention_data = grad_attention.defined()
+        ? static_cast<const char*>(grad_attention.const_data_ptr())
+        : nullptr;
+    const bool through_out = grad_out.defined();
+    const Maps x = maps_of(feats);
+    const Maps dy =
+        through_out ? slots_of(grad_out, p, format, reversed) : Maps{};
+
+    const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
+      if (through_out) {
+        k.reduce(g, dy, &x, partial + n * partial_bytes, n, begin, end);
+      }
+    };
+    const auto gate = [&](int64_t n) {
+      k.gate_grad(
+          g, weights.view, through_out ? partial + n * partial_bytes : nullptr,
+          of_output,
+          grad_attention_data ? grad_attention_data + n * vector_bytes
+                              : nullptr,
+          pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
+          hidden + n * hidden_bytes, grad_v + n * vector_bytes,
+          grad_u + n * hidden_bytes, grad_pooled + n * vector_bytes);
+    };
+    const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
+      if (through_out && any_feats) {
+        k.scale(
+            g, dy, attention_data + n * vector_bytes,
+            grad_pooled + n * vector_bytes, dx, n, begin, end);
+      }
+    };
+    for_samples(g, p.N, reduce, gate, scale);
+  }
+
+  // Without grad_out a map's gradient is grad_pooled / M at every pixel, which
+  // the gate has divided already.
+  void spread_pooled(
+      std::vector<Tensor>& grad_feats, const c10::List<bool>& output_mask) {
     const Tensor dp = at::from_blob(
         grad_pooled, {p.N, p.S, p.C, 1, 1}, at::TensorOptions(p.acc));
     for (int64_t s = 0; s < p.S; ++s) {
@@ -356,22 +367,57 @@ Backward attention_backward(
       }
     }
   }
-  if (any_weights) {
-    const auto data = [&](int i) -> void* {
-      return wanted[i] ? grad_weights[i].mutable_data_ptr() : nullptr;
-    };
-    const WeightGrads grads{data(0), data(1), data(2), data(3)};
+
+  void weight_grads(const Gradients& grads) const {
+    const WeightGrads to{
+        grads.weight_data(0), grads.weight_data(1), grads.weight_data(2),
+        grads.weight_data(3)};
     const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
     parallel_for(
         0, p.weight_sets() * p.hidden,
         std::max<int64_t>(1, 4 * kSerialElements / work),
         [&](int64_t begin, int64_t end) {
           k.weight_grad(
-              g, p.N, p.shared, pooled_data, hidden, grad_v, grad_u, grads,
-              begin, end);
+              g, p.N, p.shared, pooled.const_data_ptr(), hidden, grad_v, grad_u,
+              to, begin, end);
         });
   }
-  return result();
+};
+
+}  // namespace
+
+Backward attention_backward(
+    const Problem& p, at::TensorList feats_, const SEWeights& se,
+    const GradArguments& given, bool reversed,
+    const c10::List<bool>& output_mask, bool of_output) {
+  const at::MemoryFormat format = common_layout(feats_);
+  Gradients grads(p, se, output_mask, format);
+  const bool none = !given.grad_out && !given.grad_attention;
+  if (p.N == 0 || none) {
+    grads.zero();
+    return grads.result();
+  }
+  if (!grads.any_feats && !grads.any_weights) {
+    return grads.result();
+  }
+  const auto& grad_out = given.grad_out;
+  c10::SmallVector<Tensor, kMaxBranches> feats;
+  for (const Tensor& f : feats_) {
+    feats.push_back(grad_out ? in_layout(f, format) : f);
+  }
+  BackwardStep step(p, se, given, format);
+  step.run(
+      feats, grad_out ? in_layout(*grad_out, format) : Tensor(),
+      given.grad_attention ? given.grad_attention->contiguous() : Tensor(),
+      wanted_maps(grads.feats, output_mask), format, reversed, of_output,
+      grads.any_feats);
+  if (!grad_out && grads.any_feats) {
+    step.spread_pooled(grads.feats, output_mask);
+  }
+  if (grads.any_weights) {
+    step.weight_grads(grads);
+  }
+  return grads.result();
 }
 
 // ---- one sample at a time, in place ----
@@ -386,27 +432,20 @@ struct AttentionStep::State {
 
   State(
       const Problem& problem, const Tensor& out, at::MemoryFormat format,
-      const Tensor& w1, const OptTensor& b1, const Tensor& w2,
-      const OptTensor& b2, bool reversed)
+      const SEWeights& se, bool reversed)
       : p(problem),
         k(kernels(dtype_of(p.dtype), isa_in_use())),
         g(geometry_of(p, format)),
         workspace(p.acc, PackedWeights::elements(p), 1),
-        weights(p, w1, b1, w2, b2, workspace),
+        weights(p, se, workspace),
         maps(slots_of(out, p, format, reversed)) {}
 };
 
 AttentionStep::AttentionStep(
-    const char* op, const Tensor& out, int64_t branches,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  const std::vector<Tensor> feats = out.chunk(branches, 1);
-  const Problem p =
-      check_arguments(op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+    const Problem& p, const Tensor& out, const SEWeights& se, bool reversed) {
   TORCH_INTERNAL_ASSERT(p.acc == at::kFloat);
-  state_ = std::make_unique<State>(
-      p, out, common_layout({out}), fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-      reversed);
+  state_ =
+      std::make_unique<State>(p, out, common_layout({out}), se, reversed);
 }
 
 AttentionStep::~AttentionStep() = default;
@@ -437,9 +476,9 @@ Forward forward(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& pooled) {
-  return attention_forward(
-      "psa_attention", feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-      reversed, pooled);
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const Problem p = check_arguments("psa_attention", feats, se, pooled);
+  return attention_forward(p, feats, se, reversed, pooled);
 }
 
 Backward backward(
@@ -447,10 +486,12 @@ Backward backward(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
     const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const GradArguments grads{grad_out, grad_attention, pooled, attention};
+  const Problem p = check_backward_arguments(
+      "psa_attention_backward", feats, se, grads, output_mask);
   return attention_backward(
-      "psa_attention_backward", grad_out, grad_attention, feats, fc1_weight,
-      fc1_bias, fc2_weight, fc2_bias, pooled, attention, reversed, output_mask,
-      /*of_output=*/false);
+      p, feats, se, grads, reversed, output_mask, /*of_output=*/false);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The attention step on the CPU, for who computes its maps.
+// The attention step on the CPU, also for callers that compute the maps.
 #pragma once
 
 #include "ops/attention.h"
@@ -7,30 +7,25 @@
 
 namespace epsa::cpu {
 
-// psa_attention and psa_attention_backward, under another operator's name.
-// of_output: `feats` are the products with the attention, as the output holds them.
+// psa_attention on checked arguments.
 epsa::Forward attention_forward(
-    const char* op, at::TensorList feats, const at::Tensor& fc1_weight,
-    const std::optional<at::Tensor>& fc1_bias, const at::Tensor& fc2_weight,
-    const std::optional<at::Tensor>& fc2_bias, bool reversed,
+    const Problem& p, at::TensorList feats, const SEWeights& se, bool reversed,
     const std::optional<at::Tensor>& pooled);
+
+// psa_attention_backward on checked arguments. of_output: `feats` are the
+// products with the attention, as the output holds them.
 epsa::Backward attention_backward(
-    const char* op, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_attention, at::TensorList feats,
-    const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
-    const at::Tensor& fc2_weight, const std::optional<at::Tensor>& fc2_bias,
-    const at::Tensor& pooled, const at::Tensor& attention, bool reversed,
+    const Problem& p, at::TensorList feats, const SEWeights& se,
+    const GradArguments& grads, bool reversed,
     const c10::List<bool>& output_mask, bool of_output);
 
-// Sample by sample, in place.
+// The attention step in place, sample by sample.
 class AttentionStep {
  public:
-  // Checks the arguments as psa_attention does. out [N, S*C, H, W] holds the maps
-  // in their slots, in one of the two layouts. Its type is not double.
+  // Takes checked arguments. out [N, S*C, H, W] holds the maps in their slots, in
+  // one of the two layouts. Its type is not double.
   AttentionStep(
-      const char* op, const at::Tensor& out, int64_t branches,
-      const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
-      const at::Tensor& fc2_weight, const std::optional<at::Tensor>& fc2_bias,
+      const Problem& p, const at::Tensor& out, const SEWeights& se,
       bool reversed);
   ~AttentionStep();
 

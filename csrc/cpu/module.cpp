@@ -1,6 +1,7 @@
 // A whole PSA module on the CPU: the convolutions and the attention step.
 #include "cpu/attention.h"
 #include "cpu/conv_forward.h"
+#include "ops/module.h"
 
 #include <torch/library.h>
 
@@ -22,15 +23,15 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
 // without a kernel here makes a map of its own.
 epsa::Forward forward(
     const char* op, const Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, bool reversed, const OptTensor& packed) {
-  const SpcProblem p = check_spc_arguments(op, x, weights, settings);
+    const SpcSettings& settings, const SEWeights& se, bool reversed,
+    const OptTensor& packed) {
+  const ModuleProblem problem =
+      check_module_arguments(op, x, weights, settings, se);
+  const SpcProblem& p = problem.conv;
   const ForwardBank native(op, p, weights, settings, packed);
   if (!native.has_all()) {
     const auto [feats, pooled] = convolve(native, p, x, weights, settings);
-    return attention_forward(
-        op, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled);
+    return attention_forward(problem.attention, feats, se, reversed, pooled);
   }
   const at::MemoryFormat format = spc_layout(x);
   const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype,
@@ -40,9 +41,8 @@ epsa::Forward forward(
   Tensor out = empty({p.N, p.S * p.C, p.out_h, p.out_w}, p.dtype, format);
   Tensor pooled = empty({p.N, p.S, p.C}, p.acc, at::MemoryFormat::Contiguous);
   Tensor attention = at::empty_like(pooled);
-  const AttentionStep step(
-      op, out, p.S, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed);
   if (p.N > 0) {
+    const AttentionStep step(problem.attention, out, se, reversed);
     float* means = pooled.mutable_data_ptr<float>();
     float* a = attention.mutable_data_ptr<float>();
     native.run(
@@ -61,8 +61,8 @@ Tensor psa_forward(
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& packed) {
   return std::get<0>(forward(
-      "psa_forward", x, weights, {groups, stride, padding, dilation}, fc1_weight,
-      fc1_bias, fc2_weight, fc2_bias, reversed, packed));
+      "psa_forward", x, weights, {groups, stride, padding, dilation},
+      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, packed));
 }
 
 epsa::Forward psa_save_output(
@@ -72,7 +72,7 @@ epsa::Forward psa_save_output(
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
   return forward(
       "psa_save_output", x, weights, {groups, stride, padding, dilation},
-      fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, std::nullopt);
+      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, std::nullopt);
 }
 
 ModuleBackward psa_save_output_backward(
@@ -82,11 +82,13 @@ ModuleBackward psa_save_output_backward(
     const OptTensor& fc1_bias, const Tensor& fc2_weight,
     const OptTensor& fc2_bias, const Tensor& out, const Tensor& pooled,
     const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
-  const char* op = "psa_save_output_backward";
-  const int64_t S = static_cast<int64_t>(weights.size());
-  const SpcProblem p = check_spc_arguments(
-      op, x, weights, {groups, stride, padding, dilation});
-  check_module_backward_arguments(op, out, p, output_mask);
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const OptTensor grad(grad_out), no_grad;
+  const GradArguments grads{grad, no_grad, pooled, attention};
+  const ModuleProblem p = check_module_backward_arguments(
+      "psa_save_output_backward", x, weights,
+      {groups, stride, padding, dilation}, se, grads, out, output_mask);
+  const int64_t S = p.conv.S;
   c10::List<bool> spc_mask, attention_mask;
   bool spc = false;
   for (int64_t i = 0; i < S + 1; ++i) {
@@ -97,8 +99,7 @@ ModuleBackward psa_save_output_backward(
     attention_mask.push_back(i < S ? spc : output_mask.get(i + 1));
   }
   auto [grad_feats, dw1, db1, dw2, db2] = attention_backward(
-      op, grad_out, std::nullopt, slots_of(out, S, reversed), fc1_weight,
-      fc1_bias, fc2_weight, fc2_bias, pooled, attention, reversed,
+      p.attention, slots_of(out, S, reversed), se, grads, reversed,
       attention_mask, /*of_output=*/true);
   Tensor grad_x = at::empty({0}, x.options());
   std::vector<Tensor> grad_weights;

@@ -60,17 +60,16 @@ struct DenseWeights {
   Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
 
   DenseWeights(
-      const epsa::Problem& p, const Tensor& w1, const OptTensor& b1,
-      const Tensor& w2, const OptTensor& b2, Params& params)
-      : fc1(w1.contiguous()),
-        fc1_bias(b1 ? b1->contiguous() : Tensor()),
-        fc2(w2.contiguous()),
-        fc2_bias(b2 ? b2->contiguous() : Tensor()) {
+      const epsa::Problem& p, const SEWeights& se, Params& params)
+      : fc1(se.fc1_weight.contiguous()),
+        fc1_bias(se.fc1_bias ? se.fc1_bias->contiguous() : Tensor()),
+        fc2(se.fc2_weight.contiguous()),
+        fc2_bias(se.fc2_bias ? se.fc2_bias->contiguous() : Tensor()) {
     params.half_weights = p.weight_dtype != p.acc;
     params.fc1 = fc1.const_data_ptr();
-    params.fc1_bias = b1 ? fc1_bias.const_data_ptr() : nullptr;
+    params.fc1_bias = se.fc1_bias ? fc1_bias.const_data_ptr() : nullptr;
     params.fc2 = fc2.const_data_ptr();
-    params.fc2_bias = b2 ? fc2_bias.const_data_ptr() : nullptr;
+    params.fc2_bias = se.fc2_bias ? fc2_bias.const_data_ptr() : nullptr;
   }
 };
 
@@ -98,11 +97,8 @@ Forward forward(
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& pooled_in) {
   const char* op = "psa_attention";
-  const epsa::Problem p = check_arguments(
-      op, feats_, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
-  if (pooled_in) {
-    check_branch_vector(op, "pooled", *pooled_in, p, feats_[0]);
-  }
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const epsa::Problem p = check_arguments(op, feats_, se, pooled_in);
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);
@@ -121,8 +117,7 @@ Forward forward(
   params.out = slots_of(out, p, format, reversed);
   params.pooled = pooled.mutable_data_ptr();
   params.attention = attention.mutable_data_ptr();
-  const DenseWeights weights(
-      p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, params);
+  const DenseWeights weights(p, se, params);
 
   Problem problem = problem_of(op, Pass::forward, p, format);
   problem.aligned &=
@@ -138,9 +133,10 @@ Backward backward(
     const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
     const Tensor& attention_, bool reversed, c10::List<bool> output_mask) {
   const char* op = "psa_attention_backward";
-  const epsa::Problem p = check_backward_arguments(
-      op, grad_out_, grad_attention_, feats_, fc1_weight, fc1_bias, fc2_weight,
-      fc2_bias, pooled_, attention_, output_mask);
+  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const GradArguments grads{grad_out_, grad_attention_, pooled_, attention_};
+  const epsa::Problem p =
+      check_backward_arguments(op, feats_, se, grads, output_mask);
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);
@@ -192,8 +188,7 @@ Backward backward(
     params.grad_fc1_bias = grad_data[1];
     params.grad_fc2 = grad_data[2];
     params.grad_fc2_bias = grad_data[3];
-    const DenseWeights weights(
-        p, fc1_weight, fc1_bias, fc2_weight, fc2_bias, params);
+    const DenseWeights weights(p, se, params);
 
     Problem problem = problem_of(op, Pass::backward, p, format);
     problem.aligned &= aligned(params.feats, problem) &&

@@ -1,17 +1,13 @@
-// The convolutions of a PSA module (the paper's squeeze and concat, SPC): what
-// the operators' autograd and their backends share.
+// The rules of a PSA module's convolutions (the paper's squeeze and concat, SPC),
+// the same for every backend: argument checks, sizes, layouts and result types.
+// As in ops/attention.h, a rule is a template over the type of a size.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/MemoryFormat.h>
-
-#include <tuple>
-#include <vector>
+#include "ops/attention.h"
 
 namespace epsa {
 
-// The convolutions' parameters, one entry a branch but for the stride.
+// The convolutions' parameters: one entry a branch, and one stride.
 struct SpcSettings {
   at::IntArrayRef groups;
   int64_t stride;
@@ -19,44 +15,45 @@ struct SpcSettings {
 };
 
 // Sizes and types of one checked call.
-struct SpcProblem {
-  int64_t N, in_channels, H, W;
-  int64_t S, C;  // branches, and output channels of each
-  int64_t out_h, out_w;
-  at::ScalarType dtype;
-  at::ScalarType acc;  // accumulation type
+template <class Int>
+struct SpcProblemOf {
+  Int N{}, in_channels{}, H{}, W{};
+  int64_t S{};  // branches
+  Int C{};  // output channels of each
+  Int out_h{}, out_w{};
+  at::ScalarType dtype{};
+  at::ScalarType acc{};  // accumulation type
 };
+using SpcProblem = SpcProblemOf<int64_t>;
 
 // Checks one call's arguments; every error names the argument and states what
 // was expected and what was given.
-SpcProblem check_spc_arguments(
+template <class Int = int64_t>
+SpcProblemOf<Int> check_spc_arguments(
     const char* op,
     const at::Tensor& x,  // [N, in_channels, H, W]
     at::TensorList weights,  // S x [C, in_channels / groups, kh, kw]
     const SpcSettings& settings);
 
+template <class Int>
 void check_spc_backward_arguments(
     const char* op,
     at::TensorList grad_feats,  // S x [N, C, out_h, out_w]
-    const at::Tensor& x, const SpcProblem& p,
+    const at::Tensor& x, const SpcProblemOf<Int>& p,
     const c10::List<bool>& output_mask);  // x, then the S weights
 
-// Of both checks what holds of the lists alone: before indexing them where sizes
-// are symbols, of which the rest cannot be asked.
-void check_spc_counts(const char* op, int64_t S, const SpcSettings& settings);
-void check_spc_backward_counts(
-    const char* op, int64_t S, at::TensorList grad_feats,
-    const c10::List<bool>& output_mask);
-
-// Of a whole module's output [N, S * C, out_h, out_w], and of the mask: x, the S
-// weights, and the SE's four.
-void check_module_backward_arguments(
-    const char* op, const at::Tensor& out, const SpcProblem& p,
-    const c10::List<bool>& output_mask);
-
-// The layout of the feature maps: that of x, contiguous where it has both, or
-// where it has neither that which at::conv2d would choose.
-at::MemoryFormat spc_layout(const at::Tensor& x);
+// The layout of the feature maps: x's, contiguous where x has both. Where x has
+// neither, the one that at::conv2d would choose.
+template <class Int = int64_t>
+at::MemoryFormat spc_layout(const at::Tensor& x) {
+  for (const at::MemoryFormat format :
+       {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+    if (is_native<Int>(x, format)) {
+      return format;
+    }
+  }
+  return x.suggest_memory_format();
+}
 
 // spc_conv: (S feats [N, C, out_h, out_w], pooled [N, S, C] in the accumulation
 // type)
@@ -64,10 +61,5 @@ using SpcForward = std::tuple<std::vector<at::Tensor>, at::Tensor>;
 // spc_conv_backward: gradients of x and of the S weights; an empty tensor [0]
 // where output_mask is false.
 using SpcBackward = std::tuple<at::Tensor, std::vector<at::Tensor>>;
-
-// psa_save_output_backward: the same, and gradients of the SE's weights.
-using ModuleBackward = std::tuple<
-    at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor>;
 
 }  // namespace epsa

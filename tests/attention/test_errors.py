@@ -6,7 +6,17 @@ import functools
 import pytest
 import torch
 from support.cases import BY_NAME, WEIGHT_KINDS, WEIGHT_NAMES, make_inputs
-from support.errors import ON_META, Arguments, assert_raises, at, both, each, item, raising, shaped
+from support.errors import (
+    Arguments,
+    assert_raises,
+    assert_same_words_on_meta,
+    at,
+    both,
+    each,
+    item,
+    raising,
+    shaped,
+)
 from support.tolerance import make_cotangents
 from torch import Tensor
 
@@ -271,19 +281,29 @@ def test_things_that_are_no_tensors(device):
 
 # ---- without data, where torch.compile would meet the same input first ----
 
-
-@pytest.mark.parametrize(
-    "bad", ("no_branch", "one_branch", "nine_branches", "rank_3", "shapes_differ", "rank_of_one")
-)
-def test_meta_tensors_are_checked_too(bad):
-    wrong = ON_META(BAD[bad].change(forward()))
-    with pytest.raises(BAD[bad].error, match="^psa_attention: " + BAD[bad].words):
-        OP(*wrong.values())
+NOT_DEVICE = {name: bad for name, bad in BAD_BACKWARD.items() if not name.endswith("_device")}
 
 
-def test_a_compiled_call_raises_the_same_error(device):
-    """The fake kernel lets weights pass; the real one meets them when the graph runs."""
-    compiled = torch.compile(lambda *a: OP(*a), backend="eager", fullgraph=True)
+@pytest.mark.parametrize(("kind", "bad"), EVERY)
+def test_meta_tensors_are_refused_with_the_same_words(kind, bad):
+    row = (BAD | BAD_PER_BRANCH)[bad]
+    assert_same_words_on_meta(OP, row, lambda: forward(kind))
+    assert_same_words_on_meta(BACKWARD, row, lambda: backward(kind))
+
+
+@pytest.mark.parametrize("bad", NOT_DEVICE)
+def test_the_backward_op_refuses_meta_tensors_with_the_same_words(bad):
+    assert_same_words_on_meta(BACKWARD, NOT_DEVICE[bad], backward)
+
+
+@pytest.mark.parametrize("row", ("shape", "rank", "dtype"))
+def test_a_bad_pooled_on_meta(row):
+    assert_same_words_on_meta(OP, vector("pooled")[f"pooled_{row}"], with_pooled)
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_compiled_call_is_refused_while_it_is_traced(dynamic, device):
+    compiled = torch.compile(lambda *a: OP(*a), backend="eager", fullgraph=True, dynamic=dynamic)
     bad = BAD["fc1_channels"]
-    with pytest.raises(ValueError, match=bad.words):
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="fc1_weight has shape"):
         compiled(*bad.change(forward(device=device)).values())

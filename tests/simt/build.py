@@ -122,7 +122,7 @@ class Workshop:
         from torch.utils.cpp_extension import include_paths
 
         flags = [f"-I{HERE / 'shims'}", *(f"-isystem{path}" for path in include_paths())]
-        checks = ROOT / "csrc" / "ops" / "attention_checks.cpp"
+        checks = ROOT / "csrc" / "ops" / "attention.cpp"
         return [self._object(source, flags) for source in (HERE / "emulated_op.cpp", checks)]
 
     def _planted(self, bug: str) -> Path:

@@ -104,3 +104,13 @@ def assert_raises(
     with torch.no_grad():
         again = torch.utils._pytree.tree_leaves(operator(*good().values()))
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def assert_same_words_on_meta(operator: Callable, bad: Bad, good: Callable[[], Arguments]) -> None:
+    """Without data the same row raises the same error, word for word."""
+    wrong = bad.change(good())
+    with pytest.raises(bad.error) as with_data:
+        operator(*wrong.values())
+    with pytest.raises(bad.error) as on_meta:
+        operator(*ON_META(wrong).values())
+    assert str(on_meta.value) == str(with_data.value)

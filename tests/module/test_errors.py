@@ -1,0 +1,131 @@
+"""Bad input of the operators of a whole module: the exception, and its words. They name arguments
+that the operators have: x and weights, and no feats."""
+
+import pytest
+import torch
+from support.cases import WEIGHT_NAMES
+from support.errors import (
+    Arguments,
+    assert_raises,
+    assert_same_words_on_meta,
+    at,
+    both,
+    put,
+    raising,
+    shaped,
+)
+from support.modules import arguments, build, image
+from torch import Tensor
+
+from epsa_fused import PSAModule
+
+FORWARD = torch.ops.epsa_fused.psa_forward.default
+SAVE_OUTPUT = torch.ops.epsa_fused.psa_save_output.default
+BACKWARD = torch.ops.epsa_fused.psa_save_output_backward.default
+
+CASE = "two_branches"  # 2 branches of [5, 16, 6, 5] from x [5, 32, 6, 5], r = 4
+NAMES = ("x", "weights", "groups", "stride", "padding", "dilation", *WEIGHT_NAMES, "reversed")
+
+
+def forward() -> Arguments:
+    return dict(zip(NAMES, arguments(build(CASE, PSAModule), image(CASE)), strict=True))
+
+
+def backward() -> Arguments:
+    given = forward()
+    order = given.pop("reversed")
+    out, pooled, attention = SAVE_OUTPUT(*given.values(), order)
+    saved = {"out": out, "pooled": pooled, "attention": attention}
+    return {"grad_out": out} | given | saved | {"reversed": order, "output_mask": [True] * 7}
+
+
+def first(name: str):
+    return at(name, lambda given: given[:1])
+
+
+ONE_BRANCH = both(*(first(name) for name in ("weights", "groups", "padding", "dilation")))
+
+BAD = raising(
+    ValueError,
+    {
+        "one_branch": (ONE_BRANCH, r"weights has 1 branches, expected 2 to 8$"),
+        "stride_0": (put("stride", 0), r"stride is 0, expected at least 1"),
+        "groups_short": (first("groups"), r"groups has 1 entries, expected 2"),
+        "fc1_channels": (
+            at("fc1_weight", shaped(3, 99)),
+            r"fc1_weight has shape \[3, 99\], expected \[r, C\] or.*S = 2, C = 16 and at least",
+        ),
+        "fc2_hidden": (
+            at("fc2_weight", shaped(16, 3)),
+            r"fc2_weight has shape \[16, 3\], expected",
+        ),
+        "fc1_bias": (at("fc1_bias", shaped(99)), r"fc1_bias has shape \[99\], expected \[\d+\]"),
+        "fc2_bias": (at("fc2_bias", shaped(99)), r"fc2_bias has shape \[99\], expected \[16\]"),
+    },
+) | raising(
+    TypeError,
+    {
+        "fc1_dtype": (
+            at("fc1_weight", Tensor.double),
+            r"fc1_weight has dtype Double, expected Float beside features of Float",
+        ),
+        "fc2_dtype": (at("fc2_weight", Tensor.double), r"fc2_weight has dtype Double, expected"),
+    },
+)
+BAD_BACKWARD = raising(
+    ValueError,
+    {
+        "mask_short": (
+            put("output_mask", [True] * 3),
+            r"output_mask has 3 entries, expected 7 \(x, the weights and the SE's four\)",
+        ),
+        "out_shape": (
+            at("out", lambda t: t[..., :4]),
+            r"out has shape \[5, 32, 6, 4\], expected \[5, 32, 6, 5\]",
+        ),
+        "grad_out_shape": (
+            at("grad_out", lambda t: t[:4]),
+            r"grad_out has shape \[4, 32, 6, 5\], expected \[5, 32, 6, 5\]",
+        ),
+        "attention_shape": (
+            at("attention", lambda t: t[:2]),
+            r"attention has shape \[2, 2, 16\], expected \[5, 2, 16\]",
+        ),
+    },
+) | raising(
+    TypeError,
+    {
+        "out_dtype": (at("out", Tensor.double), r"out has dtype Double, expected Float"),
+        "pooled_dtype": (at("pooled", Tensor.double), r"pooled has dtype Double, expected Float"),
+    },
+)
+OPERATORS = {"forward": (FORWARD, forward), "save_output": (SAVE_OUTPUT, forward)}
+OPERATORS["backward"] = (BACKWARD, backward)
+ROWS = [(operator, bad) for operator in OPERATORS for bad in BAD]
+ROWS += [("backward", bad) for bad in BAD_BACKWARD]
+
+
+@pytest.mark.parametrize(("operator", "bad"), ROWS)
+def test_bad_arguments(operator, bad):
+    assert_raises(OPERATORS[operator][0], (BAD | BAD_BACKWARD)[bad], OPERATORS[operator][1])
+
+
+@pytest.mark.parametrize(("operator", "bad"), ROWS)
+def test_meta_tensors_are_refused_with_the_same_words(operator, bad):
+    assert_same_words_on_meta(
+        OPERATORS[operator][0], (BAD | BAD_BACKWARD)[bad], OPERATORS[operator][1]
+    )
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", WEIGHT_NAMES)
+def test_tensors_on_different_devices(name, operator):
+    call, good = OPERATORS[operator]
+    wrong = at(name, lambda t: t.to("meta"))(good())
+    with pytest.raises(RuntimeError, match=f"{name} is on meta, expected cpu, the device of x"):
+        call(*wrong.values())
+
+
+def test_a_bias_is_none_in_no_row():
+    """A row that changes an absent bias would test nothing."""
+    assert all(isinstance(forward()[name], Tensor) for name in WEIGHT_NAMES)
