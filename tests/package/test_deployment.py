@@ -313,7 +313,8 @@ WORKER = """
         ).double()
         network.load_state_dict(inputs["state"])
         # each process has half of the batch; the gradients are the mean of both
-        wrapped(network)(inputs["x"].chunk(2)[rank]).sin().mean().backward()
+        model = wrapped(network)  # DDP must outlive the backward pass, which it hooks into
+        model(inputs["x"].chunk(2)[rank]).sin().mean().backward()
         gradients = [p.grad for p in network.parameters()]
         if wrapped is sharded:
             gradients = [grad.full_tensor() for grad in gradients]
