@@ -41,6 +41,7 @@ lint: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	git ls-files -- '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # the source distribution holds what its build needs
 sdist-check: $(VENV)/packages-dev $(VENV)/torch

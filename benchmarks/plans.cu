@@ -47,9 +47,7 @@ class Memory {
     check(cudaMalloc(&p, std::max<size_t>(bytes, 1)));
     memory_.reset(p);
   }
-  unsigned char* data() const {
-    return static_cast<unsigned char*>(memory_.get());
-  }
+  unsigned char* data() const { return static_cast<unsigned char*>(memory_.get()); }
 
  private:
   struct Free {
@@ -65,17 +63,14 @@ Memory random_memory(size_t bytes) {
     std::mt19937 generator(0);
     std::uniform_real_distribution<float> uniform(-1, 1);
     std::vector<float> values(1 << 20);
-    std::generate(values.begin(), values.end(), [&] {
-      return uniform(generator);
-    });
+    std::generate(values.begin(), values.end(), [&] { return uniform(generator); });
     return values;
   }();
   Memory memory(bytes);
   const size_t block = numbers.size() * sizeof(float);
   for (size_t at = 0; at < bytes; at += block) {
     check(cudaMemcpy(
-        memory.data() + at, numbers.data(), std::min(block, bytes - at),
-        cudaMemcpyHostToDevice));
+        memory.data() + at, numbers.data(), std::min(block, bytes - at), cudaMemcpyHostToDevice));
   }
   return memory;
 }
@@ -87,8 +82,7 @@ struct Times {
 };
 
 // `call` launches set i's work on the stream.
-Times time_calls(
-    int sets, cudaStream_t stream, const std::function<void(int)>& call) {
+Times time_calls(int sets, cudaStream_t stream, const std::function<void(int)>& call) {
   for (int i = 0; i < sets; ++i) {
     call(i);
   }
@@ -120,9 +114,7 @@ Times time_calls(
   check(cudaGraphExecDestroy(run));
   check(cudaGraphDestroy(graph));
   std::sort(times.begin(), times.end());
-  return {
-      times[kRepeats / 2],
-      times[kRepeats * 3 / 4] - times[kRepeats / 4]};
+  return {times[kRepeats / 2], times[kRepeats * 3 / 4] - times[kRepeats / 4]};
 }
 
 // ---- one problem ----
@@ -133,8 +125,8 @@ Maps maps_of(const Problem& p, void* data) {
   const int64_t bytes = element_size(p.dtype);
   const bool last = p.layout == Layout::channels_last;
   for (int s = 0; s < p.branches; ++s) {
-    maps.data[s] = static_cast<char*>(data) +
-        s * int64_t{p.channels} * (last ? 1 : p.pixels) * bytes;
+    maps.data[s] =
+        static_cast<char*>(data) + s * int64_t{p.channels} * (last ? 1 : p.pixels) * bytes;
     maps.batch_stride[s] = int64_t{p.vector()} * p.pixels;
     maps.pixel_stride[s] = last ? p.vector() : 1;
   }
@@ -157,12 +149,8 @@ struct Set {
         grad_fc2(weights(p)),
         workspace(workspace_bytes) {}
 
-  static size_t vectors(const Problem& p) {
-    return size_t{sizeof(float)} * p.samples * p.vector();
-  }
-  static size_t weights(const Problem& p) {
-    return size_t{sizeof(float)} * p.hidden * p.channels;
-  }
+  static size_t vectors(const Problem& p) { return size_t{sizeof(float)} * p.samples * p.vector(); }
+  static size_t weights(const Problem& p) { return size_t{sizeof(float)} * p.hidden * p.channels; }
 
   Params params(const Problem& p) const {
     Params params{};
@@ -184,12 +172,10 @@ struct Set {
 };
 
 void time_plans(
-    const Problem& p, const Stage& stage, const Device& device,
-    cudaStream_t stream, std::FILE* csv) {
-  const int64_t map_bytes =
-      int64_t{p.samples} * p.vector() * p.pixels * element_size(p.dtype);
-  const int sets = static_cast<int>(
-      std::clamp<int64_t>(4 * device.l2 / map_bytes + 1, 2, 64));
+    const Problem& p, const Stage& stage, const Device& device, cudaStream_t stream,
+    std::FILE* csv) {
+  const int64_t map_bytes = int64_t{p.samples} * p.vector() * p.pixels * element_size(p.dtype);
+  const int sets = static_cast<int>(std::clamp<int64_t>(4 * device.l2 / map_bytes + 1, 2, 64));
   const std::vector<Plan> candidates = plans(p, device);
   int64_t workspace_bytes = 0;
   for (const Plan& plan : candidates) {
@@ -201,17 +187,14 @@ void time_plans(
   }
   const Times copy = time_calls(sets, stream, [&](int i) {
     check(cudaMemcpyAsync(
-        memory[i].to.data(), memory[i].x.data(), map_bytes,
-        cudaMemcpyDeviceToDevice, stream));
+        memory[i].to.data(), memory[i].x.data(), map_bytes, cudaMemcpyDeviceToDevice, stream));
   });
   const bool forward = p.pass == Pass::forward;
   const double traffic = forward ? 2 : 3;
-  const std::string name =
-      std::string(forward ? "forward" : "backward") + "," +
+  const std::string name = std::string(forward ? "forward" : "backward") + "," +
       (p.layout == Layout::contiguous ? "contiguous" : "channels_last") + "," +
-      (p.dtype == Dtype::f32 ? "float32" : "bfloat16") + "," +
-      std::to_string(p.samples) + "," + std::to_string(stage.planes) + "," +
-      std::to_string(stage.size);
+      (p.dtype == Dtype::f32 ? "float32" : "bfloat16") + "," + std::to_string(p.samples) + "," +
+      std::to_string(stage.planes) + "," + std::to_string(stage.size);
   std::printf("%s: copy %.2f us\n", name.c_str(), copy.median);
   for (size_t rank = 0; rank < candidates.size(); ++rank) {
     Plan plan = candidates[rank];
@@ -226,15 +209,13 @@ void time_plans(
     });
     const double of_copy = copy.median / 2 * traffic / t.median;
     std::printf(
-        "  %zu %s (%d at once): %.2f us, %.0f%% of copy\n", rank,
-        describe(plan).c_str(), resident, t.median, 100 * of_copy);
+        "  %zu %s (%d at once): %.2f us, %.0f%% of copy\n", rank, describe(plan).c_str(), resident,
+        t.median, 100 * of_copy);
     std::fprintf(
-        csv, "%s,%zu,%s,%d,%d,%d,%d,%d,%lld,%d,%.2f,%.2f,%.2f,%.3f\n",
-        name.c_str(), rank,
-        name_of(plan.variant),
-        plan.cluster, plan.pieces, plan.blocks, resident, plan.threads,
-        static_cast<long long>(plan.shared_bytes), plan.split.parts, t.median,
-        t.spread, copy.median, of_copy);
+        csv, "%s,%zu,%s,%d,%d,%d,%d,%d,%lld,%d,%.2f,%.2f,%.2f,%.3f\n", name.c_str(), rank,
+        name_of(plan.variant), plan.cluster, plan.pieces, plan.blocks, resident, plan.threads,
+        static_cast<long long>(plan.shared_bytes), plan.split.parts, t.median, t.spread,
+        copy.median, of_copy);
     std::fflush(csv);
     std::fflush(stdout);
   }
@@ -259,8 +240,7 @@ int run(const char* path) {
     for (const Pass pass : {Pass::forward, Pass::backward}) {
       for (const Stage& stage : kStages) {
         for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-          for (const Layout layout :
-               {Layout::contiguous, Layout::channels_last}) {
+          for (const Layout layout : {Layout::contiguous, Layout::channels_last}) {
             Problem p{};
             p.pass = pass;
             p.samples = n;

@@ -25,20 +25,17 @@ using namespace epsa::cuda;
 template <class E, size_t n>
 using Names = std::array<std::pair<const char*, E>, n>;
 
-constexpr Names<Pass, 2> kPasses{
-    {{"forward", Pass::forward}, {"backward", Pass::backward}}};
+constexpr Names<Pass, 2> kPasses{{{"forward", Pass::forward}, {"backward", Pass::backward}}};
 constexpr Names<Dtype, 4> kDtypes{
     {{"float32", Dtype::f32},
      {"float64", Dtype::f64},
      {"bfloat16", Dtype::bf16},
      {"float16", Dtype::f16}}};
 constexpr Names<Layout, 2> kLayouts{
-    {{"contiguous", Layout::contiguous},
-     {"channels_last", Layout::channels_last}}};
+    {{"contiguous", Layout::contiguous}, {"channels_last", Layout::channels_last}}};
 
 template <class E, size_t n>
-E named(
-    const char* what, const std::string& given, const Names<E, n>& names) {
+E named(const char* what, const std::string& given, const Names<E, n>& names) {
   std::string all;
   for (const auto& [name, value] : names) {
     if (given == name) {
@@ -46,16 +43,14 @@ E named(
     }
     all += (all.empty() ? "" : ", ") + std::string(name);
   }
-  throw py::value_error(
-      std::string(what) + ": expected one of {" + all + "}, got '" + given +
-      "'");
+  throw py::value_error(std::string(what) + ": expected one of {" + all + "}, got '" + given + "'");
 }
 
 int64_t at_least(int64_t least, const char* what, int64_t given) {
   if (given < least) {
     throw py::value_error(
-        std::string(what) + ": expected at least " + std::to_string(least) +
-        ", got " + std::to_string(given));
+        std::string(what) + ": expected at least " + std::to_string(least) + ", got " +
+        std::to_string(given));
   }
   return given;
 }
@@ -63,8 +58,7 @@ int64_t at_least(int64_t least, const char* what, int64_t given) {
 int small(int64_t least, const char* what, int64_t given) {
   if (given > std::numeric_limits<int>::max()) {
     throw py::value_error(
-        std::string(what) + ": expected less than 2^31, got " +
-        std::to_string(given));
+        std::string(what) + ": expected less than 2^31, got " + std::to_string(given));
   }
   return static_cast<int>(at_least(least, what, given));
 }
@@ -77,12 +71,9 @@ Device make_device(
   d.name = std::move(name);
   d.compute_capability = small(80, "compute_capability", compute_capability);
   d.multiprocessors = small(1, "multiprocessors", multiprocessors);
-  d.threads_per_multiprocessor =
-      small(1, "threads_per_multiprocessor", threads_per_multiprocessor);
-  d.blocks_per_multiprocessor =
-      small(1, "blocks_per_multiprocessor", blocks_per_multiprocessor);
-  d.shared_per_multiprocessor =
-      at_least(1, "shared_per_multiprocessor", shared_per_multiprocessor);
+  d.threads_per_multiprocessor = small(1, "threads_per_multiprocessor", threads_per_multiprocessor);
+  d.blocks_per_multiprocessor = small(1, "blocks_per_multiprocessor", blocks_per_multiprocessor);
+  d.shared_per_multiprocessor = at_least(1, "shared_per_multiprocessor", shared_per_multiprocessor);
   d.shared_per_block = at_least(1, "shared_per_block", shared_per_block);
   d.l2 = at_least(1, "l2", l2);
   return d;
@@ -125,22 +116,20 @@ py::dict to_dict(const Problem& problem, const Plan& plan) {
 }
 
 std::vector<py::dict> cuda_plans(
-    const Device& device, const std::string& pass, int64_t samples,
-    int64_t branches, int64_t channels, int64_t pixels, int64_t hidden,
-    bool shared, const std::string& dtype, const std::string& layout,
-    std::optional<bool> aligned, bool pooled_given, bool grad_out_given,
+    const Device& device, const std::string& pass, int64_t samples, int64_t branches,
+    int64_t channels, int64_t pixels, int64_t hidden, bool shared, const std::string& dtype,
+    const std::string& layout, std::optional<bool> aligned, bool pooled_given, bool grad_out_given,
     bool feats_wanted, bool weights_wanted) {
   at_least(1, "samples", samples);
   if (branches < kMinBranches || branches > kMaxBranches) {
     throw py::value_error(
-        "branches: expected " + std::to_string(kMinBranches) + " to " + std::to_string(kMaxBranches) + ", got " +
-        std::to_string(branches));
+        "branches: expected " + std::to_string(kMinBranches) + " to " +
+        std::to_string(kMaxBranches) + ", got " + std::to_string(branches));
   }
   at_least(1, "channels", channels);
   at_least(1, "pixels", pixels);
   at_least(1, "hidden", hidden);
-  const std::string error =
-      size_error(samples, branches, channels, pixels, hidden, shared);
+  const std::string error = size_error(samples, branches, channels, pixels, hidden, shared);
   if (!error.empty()) {
     throw py::value_error(error);
   }
@@ -158,9 +147,8 @@ std::vector<py::dict> cuda_plans(
   p.aligned = aligned.value_or(alignable);
   if (p.aligned && !alignable) {
     throw py::value_error(
-        "aligned: expected False for " + std::to_string(channels) +
-        " channels of " + std::to_string(pixels) + " pixels of " + dtype +
-        " in the layout " + layout +
+        "aligned: expected False for " + std::to_string(channels) + " channels of " +
+        std::to_string(pixels) + " pixels of " + dtype + " in the layout " + layout +
         ", of which not every slot begins at a multiple of 16 bytes, got True");
   }
   p.pooled_given = pooled_given;
@@ -180,22 +168,26 @@ constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 void at_most(int64_t most, const char* what, int64_t given) {
   if (given > most) {
     throw py::value_error(
-        std::string(what) + ": expected at most " + std::to_string(most) +
-        ", got " + std::to_string(given));
+        std::string(what) + ": expected at most " + std::to_string(most) + ", got " +
+        std::to_string(given));
   }
 }
 
 py::dict conv_plan(
-    int64_t in_channels, int64_t out_channels, int64_t groups,
-    std::pair<int64_t, int64_t> kernel, int64_t height, int64_t width,
-    int64_t stride, int64_t padding, int64_t dilation, const std::string& dtype,
-    const std::optional<std::string>& isa) {
+    int64_t in_channels, int64_t out_channels, int64_t groups, std::pair<int64_t, int64_t> kernel,
+    int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t dilation,
+    const std::string& dtype, const std::optional<std::string>& isa) {
   namespace cpu = epsa::cpu;
   for (const auto& [what, given] : std::vector<std::pair<const char*, int64_t>>{
-           {"in_channels", in_channels}, {"out_channels", out_channels},
-           {"groups", groups}, {"kernel[0]", kernel.first},
-           {"kernel[1]", kernel.second}, {"height", height}, {"width", width},
-           {"stride", stride}, {"dilation", dilation}}) {
+           {"in_channels", in_channels},
+           {"out_channels", out_channels},
+           {"groups", groups},
+           {"kernel[0]", kernel.first},
+           {"kernel[1]", kernel.second},
+           {"height", height},
+           {"width", width},
+           {"stride", stride},
+           {"dilation", dilation}}) {
     at_least(1, what, given);
     at_most(kMost, what, given);
   }
@@ -203,17 +195,16 @@ py::dict conv_plan(
   at_most(kMost, "padding", padding);
   if (in_channels % groups || out_channels % groups) {
     throw py::value_error(
-        "groups: expected a divisor of in_channels = " +
-        std::to_string(in_channels) + " and out_channels = " +
-        std::to_string(out_channels) + ", got " + std::to_string(groups));
+        "groups: expected a divisor of in_channels = " + std::to_string(in_channels) +
+        " and out_channels = " + std::to_string(out_channels) + ", got " + std::to_string(groups));
   }
   if (height + 2 * padding < dilation * (kernel.first - 1) + 1 ||
       width + 2 * padding < dilation * (kernel.second - 1) + 1) {
     throw py::value_error("the output would be empty, expected at least 1 x 1");
   }
   const cpu::Conv conv = cpu::make_conv(
-      in_channels, out_channels, groups, kernel.first, kernel.second, stride,
-      padding, dilation, height, width);
+      in_channels, out_channels, groups, kernel.first, kernel.second, stride, padding, dilation,
+      height, width);
   cpu::Isa wanted = cpu::isa_in_use();
   if (isa) {
     wanted = named(
@@ -282,10 +273,9 @@ void define_conv_plan(py::module_& m) {
       "register tile, the units that the output channels make, the channels of "
       "one and its rows at a time. A pure function; isa: "
       "'baseline', 'avx2' or 'avx512', None for the one in use.",
-      py::kw_only(), py::arg("in_channels"), py::arg("out_channels"),
-      py::arg("groups"), py::arg("kernel"), py::arg("height"),
-      py::arg("width"), py::arg("stride") = 1, py::arg("padding") = 0,
-      py::arg("dilation") = 1, py::arg("dtype") = "float32",
+      py::kw_only(), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"),
+      py::arg("kernel"), py::arg("height"), py::arg("width"), py::arg("stride") = 1,
+      py::arg("padding") = 0, py::arg("dilation") = 1, py::arg("dtype") = "float32",
       py::arg("isa") = py::none());
 }
 
@@ -296,21 +286,16 @@ void define_cuda_device(py::module_& m) {
       "compute_capability is 90 for sm_90; shared_per_block is the most that "
       "a launch may opt in to.")
       .def(
-          py::init(&make_device), py::kw_only(), py::arg("name"),
-          py::arg("compute_capability"), py::arg("multiprocessors"),
-          py::arg("threads_per_multiprocessor"),
-          py::arg("blocks_per_multiprocessor"),
-          py::arg("shared_per_multiprocessor"), py::arg("shared_per_block"),
-          py::arg("l2"))
+          py::init(&make_device), py::kw_only(), py::arg("name"), py::arg("compute_capability"),
+          py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"),
+          py::arg("blocks_per_multiprocessor"), py::arg("shared_per_multiprocessor"),
+          py::arg("shared_per_block"), py::arg("l2"))
       .def_readonly("name", &Device::name)
       .def_readonly("compute_capability", &Device::compute_capability)
       .def_readonly("multiprocessors", &Device::multiprocessors)
-      .def_readonly(
-          "threads_per_multiprocessor", &Device::threads_per_multiprocessor)
-      .def_readonly(
-          "blocks_per_multiprocessor", &Device::blocks_per_multiprocessor)
-      .def_readonly(
-          "shared_per_multiprocessor", &Device::shared_per_multiprocessor)
+      .def_readonly("threads_per_multiprocessor", &Device::threads_per_multiprocessor)
+      .def_readonly("blocks_per_multiprocessor", &Device::blocks_per_multiprocessor)
+      .def_readonly("shared_per_multiprocessor", &Device::shared_per_multiprocessor)
       .def_readonly("shared_per_block", &Device::shared_per_block)
       .def_readonly("l2", &Device::l2);
 }
@@ -324,9 +309,8 @@ void define_cuda_plans(py::module_& m) {
       "all maps be accessed by 16 bytes? None: as far as their sizes say. The "
       "offsets in `workspace` are bytes, and its first `cleared` bytes are set "
       "to zero before the kernel.",
-      py::arg("device"), py::kw_only(), py::arg("pass_"), py::arg("samples"),
-      py::arg("branches"), py::arg("channels"), py::arg("pixels"),
-      py::arg("hidden"), py::arg("shared") = true,
+      py::arg("device"), py::kw_only(), py::arg("pass_"), py::arg("samples"), py::arg("branches"),
+      py::arg("channels"), py::arg("pixels"), py::arg("hidden"), py::arg("shared") = true,
       py::arg("dtype") = "float32", py::arg("layout") = "contiguous",
       py::arg("aligned") = py::none(), py::arg("pooled_given") = false,
       py::arg("grad_out_given") = true, py::arg("feats_wanted") = true,

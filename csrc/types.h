@@ -24,8 +24,7 @@ struct f16 {
 
 // The accumulation type is double for double, else float.
 template <class T>
-using AccumulationType =
-    std::conditional_t<std::is_same<T, double>::value, double, float>;
+using AccumulationType = std::conditional_t<std::is_same<T, double>::value, double, float>;
 constexpr Dtype accumulation_type(Dtype dtype) {
   return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
 }

@@ -37,11 +37,10 @@ void write(const char* path, const at::Tensor& values) {
   TORCH_CHECK(file.flush(), path, ": cannot be written");
 }
 
-} // namespace
+}  // namespace
 
 int main(int argc, char** argv) try {
-  TORCH_CHECK(
-      argc == 9, "usage: ", argv[0], " OPERATORS PACKAGE INPUT OUTPUT N C H W");
+  TORCH_CHECK(argc == 9, "usage: ", argv[0], " OPERATORS PACKAGE INPUT OUTPUT N C H W");
   // Loading it registers the operators; they stay for as long as the process runs.
   TORCH_CHECK(dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL), dlerror());
   std::vector<int64_t> shape;

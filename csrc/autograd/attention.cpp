@@ -15,8 +15,7 @@ constexpr size_t kWeights = 4;  // of the SE, in every saved list
 // ---- the step in differentiable ATen operators, for second derivatives ----
 
 // out [N, S*C, H, W] and attention [N, S, C]
-std::pair<Tensor, Tensor> formula(
-    at::TensorList feats, const SEWeights& se, bool reversed) {
+std::pair<Tensor, Tensor> formula(at::TensorList feats, const SEWeights& se, bool reversed) {
   const auto dtype = feats[0].scalar_type();
   const auto acc = accumulation_type(dtype);
   const int branches = static_cast<int>(feats.size());
@@ -28,12 +27,10 @@ std::pair<Tensor, Tensor> formula(
   const Tensor p = at::stack(means, 1).unsqueeze(2);  // [N, S, 1, C]
   const c10::SymInt C = p.sym_size(3);
   // [r, C], or [S, r, C]: an S axis makes the number of dimensions odd
-  const c10::SymInt hidden =
-      se.fc1_weight.sym_size(se.fc1_weight.dim() % 2 ? 1 : 0);
+  const c10::SymInt hidden = se.fc1_weight.sym_size(se.fc1_weight.dim() % 2 ? 1 : 0);
   const auto linear = [acc](
-                          const Tensor& x, const Tensor& weight,
-                          const OptTensor& bias, const c10::SymInt& to,
-                          const c10::SymInt& from) {
+                          const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                          const c10::SymInt& to, const c10::SymInt& from) {
     const Tensor w =  // [1 or S, to, from]
         weight.reshape_symint({-1, to, from}).to(acc);
     const Tensor y = at::matmul(x, w.transpose(1, 2));
@@ -56,10 +53,7 @@ std::pair<Tensor, Tensor> formula(
 variable_list nodes_of(const variable_list& saved) {
   variable_list nodes;
   for (const Tensor& t : saved) {
-    nodes.push_back(
-        !t.defined()          ? t
-            : needs_grad(t)   ? t.view_as(t)
-                              : t.detach().requires_grad_());
+    nodes.push_back(!t.defined() ? t : needs_grad(t) ? t.view_as(t) : t.detach().requires_grad_());
   }
   return nodes;
 }
@@ -67,9 +61,8 @@ variable_list nodes_of(const variable_list& saved) {
 // The gradients of the gradients `first`, weighed by `cotangents`, to the saved
 // inputs that need one.
 void second_derivatives(
-    const variable_list& first, const variable_list& cotangents,
-    const variable_list& saved, const variable_list& nodes, bool create_graph,
-    variable_list& result) {
+    const variable_list& first, const variable_list& cotangents, const variable_list& saved,
+    const variable_list& nodes, bool create_graph, variable_list& result) {
   variable_list targets;
   std::vector<size_t> positions;
   for (size_t i = 0; i < nodes.size(); ++i) {
@@ -92,21 +85,17 @@ void second_derivatives(
 class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const OptTensor& grad_out,
-      const OptTensor& grad_attention, at::TensorList feats,
-      const Tensor& fc1_weight, const OptTensor& fc1_bias,
+      AutogradContext* ctx, const OptTensor& grad_out, const OptTensor& grad_attention,
+      at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
       const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
-      const Tensor& attention, bool reversed,
-      const c10::List<bool>& output_mask) {
+      const Tensor& attention, bool reversed, const c10::List<bool>& output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
         {grad_out, grad_attention, pooled, attention}, feats,
         {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, output_mask);
     variable_list saved{tensor(grad_out), tensor(grad_attention)};
     saved.insert(saved.end(), feats.begin(), feats.end());
-    saved.insert(
-        saved.end(),
-        {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias)});
+    saved.insert(saved.end(), {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias)});
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["reversed"] = reversed;
     ctx->saved_data["output_mask"] = output_mask;
@@ -131,11 +120,9 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
     const variable_list nodes = nodes_of(saved);
     const SavedSEWeights se(&nodes[2 + branches]);
     const auto [out, attention] = formula(
-        at::TensorList(nodes).slice(2, branches), se.view(),
-        ctx->saved_data["reversed"].toBool());
+        at::TensorList(nodes).slice(2, branches), se.view(), ctx->saved_data["reversed"].toBool());
     variable_list outputs, grad_outputs;
-    for (const auto& [output, grad] :
-         {std::pair(out, nodes[0]), std::pair(attention, nodes[1])}) {
+    for (const auto& [output, grad] : {std::pair(out, nodes[0]), std::pair(attention, nodes[1])}) {
       if (grad.defined()) {
         outputs.push_back(output);
         grad_outputs.push_back(grad);
@@ -144,8 +131,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
     const auto output_mask = ctx->saved_data["output_mask"].toBoolList();
     variable_list wrt, weights;  // the gradients asked for, and their cotangents
     for (size_t i = 0; i < grad_grads.size(); ++i) {
-      if (output_mask.get(i) && grad_grads[i].defined() &&
-          nodes[2 + i].defined()) {
+      if (output_mask.get(i) && grad_grads[i].defined() && nodes[2 + i].defined()) {
         wrt.push_back(nodes[2 + i]);
         weights.push_back(grad_grads[i]);
       }
@@ -169,31 +155,27 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
 };
 
 Backward backward_autograd(
-    const OptTensor& grad_out, const OptTensor& grad_attention,
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
-    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+    const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool reversed,
+    c10::List<bool> output_mask) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_forward_mode(
       "psa_attention_backward",
-      has_tangent(feats) || has_tangent(se) || has_tangent(grad_out) ||
-          has_tangent(grad_attention),
+      has_tangent(feats) || has_tangent(se) || has_tangent(grad_out) || has_tangent(grad_attention),
       kAttentionReference);
   if (!at::GradMode::is_enabled() ||
       !(needs_grad(feats) || needs_grad(se) || needs_grad(grad_out) ||
         needs_grad(grad_attention))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_attention_backward(
-        {grad_out, grad_attention, pooled, attention}, feats, se, reversed,
-        output_mask);
+        {grad_out, grad_attention, pooled, attention}, feats, se, reversed, output_mask);
   }
   variable_list grads = AttentionBackward::apply(
-      grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight,
-      fc2_bias, pooled, attention, reversed, output_mask);
+      grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, pooled,
+      attention, reversed, output_mask);
   const auto weights = grads.end() - 4;
-  return {
-      variable_list(grads.begin(), weights), weights[0], weights[1], weights[2],
-      weights[3]};
+  return {variable_list(grads.begin(), weights), weights[0], weights[1], weights[2], weights[3]};
 }
 
 // ---- autograd of the forward operator ----
@@ -202,19 +184,16 @@ class Attention : public torch::autograd::Function<Attention> {
  public:
   static variable_list forward(
       AutogradContext* ctx, at::TensorList feats, const Tensor& fc1_weight,
-      const OptTensor& fc1_bias, const Tensor& fc2_weight,
-      const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled_in,
-      Tensor* pooled_out) {
+      const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+      const OptTensor& pooled_in, Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, pooled, attention] = call_attention(
-        feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed,
-        pooled_in);
+    auto [out, pooled, attention] =
+        call_attention(feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, pooled_in);
     *pooled_out = pooled;
     variable_list saved(feats.begin(), feats.end());
     saved.insert(
         saved.end(),
-        {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias), pooled,
-         attention});
+        {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias), pooled, attention});
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["reversed"] = reversed;
     ctx->set_materialize_grads(false);
@@ -237,8 +216,8 @@ class Attention : public torch::autograd::Function<Attention> {
     const SavedSEWeights se(&saved[branches]);
     auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
         {grad_out, grad_attention, saved[inputs], saved[inputs + 1]},
-        at::TensorList(saved).slice(0, branches), se.view(),
-        ctx->saved_data["reversed"].toBool(), mask);
+        at::TensorList(saved).slice(0, branches), se.view(), ctx->saved_data["reversed"].toBool(),
+        mask);
     const Tensor weight_grads[] = {dw1, db1, dw2, db2};
     for (size_t i = 0; i < inputs; ++i) {
       if (mask.get(i)) {
@@ -251,12 +230,9 @@ class Attention : public torch::autograd::Function<Attention> {
 
 Forward forward_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& pooled) {
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
-  refuse_forward_mode(
-      "psa_attention", has_tangent(feats) || has_tangent(se),
-      kAttentionReference);
+  refuse_forward_mode("psa_attention", has_tangent(feats) || has_tangent(se), kAttentionReference);
   if (!at::GradMode::is_enabled() || !(needs_grad(feats) || needs_grad(se))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_attention(feats, se, reversed, pooled);
@@ -265,8 +241,7 @@ Forward forward_autograd(
   // as such it would keep compiled autograd from tracing.
   Tensor pooled_out;
   const variable_list results = Attention::apply(
-      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled,
-      &pooled_out);
+      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled, &pooled_out);
   return {results[0], pooled_out, results[1]};
 }
 

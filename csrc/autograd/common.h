@@ -40,9 +40,7 @@ struct SavedSEWeights {
         fc2_weight(four[2]),
         fc2_bias(optional(four[3])) {}
 
-  SEWeights view() const {
-    return {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
-  }
+  SEWeights view() const { return {fc1_weight, fc1_bias, fc2_weight, fc2_bias}; }
 };
 
 inline bool needs_grad(const Tensor& t) {
@@ -52,13 +50,11 @@ inline bool needs_grad(const OptTensor& t) {
   return t && t->requires_grad();
 }
 inline bool needs_grad(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-    return needs_grad(t);
-  });
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return needs_grad(t); });
 }
 inline bool needs_grad(const SEWeights& se) {
-  return needs_grad(se.fc1_weight) || needs_grad(se.fc1_bias) ||
-      needs_grad(se.fc2_weight) || needs_grad(se.fc2_bias);
+  return needs_grad(se.fc1_weight) || needs_grad(se.fc1_bias) || needs_grad(se.fc2_weight) ||
+      needs_grad(se.fc2_bias);
 }
 
 inline bool has_tangent(const Tensor& t) {
@@ -71,21 +67,21 @@ inline bool has_tangent(at::TensorList tensors) {
   return torch::autograd::isFwGradDefinedTensorList(tensors);
 }
 inline bool has_tangent(const SEWeights& se) {
-  return has_tangent(se.fc1_weight) || has_tangent(se.fc1_bias) ||
-      has_tangent(se.fc2_weight) || has_tangent(se.fc2_bias);
+  return has_tangent(se.fc1_weight) || has_tangent(se.fc1_bias) || has_tangent(se.fc2_weight) ||
+      has_tangent(se.fc2_bias);
 }
 
 // Function rejects tangents only on inputs that require grad. Others are
 // rejected here, or they would be dropped silently.
-inline void refuse_forward_mode(
-    const char* op, bool any_tangent, const char* reference) {
+inline void refuse_forward_mode(const char* op, bool any_tangent, const char* reference) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !any_tangent, op, ": forward-mode differentiation (jvp) is not supported, "
-      "expected tensors without tangents; ", reference);
+      !any_tangent, op,
+      ": forward-mode differentiation (jvp) is not supported, "
+      "expected tensors without tangents; ",
+      reference);
 }
 
-constexpr const char* kAttentionReference =
-    "psa_attention_reference supports it";
+constexpr const char* kAttentionReference = "psa_attention_reference supports it";
 constexpr const char* kModuleReference = "PSAModule, the reference, supports it";
 
 // Which of the first `count` saved inputs need a gradient. Edges count the

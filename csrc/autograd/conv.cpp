@@ -13,8 +13,8 @@ namespace {
 // spc_conv_backward in operators of ATen, whose derivatives are known: for second
 // derivatives.
 SpcBackward formula(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
-    const SpcSettings& k, const c10::List<bool>& output_mask) {
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+    const c10::List<bool>& output_mask) {
   Tensor grad_x;
   std::vector<Tensor> grad_weights;
   for (size_t s = 0; s < weights.size(); ++s) {
@@ -27,12 +27,9 @@ SpcBackward formula(
     if (gx.defined()) {
       grad_x = grad_x.defined() ? grad_x + gx : gx;
     }
-    grad_weights.push_back(
-        weight_wanted ? gw : at::empty({0}, weights[s].options()));
+    grad_weights.push_back(weight_wanted ? gw : at::empty({0}, weights[s].options()));
   }
-  return {
-      grad_x.defined() ? grad_x : at::empty({0}, x.options()),
-      std::move(grad_weights)};
+  return {grad_x.defined() ? grad_x : at::empty({0}, x.options()), std::move(grad_weights)};
 }
 
 // ---- autograd ----
@@ -40,8 +37,8 @@ SpcBackward formula(
 class Convolutions : public torch::autograd::Function<Convolutions> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, at::TensorList weights,
-      const SpcSettings& k, Tensor* pooled_out) {
+      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+      Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [feats, pooled] = call_conv(x, weights, k);
     *pooled_out = pooled;
@@ -62,9 +59,8 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
     if (!any_of(mask)) {
       return result;
     }
-    auto [grad_x, grad_weights] =
-        (at::GradMode::is_enabled() ? formula : call_conv_backward)(
-            grads, x, weights, settings.view(), mask);
+    auto [grad_x, grad_weights] = (at::GradMode::is_enabled() ? formula : call_conv_backward)(
+        grads, x, weights, settings.view(), mask);
     for (size_t i = 0; i < saved.size(); ++i) {
       if (mask.get(i)) {
         result[i] = i == 0 ? grad_x : grad_weights[i - 1];
@@ -75,11 +71,10 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
 };
 
 SpcForward forward_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const SpcSettings k{groups, stride, padding, dilation};
-  refuse_forward_mode(
-      "spc_conv", has_tangent(x) || has_tangent(weights), kModuleReference);
+  refuse_forward_mode("spc_conv", has_tangent(x) || has_tangent(weights), kModuleReference);
   if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(weights))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_conv(x, weights, k);
@@ -92,13 +87,12 @@ SpcForward forward_autograd(
 }
 
 SpcBackward backward_autograd(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, c10::List<bool> output_mask) {
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    c10::List<bool> output_mask) {
   const SpcSettings k{groups, stride, padding, dilation};
   refuse_forward_mode(
-      "spc_conv_backward",
-      has_tangent(x) || has_tangent(weights) || has_tangent(grad_feats),
+      "spc_conv_backward", has_tangent(x) || has_tangent(weights) || has_tangent(grad_feats),
       kModuleReference);
   if (at::GradMode::is_enabled() &&
       (needs_grad(x) || needs_grad(weights) || needs_grad(grad_feats))) {

@@ -10,28 +10,22 @@ namespace {
 
 constexpr size_t kWeights = 4;  // of the SE, in every saved list
 
-bool any_needs_grad(
-    const Tensor& x, at::TensorList weights, const SEWeights& se) {
-  return at::GradMode::is_enabled() &&
-      (needs_grad(x) || needs_grad(weights) || needs_grad(se));
+bool any_needs_grad(const Tensor& x, at::TensorList weights, const SEWeights& se) {
+  return at::GradMode::is_enabled() && (needs_grad(x) || needs_grad(weights) || needs_grad(se));
 }
 
-void refuse_tangents(
-    const char* op, const Tensor& x, at::TensorList weights,
-    const SEWeights& se) {
+void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, const SEWeights& se) {
   refuse_forward_mode(
-      op, has_tangent(x) || has_tangent(weights) || has_tangent(se),
-      kModuleReference);
+      op, has_tangent(x) || has_tangent(weights) || has_tangent(se), kModuleReference);
 }
 
 // ---- psa_forward: two operators where a gradient may be asked for, since they keep
 // its inputs ----
 
 Tensor forward_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& packed) {
   const SpcSettings k{groups, stride, padding, dilation};
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
@@ -49,22 +43,19 @@ Tensor forward_autograd(
 class SaveOutput : public torch::autograd::Function<SaveOutput> {
  public:
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, at::TensorList weights,
-      const Tensor& fc1_weight, const OptTensor& fc1_bias,
-      const Tensor& fc2_weight, const OptTensor& fc2_bias, const SpcSettings& k,
-      bool reversed, Tensor* pooled_out, Tensor* attention_out) {
+      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const Tensor& fc1_weight,
+      const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+      const SpcSettings& k, bool reversed, Tensor* pooled_out, Tensor* attention_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
-    auto [out, pooled, attention] =
-        call_save_output(x, weights, k, se, reversed);
+    auto [out, pooled, attention] = call_save_output(x, weights, k, se, reversed);
     *pooled_out = pooled;
     *attention_out = attention;
     variable_list saved{x};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(
         saved.end(),
-        {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias), out,
-         pooled, attention});
+        {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias), out, pooled, attention});
     ctx->save_for_backward(std::move(saved));
     SavedSettings::save(ctx, k);
     ctx->saved_data["reversed"] = reversed;
@@ -96,17 +87,15 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
 
  private:
   static variable_list kernel(
-      const variable_list& saved, const SpcSettings& k, bool reversed,
-      const Tensor& grad, const c10::List<bool>& mask) {
+      const variable_list& saved, const SpcSettings& k, bool reversed, const Tensor& grad,
+      const c10::List<bool>& mask) {
     const size_t branches = k.groups.size();
     const SavedSEWeights se(&saved[branches + 1]);
     const Tensor* outputs = &saved[branches + 1 + kWeights];
     const OptTensor grad_out(grad), no_grad;
-    auto [grad_x, grad_weights, dw1, db1, dw2, db2] =
-        call_save_output_backward(
-            {grad_out, no_grad, outputs[1], outputs[2]}, saved[0],
-            at::TensorList(saved).slice(1, branches), k, se.view(), outputs[0],
-            reversed, mask);
+    auto [grad_x, grad_weights, dw1, db1, dw2, db2] = call_save_output_backward(
+        {grad_out, no_grad, outputs[1], outputs[2]}, saved[0],
+        at::TensorList(saved).slice(1, branches), k, se.view(), outputs[0], reversed, mask);
     variable_list result{grad_x};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     result.insert(result.end(), {dw1, db1, dw2, db2});
@@ -116,8 +105,8 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
   // The same through the module's definition, computed anew, for second
   // derivatives.
   static variable_list formula(
-      const variable_list& saved, const SpcSettings& k, bool reversed,
-      const Tensor& grad_out, const c10::List<bool>& mask) {
+      const variable_list& saved, const SpcSettings& k, bool reversed, const Tensor& grad_out,
+      const c10::List<bool>& mask) {
     const size_t branches = k.groups.size();
     // A view of each input: a node of its own, also where two are one tensor.
     variable_list inputs, wrt;
@@ -129,14 +118,13 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
     }
     std::vector<Tensor> feats;
     for (size_t s = 0; s < branches; ++s) {
-      feats.push_back(at::conv2d(
-          inputs[0], inputs[1 + s], {}, {k.stride, k.stride},
-          {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
-          k.groups[s]));
+      feats.push_back(
+          at::conv2d(
+              inputs[0], inputs[1 + s], {}, {k.stride, k.stride}, {k.padding[s], k.padding[s]},
+              {k.dilation[s], k.dilation[s]}, k.groups[s]));
     }
     const SavedSEWeights se(&inputs[branches + 1]);
-    const Tensor out = std::get<0>(
-        call_attention(feats, se.view(), reversed, std::nullopt));
+    const Tensor out = std::get<0>(call_attention(feats, se.view(), reversed, std::nullopt));
     const variable_list grads = torch::autograd::grad(
         {out}, wrt, {grad_out}, /*retain_graph=*/true, /*create_graph=*/true,
         /*allow_unused=*/true);
@@ -152,10 +140,9 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
 };
 
 Forward save_output_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
   const SpcSettings k{groups, stride, padding, dilation};
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_tangents("psa_save_output", x, weights, se);
@@ -166,29 +153,26 @@ Forward save_output_autograd(
   // neither is an output of the Function: they are not differentiable
   Tensor pooled, attention;
   Tensor out = SaveOutput::apply(
-      x, weights, fc1_weight, fc1_bias, fc2_weight, fc2_bias, k, reversed,
-      &pooled, &attention);
+      x, weights, fc1_weight, fc1_bias, fc2_weight, fc2_bias, k, reversed, &pooled, &attention);
   return {out, pooled, attention};
 }
 
 ModuleBackward save_output_backward_autograd(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& out, const Tensor& pooled,
-    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool reversed,
+    c10::List<bool> output_mask) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !any_needs_grad(x, weights, se) &&
-          !(at::GradMode::is_enabled() && grad_out.requires_grad()),
+      !any_needs_grad(x, weights, se) && !(at::GradMode::is_enabled() && grad_out.requires_grad()),
       "psa_save_output_backward: its derivative is not supported, expected "
       "tensors that need no gradient; differentiate psa_save_output twice");
   at::AutoDispatchBelowADInplaceOrView guard;
   const OptTensor grad(grad_out), no_grad;
   return call_save_output_backward(
-      {grad, no_grad, pooled, attention}, x, weights,
-      {groups, stride, padding, dilation}, se, out, reversed, output_mask);
+      {grad, no_grad, pooled, attention}, x, weights, {groups, stride, padding, dilation}, se, out,
+      reversed, output_mask);
 }
 
 }  // namespace

@@ -37,8 +37,7 @@ class Workspace {
  public:
   Workspace(at::ScalarType acc, int64_t elements, int pieces)
       : size_(static_cast<int64_t>(c10::elementSize(acc))),
-        memory_(c10::GetCPUAllocator()->allocate(
-            (elements + pieces * kAlign) * size_)),
+        memory_(c10::GetCPUAllocator()->allocate((elements + pieces * kAlign) * size_)),
         next_(static_cast<char*>(memory_.get())) {}
 
   char* take(int64_t elements) {
@@ -81,8 +80,7 @@ struct PackedWeights {
     return p.weight_sets() * p.hidden * p.C;
   }
 
-  PackedWeights(
-      const Problem& p, const SEWeights& se, Workspace& workspace)
+  PackedWeights(const Problem& p, const SEWeights& se, Workspace& workspace)
       : fc1(in_acc(se.fc1_weight, p.acc)),
         fc1_bias(se.fc1_bias ? in_acc(*se.fc1_bias, p.acc) : Tensor()),
         fc2(in_acc(se.fc2_weight, p.acc)),
@@ -93,8 +91,8 @@ struct PackedWeights {
     view.fc2t = fc2.const_data_ptr();
     if (p.hidden > 1) {  // [C, 1] is its own transpose
       void* packed = workspace.take(elements(p));
-      (p.acc == at::kDouble ? transpose<double> : transpose<float>)(
-          view.fc2t, packed, p.weight_sets(), p.C, p.hidden);
+      (p.acc == at::kDouble ? transpose<double> : transpose<float>)(view.fc2t, packed,
+                                                                    p.weight_sets(), p.C, p.hidden);
       view.fc2t = packed;
     }
     if (!p.shared) {
@@ -116,12 +114,11 @@ constexpr int64_t kSerialElements = 16384;
 // threads are split into units. Who computes what does not touch the results.
 template <class Reduce, class GateStep, class Scale>
 void for_samples(
-    const Geometry& g, int64_t samples, const Reduce& reduce,
-    const GateStep& gate, const Scale& scale) {
+    const Geometry& g, int64_t samples, const Reduce& reduce, const GateStep& gate,
+    const Scale& scale) {
   const int64_t units = g.units();
   const int64_t elements = g.branches * g.channels * g.pixels;
-  const int64_t threads =
-      samples * elements < kSerialElements ? 1 : usable_threads();
+  const int64_t threads = samples * elements < kSerialElements ? 1 : usable_threads();
   const int64_t whole = samples - samples % threads;
   const auto whole_samples = [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -139,17 +136,15 @@ void for_samples(
     return;
   }
   const auto split = [&](const auto& step) {
-    const int64_t grain =
-        std::max<int64_t>(1, kSerialElements / 4 * units / elements);
-    parallel_for(
-        whole * units, samples * units, grain, [&](int64_t begin, int64_t end) {
-          while (begin < end) {
-            const int64_t n = begin / units;
-            const int64_t stop = std::min(end, (n + 1) * units);
-            step(n, begin - n * units, stop - n * units);
-            begin = stop;
-          }
-        });
+    const int64_t grain = std::max<int64_t>(1, kSerialElements / 4 * units / elements);
+    parallel_for(whole * units, samples * units, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t n = begin / units;
+        const int64_t stop = std::min(end, (n + 1) * units);
+        step(n, begin - n * units, stop - n * units);
+        begin = stop;
+      }
+    });
   };
   split(reduce);
   parallel_for(whole, samples, 1, [&](int64_t begin, int64_t end) {
@@ -170,9 +165,8 @@ Forward attention_forward(
   const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
-  Tensor pooled = pooled_in
-      ? pooled_in->clone(at::MemoryFormat::Contiguous)
-      : empty({p.N, p.S, p.C}, p.acc);
+  Tensor pooled =
+      pooled_in ? pooled_in->clone(at::MemoryFormat::Contiguous) : empty({p.N, p.S, p.C}, p.acc);
   Tensor attention = empty({p.N, p.S, p.C}, p.acc);
   if (p.N == 0) {
     return {out, pooled, attention};
@@ -187,9 +181,7 @@ Forward attention_forward(
   const int64_t hidden_bytes = p.S * p.hidden * pooled.element_size();
   const bool chunked = g.chunks > 1;
   Workspace workspace(
-      p.acc,
-      PackedWeights::elements(p) + p.N * p.S * p.hidden +
-          (chunked ? p.N * g.partials() : 0),
+      p.acc, PackedWeights::elements(p) + p.N * p.S * p.hidden + (chunked ? p.N * g.partials() : 0),
       3);
   const PackedWeights weights(p, se, workspace);
   char* hidden = workspace.take(p.N * p.S * p.hidden);
@@ -236,9 +228,7 @@ struct Gradients {
     for (int64_t s = 0; s < p.S; ++s) {
       const bool wanted = output_mask.get(s);
       any_feats |= wanted;
-      feats.push_back(
-          wanted ? empty({p.N, p.C, p.H, p.W}, p.dtype, format)
-                 : empty({0}, p.dtype));
+      feats.push_back(wanted ? empty({p.N, p.C, p.H, p.W}, p.dtype, format) : empty({0}, p.dtype));
     }
     const Tensor* given[] = {
         &se.fc1_weight, se.fc1_bias ? &*se.fc1_bias : nullptr, &se.fc2_weight,
@@ -246,8 +236,7 @@ struct Gradients {
     for (int i = 0; i < 4; ++i) {
       wanted_[i] = output_mask.get(p.S + i) && given[i];
       any_weights |= wanted_[i];
-      weights[i] = wanted_[i] ? empty(given[i]->sizes(), p.acc)
-                              : empty({0}, p.weight_dtype);
+      weights[i] = wanted_[i] ? empty(given[i]->sizes(), p.acc) : empty({0}, p.weight_dtype);
     }
   }
 
@@ -260,9 +249,7 @@ struct Gradients {
     }
   }
 
-  void* weight_data(int i) const {
-    return wanted_[i] ? weights[i].mutable_data_ptr() : nullptr;
-  }
+  void* weight_data(int i) const { return wanted_[i] ? weights[i].mutable_data_ptr() : nullptr; }
 
   Backward result() {
     for (Tensor& t : weights) {
@@ -296,8 +283,7 @@ struct BackwardStep {
         g(geometry_of(p, format)),
         workspace(
             p.acc,
-            PackedWeights::elements(p) +
-                2 * p.N * p.S * (p.C + p.hidden) +
+            PackedWeights::elements(p) + 2 * p.N * p.S * (p.C + p.hidden) +
                 (g.chunks > 1 ? p.N * g.partials() : 0),
             6),
         weights(p, se, workspace),
@@ -307,28 +293,24 @@ struct BackwardStep {
         grad_u(workspace.take(p.N * p.S * p.hidden)),
         grad_v(workspace.take(p.N * p.S * p.C)),
         grad_pooled(workspace.take(p.N * p.S * p.C)),
-        partial(
-            g.chunks > 1 ? workspace.take(p.N * g.partials()) : grad_pooled) {}
+        partial(g.chunks > 1 ? workspace.take(p.N * g.partials()) : grad_pooled) {}
 
   // The gate's gradients, and those of the maps where grad_out is given.
   void run(
-      at::TensorList feats, const Tensor& grad_out,
-      const Tensor& grad_attention, const Maps& dx, at::MemoryFormat format,
-      bool reversed, bool of_output, bool any_feats) const {
+      at::TensorList feats, const Tensor& grad_out, const Tensor& grad_attention, const Maps& dx,
+      at::MemoryFormat format, bool reversed, bool of_output, bool any_feats) const {
     const int64_t size = pooled.element_size();
     const int64_t vector_bytes = p.S * p.C * size;
     const int64_t hidden_bytes = p.S * p.hidden * size;
     const int64_t partial_bytes = g.partials() * size;
     const auto* pooled_data = static_cast<const char*>(pooled.const_data_ptr());
-    const auto* attention_data =
-        static_cast<const char*>(attention.const_data_ptr());
+    const auto* attention_data = static_cast<const char*>(attention.const_data_ptr());
     const auto* grad_attention_data = grad_attention.defined()
         ? static_cast<const char*>(grad_attention.const_data_ptr())
         : nullptr;
     const bool through_out = grad_out.defined();
     const Maps x = maps_of(feats);
-    const Maps dy =
-        through_out ? slots_of(grad_out, p, format, reversed) : Maps{};
+    const Maps dy = through_out ? slots_of(grad_out, p, format, reversed) : Maps{};
 
     const auto reduce = [&](int64_t n, int64_t begin, int64_t end) {
       if (through_out) {
@@ -337,19 +319,17 @@ struct BackwardStep {
     };
     const auto gate = [&](int64_t n) {
       k.gate_grad(
-          g, weights.view, through_out ? partial + n * partial_bytes : nullptr,
-          of_output,
-          grad_attention_data ? grad_attention_data + n * vector_bytes
-                              : nullptr,
+          g, weights.view, through_out ? partial + n * partial_bytes : nullptr, of_output,
+          grad_attention_data ? grad_attention_data + n * vector_bytes : nullptr,
           pooled_data + n * vector_bytes, attention_data + n * vector_bytes,
-          hidden + n * hidden_bytes, grad_v + n * vector_bytes,
-          grad_u + n * hidden_bytes, grad_pooled + n * vector_bytes);
+          hidden + n * hidden_bytes, grad_v + n * vector_bytes, grad_u + n * hidden_bytes,
+          grad_pooled + n * vector_bytes);
     };
     const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
       if (through_out && any_feats) {
         k.scale(
-            g, dy, attention_data + n * vector_bytes,
-            grad_pooled + n * vector_bytes, dx, n, begin, end);
+            g, dy, attention_data + n * vector_bytes, grad_pooled + n * vector_bytes, dx, n, begin,
+            end);
       }
     };
     for_samples(g, p.N, reduce, gate, scale);
@@ -357,10 +337,8 @@ struct BackwardStep {
 
   // Without grad_out a map's gradient is grad_pooled / M at every pixel, which
   // the gate has divided already.
-  void spread_pooled(
-      std::vector<Tensor>& grad_feats, const c10::List<bool>& output_mask) {
-    const Tensor dp = at::from_blob(
-        grad_pooled, {p.N, p.S, p.C, 1, 1}, at::TensorOptions(p.acc));
+  void spread_pooled(std::vector<Tensor>& grad_feats, const c10::List<bool>& output_mask) {
+    const Tensor dp = at::from_blob(grad_pooled, {p.N, p.S, p.C, 1, 1}, at::TensorOptions(p.acc));
     for (int64_t s = 0; s < p.S; ++s) {
       if (output_mask.get(s)) {
         grad_feats[s].copy_(dp.select(1, s).expand_as(grad_feats[s]));
@@ -370,16 +348,13 @@ struct BackwardStep {
 
   void weight_grads(const Gradients& grads) const {
     const WeightGrads to{
-        grads.weight_data(0), grads.weight_data(1), grads.weight_data(2),
-        grads.weight_data(3)};
+        grads.weight_data(0), grads.weight_data(1), grads.weight_data(2), grads.weight_data(3)};
     const int64_t work = 2 * p.N * (p.shared ? p.S : 1) * p.C;  // per hidden unit
     parallel_for(
-        0, p.weight_sets() * p.hidden,
-        std::max<int64_t>(1, 4 * kSerialElements / work),
+        0, p.weight_sets() * p.hidden, std::max<int64_t>(1, 4 * kSerialElements / work),
         [&](int64_t begin, int64_t end) {
           k.weight_grad(
-              g, p.N, p.shared, pooled.const_data_ptr(), hidden, grad_v, grad_u,
-              to, begin, end);
+              g, p.N, p.shared, pooled.const_data_ptr(), hidden, grad_v, grad_u, to, begin, end);
         });
   }
 };
@@ -387,9 +362,8 @@ struct BackwardStep {
 }  // namespace
 
 Backward attention_backward(
-    const Problem& p, at::TensorList feats_, const SEWeights& se,
-    const GradArguments& given, bool reversed,
-    const c10::List<bool>& output_mask, bool of_output) {
+    const Problem& p, at::TensorList feats_, const SEWeights& se, const GradArguments& given,
+    bool reversed, const c10::List<bool>& output_mask, bool of_output) {
   const at::MemoryFormat format = common_layout(feats_);
   Gradients grads(p, se, output_mask, format);
   const bool none = !given.grad_out && !given.grad_attention;
@@ -409,8 +383,7 @@ Backward attention_backward(
   step.run(
       feats, grad_out ? in_layout(*grad_out, format) : Tensor(),
       given.grad_attention ? given.grad_attention->contiguous() : Tensor(),
-      wanted_maps(grads.feats, output_mask), format, reversed, of_output,
-      grads.any_feats);
+      wanted_maps(grads.feats, output_mask), format, reversed, of_output, grads.any_feats);
   if (!grad_out && grads.any_feats) {
     step.spread_pooled(grads.feats, output_mask);
   }
@@ -431,8 +404,8 @@ struct AttentionStep::State {
   Maps maps;
 
   State(
-      const Problem& problem, const Tensor& out, at::MemoryFormat format,
-      const SEWeights& se, bool reversed)
+      const Problem& problem, const Tensor& out, at::MemoryFormat format, const SEWeights& se,
+      bool reversed)
       : p(problem),
         k(kernels(dtype_of(p.dtype), isa_in_use())),
         g(geometry_of(p, format)),
@@ -444,20 +417,16 @@ struct AttentionStep::State {
 AttentionStep::AttentionStep(
     const Problem& p, const Tensor& out, const SEWeights& se, bool reversed) {
   TORCH_INTERNAL_ASSERT(p.acc == at::kFloat);
-  state_ =
-      std::make_unique<State>(p, out, common_layout({out}), se, reversed);
+  state_ = std::make_unique<State>(p, out, common_layout({out}), se, reversed);
 }
 
 AttentionStep::~AttentionStep() = default;
 
-void AttentionStep::run(
-    int64_t n, const float* pooled, float* attention, int64_t threads) const {
+void AttentionStep::run(int64_t n, const float* pooled, float* attention, int64_t threads) const {
   const State& s = *state_;
   std::vector<float> hidden(s.p.S * s.p.hidden);
   // the means are not written where no partial sums are given
-  s.k.gate(
-      s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(),
-      attention);
+  s.k.gate(s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(), attention);
   const auto scale = [&](int64_t begin, int64_t end) {
     s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);
   };
@@ -474,24 +443,22 @@ namespace {
 
 Forward forward(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& pooled) {
+    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const Problem p = check_arguments("psa_attention", feats, se, pooled);
   return attention_forward(p, feats, se, reversed, pooled);
 }
 
 Backward backward(
-    const OptTensor& grad_out, const OptTensor& grad_attention,
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
-    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+    const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool reversed,
+    c10::List<bool> output_mask) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const GradArguments grads{grad_out, grad_attention, pooled, attention};
-  const Problem p = check_backward_arguments(
-      "psa_attention_backward", feats, se, grads, output_mask);
-  return attention_backward(
-      p, feats, se, grads, reversed, output_mask, /*of_output=*/false);
+  const Problem p =
+      check_backward_arguments("psa_attention_backward", feats, se, grads, output_mask);
+  return attention_backward(p, feats, se, grads, reversed, output_mask, /*of_output=*/false);
 }
 
 }  // namespace

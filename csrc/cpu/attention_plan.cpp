@@ -5,8 +5,7 @@
 namespace epsa::cpu {
 
 Geometry make_geometry(
-    int branches, int64_t channels, int64_t pixels, int64_t hidden,
-    Layout layout) {
+    int branches, int64_t channels, int64_t pixels, int64_t hidden, Layout layout) {
   // Elements of one unit. Large units hide the cost of starting one; small units let
   // several threads share a small sample.
   constexpr int64_t kPlaneElements = 16384, kPixelElements = 8192;
@@ -17,8 +16,7 @@ Geometry make_geometry(
       : std::max<int64_t>(1, kPixelElements / (branches * channels));
   const int64_t least = (pixels + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk = std::max(wanted, least);
-  return {branches, channels, pixels, hidden, layout, chunk,
-          (pixels + chunk - 1) / chunk};
+  return {branches, channels, pixels, hidden, layout, chunk, (pixels + chunk - 1) / chunk};
 }
 
 }  // namespace epsa::cpu

@@ -9,10 +9,10 @@
 namespace epsa::cpu {
 
 struct Geometry {
-  int branches;  // S
+  int branches;      // S
   int64_t channels;  // C, of one branch
-  int64_t pixels;  // M = H * W
-  int64_t hidden;  // r
+  int64_t pixels;    // M = H * W
+  int64_t hidden;    // r
   Layout layout;
   // contiguous: a unit is `chunk` pixels of one plane; units are ordered (s, c, chunk).
   // channels_last: a unit is `chunk` pixels of all branches.
@@ -27,7 +27,6 @@ struct Geometry {
 };
 
 Geometry make_geometry(
-    int branches, int64_t channels, int64_t pixels, int64_t hidden,
-    Layout layout);
+    int branches, int64_t channels, int64_t pixels, int64_t hidden, Layout layout);
 
 }  // namespace epsa::cpu

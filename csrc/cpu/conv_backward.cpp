@@ -10,15 +10,12 @@ namespace {
 
 // torch's gradients of x and of the weight, in the accumulation type.
 std::pair<Tensor, Tensor> library_backward(
-    const SpcProblem& p, const Tensor& grad, const Tensor& x,
-    const Tensor& weight, const SpcSettings& k, int64_t s, bool input_wanted,
-    bool weight_wanted) {
+    const SpcProblem& p, const Tensor& grad, const Tensor& x, const Tensor& weight,
+    const SpcSettings& k, int64_t s, bool input_wanted, bool weight_wanted) {
   auto [gx, gw, gb] = at::convolution_backward(
-      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt,
-      {k.stride, k.stride}, {k.padding[s], k.padding[s]},
-      {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
-      /*output_padding=*/{0, 0}, k.groups[s],
-      {input_wanted, weight_wanted, false});
+      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
+      {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
+      /*output_padding=*/{0, 0}, k.groups[s], {input_wanted, weight_wanted, false});
   return {gx, gw};
 }
 
@@ -27,8 +24,8 @@ std::pair<Tensor, Tensor> library_backward(
 class InputGrad {
  public:
   InputGrad(
-      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
-      Isa isa, bool wanted)
+      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings, Isa isa,
+      bool wanted)
       : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
     if (!wanted || p.dtype == at::kDouble) {
       return;  // a phase without taps has no plan that could say this
@@ -64,15 +61,14 @@ class InputGrad {
       for (size_t i = 0; i < part.convs.size(); ++i) {
         weights.push_back(turned_weights_of(part.weights[i], part.convs[i]));
       }
-      part.packed =
-          pack_weights(k_, part.convs, part.plans, weights, threads);
+      part.packed = pack_weights(k_, part.convs, part.plans, weights, threads);
     }
   }
 
   int64_t buffer_floats() const { return buffer_; }
   int64_t lane_floats() const { return lane_floats_; }
   int64_t tasks() const { return tasks_; }  // of one sample
-  int64_t weight_floats() const {  // packed
+  int64_t weight_floats() const {           // packed
     int64_t floats = 0;
     for (const Part& part : parts_) {
       floats += part.packed.floats;
@@ -83,8 +79,8 @@ class InputGrad {
   // grads(s): the scratch that holds branch s's gradient of this sample.
   template <class Grads>
   void run(
-      int64_t task, int64_t n, const Grads& grads, const Tensor& grad_x,
-      float* buffer, float* lane_sums) const {
+      int64_t task, int64_t n, const Grads& grads, const Tensor& grad_x, float* buffer,
+      float* lane_sums) const {
     size_t i = 0;
     while (task >= parts_[i].strips * parts_[i].ranges) {
       task -= parts_[i].strips * parts_[i].ranges;
@@ -100,22 +96,21 @@ class InputGrad {
       const int64_t first = unit_run(part.convs[b], plan, unit).first;
       const Conv& conv = part.convs[b];
       for (int64_t c = 0; c < conv.ic();) {
-        c = k_.method(plan.method).convolve(
-            conv, plan, grads(part.branches[b]), part.packed.unit(b, plan, unit),
-            unit, c, begin, end,
-            {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
-            lane_sums);
+        c = k_.method(plan.method)
+                .convolve(
+                    conv, plan, grads(part.branches[b]), part.packed.unit(b, plan, unit), unit, c,
+                    begin, end, {buffer + first % part.range, part.row, part.pitch, /*add=*/true},
+                    lane_sums);
       }
     }
     Image to = image_of(grad_x, n, range * part.range);
     to.data = static_cast<char*>(to.data) +
-        ((part.first_row + begin * stride_) * to.row_stride +
-         part.first_column * to.pixel_stride) * grad_x.element_size();
+        ((part.first_row + begin * stride_) * to.row_stride + part.first_column * to.pixel_stride) *
+            grad_x.element_size();
     to.row_stride *= stride_;
     to.pixel_stride *= stride_;
     k_.unpack(
-        {buffer, part.row, part.pitch, false}, part.range, end - begin,
-        part.columns, to, nullptr);
+        {buffer, part.row, part.pitch, false}, part.range, end - begin, part.columns, to, nullptr);
   }
 
  private:
@@ -137,20 +132,16 @@ class InputGrad {
 
   // False where branch s has no kernel for this phase.
   bool add_branch(
-      Part& part, const Tensor& weight, const SpcSettings& settings, int64_t s,
-      Isa isa) const {
+      Part& part, const Tensor& weight, const SpcSettings& settings, int64_t s, Isa isa) const {
     const Conv conv = conv_of(p_, weight, settings, s);
-    const Phase phase =
-        grad_input_phase(conv, part.first_row, part.first_column);
+    const Phase phase = grad_input_phase(conv, part.first_row, part.first_column);
     part.rows = phase.conv.out_height;
     part.columns = phase.conv.out_width;
     if (phase.conv.taps() == 0) {
       return true;  // this branch adds nothing
     }
-    const ConvPlan plan =
-        plan_grad_input(phase.conv, p_.dtype == at::kDouble, isa);
-    if (plan.method == ConvMethod::library ||
-        (stride_ > 1 && conv.dilation > 1)) {
+    const ConvPlan plan = plan_grad_input(phase.conv, p_.dtype == at::kDouble, isa);
+    if (plan.method == ConvMethod::library || (stride_ > 1 && conv.dilation > 1)) {
       return false;
     }
     Tensor w = weight;
@@ -184,11 +175,11 @@ class InputGrad {
         const int64_t first = unit_run(part.convs[b], plan, unit).first;
         part.units[first / part.range].push_back({b, unit});
         // A unit that lacks some channels still writes all of its lanes.
-        part.pitch =
-            std::max(part.pitch, first % part.range + plan.unit_channels);
+        part.pitch = std::max(part.pitch, first % part.range + plan.unit_channels);
       }
       width = std::max(width, plan.buffer_width);
-      lane_floats_ = std::max(lane_floats_, k_.method(plan.method).lane_floats(part.convs[b], plan));
+      lane_floats_ =
+          std::max(lane_floats_, k_.method(plan.method).lane_floats(part.convs[b], plan));
     }
     part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
     part.row = width * part.pitch;
@@ -225,9 +216,8 @@ class Backward {
       const Conv conv = conv_of(p, weights[s], settings, s);
       convs_.push_back(conv);
       weight_plans_.push_back(
-          output_mask.get(s + 1)
-              ? plan_weight_grad(conv, p.dtype == at::kDouble, isa_)
-              : WeightGradPlan());
+          output_mask.get(s + 1) ? plan_weight_grad(conv, p.dtype == at::kDouble, isa_)
+                                 : WeightGradPlan());
       flops_ += flops_of(p, conv);
       const WeightGradPlan& plan = weight_plans_[s];
       first_sums_.push_back(sums_);
@@ -284,7 +274,7 @@ class Backward {
   // A thread's scratch memory.
   struct Memory {
     Floats buffer, lanes;  // of the gradient of x
-    Floats sums;  // of one unit of a weight's gradient
+    Floats sums;           // of one unit of a weight's gradient
   };
 
   // One call's arguments, memory and steps.
@@ -294,8 +284,8 @@ class Backward {
     const ConvKernels& k;
     Tensors tensors;
     int64_t threads;
-    int64_t grad_blocks, x_blocks;  // blocks of channels of one image
-    int64_t grad_floats, x_floats;  // of one packed image
+    int64_t grad_blocks, x_blocks;      // blocks of channels of one image
+    int64_t grad_floats, x_floats;      // of one packed image
     int64_t weight_tasks, input_tasks;  // of one wave, of one sample
     // Samples at a time. Each thread has at least one, and the weights' sums are fetched
     // seldom. Each sum follows the samples' order, whichever threads add to it.
@@ -313,14 +303,12 @@ class Backward {
       grad_floats = self.grad_size_.floats(p.C, p.out_h, k.lanes);
       weight_tasks = static_cast<int64_t>(self.weight_tasks_.size());
       x_blocks = weight_tasks ? (p.in_channels + k.lanes - 1) / k.lanes : 0;
-      x_floats =
-          x_blocks ? self.x_size_.floats(p.in_channels, p.H, k.lanes) : 0;
+      x_floats = x_blocks ? self.x_size_.floats(p.in_channels, p.H, k.lanes) : 0;
       input_tasks = self.input_ ? self.input_grad_.tasks() : 0;
       task_first = self.input_grad_.weight_floats() > kCacheFloats;
       constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
       const int64_t sample_floats = x_floats + p.S * grad_floats;
-      const int64_t each =
-          std::max<int64_t>(1, kWaveFloats / (threads * sample_floats));
+      const int64_t each = std::max<int64_t>(1, kWaveFloats / (threads * sample_floats));
       wave = std::min(p.N, each * threads);
       at_once = wave == p.N;
       sums = Floats(at_once ? 0 : self.sums_, /*zero=*/true);
@@ -332,8 +320,7 @@ class Backward {
       return self.x_size_.scratch(images.get() + n * x_floats, p.H);
     }
     Scratch grad(int64_t n, int64_t s) const {
-      return self.grad_size_.scratch(
-          grads.get() + (n * p.S + s) * grad_floats, p.out_h);
+      return self.grad_size_.scratch(grads.get() + (n * p.S + s) * grad_floats, p.out_h);
     }
 
     void pack_images(int64_t first, int64_t count) const {
@@ -342,28 +329,24 @@ class Backward {
         const int64_t n = i / blocks, block = i % blocks;
         if (block < x_blocks) {
           k.pack_image(
-              image_of(tensors.x, first + n), p.in_channels, p.W, image(n),
-              block, block + 1);
+              image_of(tensors.x, first + n), p.in_channels, p.W, image(n), block, block + 1);
           return;
         }
         const int64_t s = (block - x_blocks) / grad_blocks;
         const int64_t b = (block - x_blocks) % grad_blocks;
         k.pack_image(
-            image_of(tensors.grad_feats[s], first + n), p.C, p.out_w,
-            grad(n, s), b, b + 1);
+            image_of(tensors.grad_feats[s], first + n), p.C, p.out_w, grad(n, s), b, b + 1);
       });
     }
 
     void compute(int64_t first, int64_t count) const {
       const auto memory = [&] {
         return Memory{
-            Floats(self.input_grad_.buffer_floats()),
-            Floats(self.input_grad_.lane_floats()),
+            Floats(self.input_grad_.buffer_floats()), Floats(self.input_grad_.lane_floats()),
             Floats(at_once ? self.most_sums_ : 0)};
       };
       for_each_with(
-          weight_tasks + count * input_tasks, threads, memory,
-          [&](int64_t i, const Memory& own) {
+          weight_tasks + count * input_tasks, threads, memory, [&](int64_t i, const Memory& own) {
             if (i < weight_tasks) {
               weight_task(self.weight_tasks_[i], count, own);
             } else {
@@ -372,8 +355,7 @@ class Backward {
           });
     }
 
-    void weight_task(
-        const Unit& task, int64_t count, const Memory& own) const {
+    void weight_task(const Unit& task, int64_t count, const Memory& own) const {
       const int64_t s = task.branch;
       const WeightGradPlan& plan = self.weight_plans_[s];
       float* unit_sums = at_once ? own.sums.get() : sums_of(task);
@@ -381,21 +363,19 @@ class Backward {
         std::fill_n(unit_sums, plan.unit_sums, 0.0f);
       }
       for (int64_t n = 0; n < count; ++n) {
-        k.weight_grad(
-            self.convs_[s], plan, image(n), grad(n, s), task.unit, unit_sums);
+        k.weight_grad(self.convs_[s], plan, image(n), grad(n, s), task.unit, unit_sums);
       }
       if (at_once) {
         finish(task, unit_sums);
       }
     }
 
-    void input_task(
-        int64_t i, int64_t first, int64_t count, const Memory& own) const {
+    void input_task(int64_t i, int64_t first, int64_t count, const Memory& own) const {
       const int64_t n = task_first ? i % count : i / input_tasks;
       const int64_t task = task_first ? i / count : i % input_tasks;
       self.input_grad_.run(
-          task, first + n, [&](int64_t s) { return grad(n, s); },
-          tensors.grad_x, own.buffer.get(), own.lanes.get());
+          task, first + n, [&](int64_t s) { return grad(n, s); }, tensors.grad_x, own.buffer.get(),
+          own.lanes.get());
     }
 
     float* sums_of(const Unit& task) const {
@@ -435,14 +415,12 @@ class Backward {
 }  // namespace
 
 SpcBackward spc_backward(
-    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, c10::List<bool> output_mask) {
+    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    c10::List<bool> output_mask) {
   const SpcSettings settings{groups, stride, padding, dilation};
-  const SpcProblem p =
-      check_spc_arguments("spc_conv_backward", x_, weights, settings);
-  check_spc_backward_arguments(
-      "spc_conv_backward", grad_feats_, x_, p, output_mask);
+  const SpcProblem p = check_spc_arguments("spc_conv_backward", x_, weights, settings);
+  check_spc_backward_arguments("spc_conv_backward", grad_feats_, x_, p, output_mask);
   const at::MemoryFormat format = spc_layout(x_);
   Backward native(p, weights, settings, output_mask);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
@@ -452,15 +430,14 @@ SpcBackward spc_backward(
     const Tensor& g = grad_feats_[s];
     grad_feats.push_back(is_image(g) ? g : g.contiguous(format));
     grad_weights.push_back(
-        output_mask.get(s + 1) ? at::empty_like(weights[s])
-                               : at::empty({0}, weights[s].options()));
+        output_mask.get(s + 1) ? at::empty_like(weights[s]) : at::empty({0}, weights[s].options()));
     const bool input = output_mask.get(0) && !native.input();
     const bool weight = output_mask.get(s + 1) && !native.weight(s);
     if (!input && !weight) {
       continue;
     }
-    auto [gx, gw] = library_backward(
-        p, grad_feats.back(), x, weights[s], settings, s, input, weight);
+    auto [gx, gw] =
+        library_backward(p, grad_feats.back(), x, weights[s], settings, s, input, weight);
     if (input) {
       grad_x = grad_x.defined() ? grad_x.add_(gx) : gx;
     }

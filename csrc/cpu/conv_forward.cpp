@@ -8,8 +8,8 @@ namespace epsa::cpu {
 // ---- plans ----
 
 ForwardBank::ForwardBank(
-    const char* op, const SpcProblem& p, at::TensorList weights,
-    const SpcSettings& settings, const std::optional<Tensor>& prepacked)
+    const char* op, const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+    const std::optional<Tensor>& prepacked)
     : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
   for (int64_t s = 0; s < p.S; ++s) {
     convs_.push_back(conv_of(p, weights[s], settings, s));
@@ -24,14 +24,11 @@ ForwardBank::ForwardBank(
   }
   for (int64_t s = 0; s < p.S; ++s) {
     Packing& packing = header_.branch[s].packing;
-    const ConvPlan plan =
-        plan_conv(convs_[s], p.dtype == at::kDouble, isa_, packing);
+    const ConvPlan plan = plan_conv(convs_[s], p.dtype == at::kDouble, isa_, packing);
     TORCH_CHECK_VALUE(
-        !use_packed ||
-            (plan.block == packing.block && plan.method == packing.method),
-        op, ": packed has method ", static_cast<int>(packing.method),
-        " and blocks of ", packing.block, " for weights[", s,
-        "], expected one of this convolution's; prepack again");
+        !use_packed || (plan.block == packing.block && plan.method == packing.method), op,
+        ": packed has method ", static_cast<int>(packing.method), " and blocks of ", packing.block,
+        " for weights[", s, "], expected one of this convolution's; prepack again");
     packing = {plan.method, plan.block};
     weights_.push_back(use_packed ? weights[s] : evenly(weights[s]));
     add_branch(s, plan);
@@ -52,10 +49,8 @@ void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
   const int64_t strips = plan.strips(p_.out_h);
   strips_ = std::max(strips_, strips);
   sums_ += strips * p_.C;
-  buffer_ =
-      std::max(buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
-  lane_floats_ = std::max(
-      lane_floats_, k_.method(plan.method).lane_floats(conv, plan));
+  buffer_ = std::max(buffer_, plan.strip * plan.buffer_width * plan.unit_pitch);
+  lane_floats_ = std::max(lane_floats_, k_.method(plan.method).lane_floats(conv, plan));
   unit_weights_ = std::max(unit_weights_, plan.unit_weights);
   weight_floats_ += plan.units * plan.unit_weights;
   flops_ += flops_of(p_, conv);
@@ -84,9 +79,8 @@ std::vector<ConvWeights> ForwardBank::conv_weights() const {
 
 Tensor ForwardBank::prepack() const {
   Tensor bytes = at::detail::empty_cpu(
-      {PrepackHeader::kBytes +
-       weight_floats_ * static_cast<int64_t>(sizeof(float))},
-      at::kByte, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
+      {PrepackHeader::kBytes + weight_floats_ * static_cast<int64_t>(sizeof(float))}, at::kByte,
+      /*pin_memory=*/false, at::MemoryFormat::Contiguous);
   char* data = static_cast<char*>(bytes.mutable_data_ptr());
   // Clears also the gaps that the kernels leave between the weights.
   std::memset(data, 0, bytes.numel());
@@ -115,18 +109,13 @@ struct ForwardBank::Call {
   float* pooled;
   const Packed* packed = nullptr;  // null: each unit packs its own weights
 
-  Scratch scratch(float* image) const {
-    return self.size_.scratch(image, self.p_.H);
-  }
+  Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H); }
 
   void pack(int64_t n, float* image, int64_t begin, int64_t end) const {
-    self.k_.pack_image(
-        image_of(x, n), self.p_.in_channels, self.p_.W, scratch(image), begin,
-        end);
+    self.k_.pack_image(image_of(x, n), self.p_.in_channels, self.p_.W, scratch(image), begin, end);
   }
 
-  void pack_images(
-      int64_t first, int64_t count, float* images, int64_t threads) const {
+  void pack_images(int64_t first, int64_t count, float* images, int64_t threads) const {
     const int64_t blocks = self.blocks(), floats = self.image_floats();
     for_each(count * blocks, threads, [&](int64_t i) {
       const int64_t n = i / blocks, block = i % blocks;
@@ -140,42 +129,38 @@ struct ForwardBank::Call {
 
   void pack_unit(const Task& task, float* to) const {
     const ConvPlan& plan = self.plans_[task.branch];
-    self.k_.method(plan.method).pack_weights(
-        self.convs_[task.branch], plan, weights[task.branch], task.unit, to);
+    self.k_.method(plan.method)
+        .pack_weights(self.convs_[task.branch], plan, weights[task.branch], task.unit, to);
   }
 
-  void task(
-      const Task& task, int64_t n, float* image, float* sums,
-      const Memory& memory) const {
+  void task(const Task& task, int64_t n, float* image, float* sums, const Memory& memory) const {
     const float* weights = unit_weights(task);
     const int64_t channels = self.convs_[task.branch].ic();
     for (int64_t c = 0; c < channels;) {
-      c = convolve(
-          task, weights, c, image, memory.buffer.get(), memory.lanes.get());
+      c = convolve(task, weights, c, image, memory.buffer.get(), memory.lanes.get());
     }
     unpack(task, n, memory.buffer.get(), sums);
   }
 
   // Starts at channel c. Returns the first channel that it left out.
   int64_t convolve(
-      const Task& task, const float* unit_weights, int64_t c, float* image,
-      float* buffer, float* lanes) const {
+      const Task& task, const float* unit_weights, int64_t c, float* image, float* buffer,
+      float* lanes) const {
     const auto [begin, end] = rows(task);
     const ConvPlan& plan = self.plans_[task.branch];
-    return self.k_.method(plan.method).convolve(
-        self.convs_[task.branch], plan, scratch(image), unit_weights,
-        task.unit, c, begin, end, strip_sums(task, buffer), lanes);
+    return self.k_.method(plan.method)
+        .convolve(
+            self.convs_[task.branch], plan, scratch(image), unit_weights, task.unit, c, begin, end,
+            strip_sums(task, buffer), lanes);
   }
 
   void unpack(const Task& task, int64_t n, float* buffer, float* sums) const {
     const SpcProblem& p = self.p_;
     const auto [begin, end] = rows(task);
-    const Run run = unit_run(
-        self.convs_[task.branch], self.plans_[task.branch], task.unit);
+    const Run run = unit_run(self.convs_[task.branch], self.plans_[task.branch], task.unit);
     const Tensor& feat = feats[task.branch];
     Image to = image_of(feat, n, run.first);
-    to.data = static_cast<char*>(to.data) +
-        begin * to.row_stride * feat.element_size();
+    to.data = static_cast<char*>(to.data) + begin * to.row_stride * feat.element_size();
     self.k_.unpack(
         strip_sums(task, buffer), run.count, end - begin, p.out_w, to,
         sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
@@ -224,21 +209,18 @@ void ForwardBank::means(const float* sums, float* pooled) const {
 // ---- orders of work ----
 
 void ForwardBank::run(
-    const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
-    const Done& done) const {
+    const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const {
   const int64_t threads = threads_for(flops_);
   const std::vector<ConvWeights> weights = conv_weights();
   Call call{*this, x, feats, weights, pooled};
   Packed packed(plans_);
   if (prepacked_.defined()) {
     packed.data = reinterpret_cast<const float*>(
-        static_cast<const char*>(prepacked_.const_data_ptr()) +
-        PrepackHeader::kBytes);
+        static_cast<const char*>(prepacked_.const_data_ptr()) + PrepackHeader::kBytes);
     call.packed = &packed;
   }
   // Weights that exceed the cache should be read once, rather than the images.
-  if (weight_floats_ > kCacheFloats &&
-      (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
+  if (weight_floats_ > kCacheFloats && (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
     by_unit(call, threads, done);
     return;
   }
@@ -270,8 +252,7 @@ void ForwardBank::by_sample(
 }
 
 // All threads share the samples from `first` on, strip by strip.
-void ForwardBank::shared(
-    const Call& call, int64_t first, int64_t threads, const Done& done) const {
+void ForwardBank::shared(const Call& call, int64_t first, int64_t threads, const Done& done) const {
   const int64_t count = p_.N - first;
   const int64_t tasks = static_cast<int64_t>(tasks_.size());
   if (count == 0) {
@@ -285,8 +266,8 @@ void ForwardBank::shared(
       [&](int64_t i, const Memory& memory) {
         const int64_t n = i / tasks;
         call.task(
-            tasks_[i % tasks], first + n, images.get() + n * image_floats(),
-            sums.get() + n * sums_, memory);
+            tasks_[i % tasks], first + n, images.get() + n * image_floats(), sums.get() + n * sums_,
+            memory);
       });
   for (int64_t n = 0; n < count; ++n) {
     call.finish(first + n, sums.get() + n * sums_);
@@ -311,9 +292,7 @@ struct ForwardBank::Wave {
     const int64_t channels = self.convs_[unit.branch].ic();
     for (int64_t from = 0, to = 0; from < channels; from = to) {
       each(unit, begin, end, memory, [&](const Task& task, int64_t n, float* buffer) {
-        to = call.convolve(
-            task, weights, from, images + n * floats, buffer,
-            memory.lanes.get());
+        to = call.convolve(task, weights, from, images + n * floats, buffer, memory.lanes.get());
       });
     }
     each(unit, begin, end, memory, [&](const Task& task, int64_t n, float* buffer) {
@@ -323,9 +302,7 @@ struct ForwardBank::Wave {
 
   // f(task, n, its tile buffer) for each sample and each strip of a unit.
   template <class F>
-  void each(
-      const Task& unit, int64_t begin, int64_t end, const Memory& memory,
-      const F& f) const {
+  void each(const Task& unit, int64_t begin, int64_t end, const Memory& memory, const F& f) const {
     const ForwardBank& self = call.self;
     const int64_t strips = self.plans_[unit.branch].strips(self.p_.out_h);
     float* buffer = memory.buffer.get();
@@ -340,11 +317,9 @@ struct ForwardBank::Wave {
 
 // All threads share the units, and pack a unit's weights where they are used. A wave of
 // samples at a time: neither weights nor images need a large cache.
-void ForwardBank::by_unit(
-    const Call& call, int64_t threads, const Done& done) const {
+void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) const {
   constexpr int64_t kWaveFloats = 1 << 21;  // of packed images
-  const int64_t most =
-      std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
+  const int64_t most = std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
   const int64_t units = static_cast<int64_t>(units_.size());
   const Floats images(most * image_floats());
   const Floats sums(most * sums_);
@@ -357,8 +332,7 @@ void ForwardBank::by_unit(
     const Wave wave{call, first, count, images.get(), sums.get()};
     call.pack_images(first, count, images.get(), threads);
     // Several tasks for each thread let all threads end at about the same time.
-    const int64_t parts =
-        std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
+    const int64_t parts = std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
     const auto own = [&] {
       return Own{
           Memory(*this, (count + parts - 1) / parts * strips_),
@@ -371,8 +345,8 @@ void ForwardBank::by_unit(
         call.pack_unit(unit, own.weights.get());
       }
       wave.unit(
-          unit, call.packed ? call.unit_weights(unit) : own.weights.get(),
-          part * count / parts, (part + 1) * count / parts, own.memory);
+          unit, call.packed ? call.unit_weights(unit) : own.weights.get(), part * count / parts,
+          (part + 1) * count / parts, own.memory);
     });
     const bool alone = count < threads;
     for_each(count, alone ? 1 : threads, [&](int64_t n) {
@@ -387,8 +361,7 @@ void ForwardBank::by_unit(
 namespace {
 
 Tensor library_forward(
-    const SpcProblem& p, const Tensor& x, const Tensor& weight,
-    const SpcSettings& k, int64_t s) {
+    const SpcProblem& p, const Tensor& x, const Tensor& weight, const SpcSettings& k, int64_t s) {
   return at::convolution(
       in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
       {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
@@ -398,20 +371,20 @@ Tensor library_forward(
 }  // namespace
 
 SpcForward convolve(
-    const ForwardBank& native, const SpcProblem& p, const Tensor& x_,
-    at::TensorList weights, const SpcSettings& settings) {
+    const ForwardBank& native, const SpcProblem& p, const Tensor& x_, at::TensorList weights,
+    const SpcSettings& settings) {
   const at::MemoryFormat format = spc_layout(x_);
   Tensor pooled = at::detail::empty_cpu(
-      {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false,
-      at::MemoryFormat::Contiguous);
+      {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
   std::vector<Tensor> feats;
   bool any = false;
   for (int64_t s = 0; s < p.S; ++s) {
     if (native.has(s)) {
       any = true;
-      feats.push_back(at::detail::empty_cpu(
-          {p.N, p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format));
+      feats.push_back(
+          at::detail::empty_cpu(
+              {p.N, p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format));
       continue;
     }
     const Tensor f = library_forward(p, x, weights[s], settings, s);
@@ -419,8 +392,7 @@ SpcForward convolve(
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }
   if (any && p.N > 0) {
-    native.run(
-        x, feats, pooled.mutable_data_ptr<float>(), [](int64_t, int64_t) {});
+    native.run(x, feats, pooled.mutable_data_ptr<float>(), [](int64_t, int64_t) {});
   }
   return {std::move(feats), std::move(pooled)};
 }
@@ -430,8 +402,8 @@ SpcForward convolve(
 namespace {
 
 SpcForward spc_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const SpcSettings settings{groups, stride, padding, dilation};
   const SpcProblem p = check_spc_arguments("spc_conv", x, weights, settings);
   const ForwardBank native("spc_conv", p, weights, settings);
@@ -439,15 +411,16 @@ SpcForward spc_forward(
 }
 
 Tensor spc_prepack(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const SpcSettings settings{groups, stride, padding, dilation};
   const SpcProblem p = check_spc_arguments("spc_prepack", x, weights, settings);
   const ForwardBank native("spc_prepack", p, weights, settings);
   TORCH_CHECK_VALUE(
-      native.has_any(), "spc_prepack: expected at least one convolution that has "
-      "a kernel here, got none of ", p.S, " (dtype ", p.dtype, ", stride ",
-      stride, "): there is nothing to pack");
+      native.has_any(),
+      "spc_prepack: expected at least one convolution that has "
+      "a kernel here, got none of ",
+      p.S, " (dtype ", p.dtype, ", stride ", stride, "): there is nothing to pack");
   return native.prepack();
 }
 

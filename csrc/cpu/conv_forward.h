@@ -12,16 +12,13 @@ class ForwardBank {
  public:
   // prepacked: the result of prepack() for such weights, or nothing.
   ForwardBank(
-      const char* op, const SpcProblem& p, at::TensorList weights,
-      const SpcSettings& settings,
+      const char* op, const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
       const std::optional<Tensor>& prepacked = std::nullopt);
 
   // The packed weights with their header, for a constructor's `prepacked`.
   Tensor prepack() const;
 
-  bool has(int64_t s) const {
-    return plans_[s].method != ConvMethod::library;
-  }
+  bool has(int64_t s) const { return plans_[s].method != ConvMethod::library; }
   bool has_any() const { return !units_.empty(); }
   bool has_all() const;
 
@@ -32,8 +29,7 @@ class ForwardBank {
   // `pooled` [N, S, C]. Branches without kernels here are left out. Calls `done` for
   // each sample. The results do not depend on the threads.
   void run(
-      const Tensor& x, const std::vector<Tensor>& feats, float* pooled,
-      const Done& done) const;
+      const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
 
  private:
   // A piece of work: one unit, one strip of its output rows.
@@ -47,9 +43,7 @@ class ForwardBank {
 
   void add_branch(int64_t s, const ConvPlan& plan);
   std::vector<ConvWeights> conv_weights() const;
-  int64_t image_floats() const {
-    return size_.floats(p_.in_channels, p_.H, k_.lanes);
-  }
+  int64_t image_floats() const { return size_.floats(p_.in_channels, p_.H, k_.lanes); }
   int64_t blocks() const {  // of an image's channels
     return (p_.in_channels + k_.lanes - 1) / k_.lanes;
   }
@@ -68,18 +62,18 @@ class ForwardBank {
   PrepackHeader header_;
   Tensor prepacked_;
   std::vector<int64_t> first_sums_;  // of each branch, within a sample's sums
-  std::vector<Task> tasks_;  // of one sample
-  std::vector<Task> units_;  // with all of their strips
+  std::vector<Task> tasks_;          // of one sample
+  std::vector<Task> units_;          // with all of their strips
   ScratchSize size_;
   int64_t sums_ = 0, buffer_ = 0, lane_floats_ = 0;  // floats
-  int64_t strips_ = 0;  // the most that a branch has
-  int64_t unit_weights_ = 0, weight_floats_ = 0;  // of the largest unit, of all units
+  int64_t strips_ = 0;                               // the most that a branch has
+  int64_t unit_weights_ = 0, weight_floats_ = 0;     // of the largest unit, of all units
   double flops_ = 0;
 };
 
 // All branches: `native` computes those that it has, torch's convolution the others.
 SpcForward convolve(
-    const ForwardBank& native, const SpcProblem& p, const Tensor& x,
-    at::TensorList weights, const SpcSettings& settings);
+    const ForwardBank& native, const SpcProblem& p, const Tensor& x, at::TensorList weights,
+    const SpcSettings& settings);
 
 }  // namespace epsa::cpu

@@ -23,10 +23,8 @@ class Floats {
  public:
   Floats() = default;
   explicit Floats(int64_t count, bool zero = false)
-      : memory_(c10::GetCPUAllocator()->allocate(
-            std::max<int64_t>(count, 1) * sizeof(float))) {
-    TORCH_INTERNAL_ASSERT(
-        reinterpret_cast<uintptr_t>(memory_.get()) % 64 == 0);
+      : memory_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(count, 1) * sizeof(float))) {
+    TORCH_INTERNAL_ASSERT(reinterpret_cast<uintptr_t>(memory_.get()) % 64 == 0);
     if (zero) {
       std::memset(memory_.get(), 0, count * sizeof(float));
     }
@@ -56,15 +54,14 @@ inline Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
   return {
       static_cast<char*>(glue::data_of(t)) + element * t.element_size(),
       // The strides of one channel or one pixel mean nothing.
-      t.size(1) == 1 ? t.size(2) * t.size(3) : t.stride(1),
-      t.size(3) == 1 ? 1 : t.stride(3), t.stride(2)};
+      t.size(1) == 1 ? t.size(2) * t.size(3) : t.stride(1), t.size(3) == 1 ? 1 : t.stride(3),
+      t.stride(2)};
 }
 
 // Whether the kernels can read t: the pixels of a row are dense, or the channels of a
 // pixel.
 inline bool is_image(const Tensor& t) {
-  return t.size(3) == 1 || t.stride(3) == 1 ||
-      (t.size(1) > 1 && t.stride(1) == 1);
+  return t.size(3) == 1 || t.stride(3) == 1 || (t.size(1) > 1 && t.stride(1) == 1);
 }
 
 inline int64_t tap_stride(const Tensor& w) {
@@ -75,32 +72,27 @@ inline int64_t tap_stride(const Tensor& w) {
 
 // Whether a weight's taps are evenly spaced, and its taps or channels dense.
 inline bool evenly_spaced(const Tensor& w) {
-  const bool even =
-      w.size(2) == 1 || w.size(3) == 1 || w.stride(2) == w.size(3) * w.stride(3);
+  const bool even = w.size(2) == 1 || w.size(3) == 1 || w.stride(2) == w.size(3) * w.stride(3);
   return even && (tap_stride(w) == 1 || w.stride(1) == 1);
 }
 
 inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
-  return {
-      glue::data_of(w), conv.oc() * w.stride(0), w.stride(0),
-      w.size(1) == 1 ? 1 : w.stride(1), tap_stride(w), /*turned=*/false};
+  return {glue::data_of(w), conv.oc() * w.stride(0), w.stride(0), w.size(1) == 1 ? 1 : w.stride(1),
+          tap_stride(w),    /*turned=*/false};
 }
 
 // The weights of a phase of the input's gradient, in which inputs and outputs of each
 // group change roles.
 inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
-  return {
-      glue::data_of(w), phase.ic() * w.stride(0),
-      w.size(1) == 1 ? 1 : w.stride(1), w.stride(0), tap_stride(w),
-      /*turned=*/true};
+  return {glue::data_of(w), phase.ic() * w.stride(0), w.size(1) == 1 ? 1 : w.stride(1), w.stride(0),
+          tap_stride(w),
+          /*turned=*/true};
 }
 
-inline Conv conv_of(
-    const SpcProblem& p, const Tensor& w, const SpcSettings& settings,
-    int64_t s) {
+inline Conv conv_of(const SpcProblem& p, const Tensor& w, const SpcSettings& settings, int64_t s) {
   return make_conv(
-      p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3),
-      settings.stride, settings.padding[s], settings.dilation[s], p.H, p.W);
+      p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3), settings.stride,
+      settings.padding[s], settings.dilation[s], p.H, p.W);
 }
 
 inline Tensor evenly(const Tensor& w) {
@@ -109,8 +101,7 @@ inline Tensor evenly(const Tensor& w) {
 
 inline const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
   // Double has no kernels, and its plans never call one: float's stand in.
-  return conv_kernels(
-      p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
+  return conv_kernels(p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
 }
 
 // The weights of all units of several plans, as the kernels read them.
@@ -137,8 +128,7 @@ struct Packed {
 
   // Packs into `to`, from where unit() reads afterwards.
   void fill(
-      const ConvKernels& k, const std::vector<Conv>& convs,
-      const std::vector<ConvPlan>& plans,
+      const ConvKernels& k, const std::vector<Conv>& convs, const std::vector<ConvPlan>& plans,
       const std::vector<ConvWeights>& weights, int64_t threads, float* to) {
     std::vector<std::pair<size_t, int64_t>> units;
     for (size_t s = 0; s < plans.size(); ++s) {
@@ -149,16 +139,15 @@ struct Packed {
     data = to;
     for_each(static_cast<int64_t>(units.size()), threads, [&](int64_t i) {
       const auto [s, u] = units[i];
-      k.method(plans[s].method).pack_weights(
-          convs[s], plans[s], weights[s], u, to + place(s, plans[s], u));
+      k.method(plans[s].method)
+          .pack_weights(convs[s], plans[s], weights[s], u, to + place(s, plans[s], u));
     });
   }
 };
 
 inline Packed pack_weights(
-    const ConvKernels& k, const std::vector<Conv>& convs,
-    const std::vector<ConvPlan>& plans, const std::vector<ConvWeights>& weights,
-    int64_t threads) {
+    const ConvKernels& k, const std::vector<Conv>& convs, const std::vector<ConvPlan>& plans,
+    const std::vector<ConvWeights>& weights, int64_t threads) {
   Packed packed(plans);
   packed.memory = Floats(packed.floats);
   packed.fill(k, convs, plans, weights, threads, packed.memory.get());
@@ -176,19 +165,15 @@ inline Tensor in_acc(const Tensor& t, const SpcProblem& p) {
 
 // t in a type and layout. Its strides are those of a new tensor, also where a size of 1
 // allows others.
-inline Tensor settled(
-    const Tensor& t, at::ScalarType dtype, at::MemoryFormat format) {
-  Tensor result =
-      at::detail::empty_cpu(t.sizes(), dtype, /*pin_memory=*/false, format);
-  const bool settled =
-      t.scalar_type() == dtype && t.strides() == result.strides();
+inline Tensor settled(const Tensor& t, at::ScalarType dtype, at::MemoryFormat format) {
+  Tensor result = at::detail::empty_cpu(t.sizes(), dtype, /*pin_memory=*/false, format);
+  const bool settled = t.scalar_type() == dtype && t.strides() == result.strides();
   return settled ? t : result.copy_(t);
 }
 
 // The operator spc_conv_backward: the gradients of x and of the weights.
 SpcBackward spc_backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, c10::List<bool> output_mask);
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, c10::List<bool> output_mask);
 
 }  // namespace epsa::cpu

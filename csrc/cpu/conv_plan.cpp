@@ -5,7 +5,9 @@
 namespace epsa::cpu {
 namespace {
 
-int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t pieces(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
 
 // Cycles of a tile per tap and channel. The core has two FMA units and two load ports,
 // and issues four instructions a cycle.
@@ -15,8 +17,7 @@ double tile_cycles(int pixels, int block) {
   const int more = pixels + block - fewer;
   // With a single value or vector of weights, the FMA itself loads the other operand.
   const int loads = fewer == 1 ? 0 : more;
-  const double by_port =
-      (fmas > fewer + more ? fmas : fewer + more) / 2.0;
+  const double by_port = (fmas > fewer + more ? fmas : fewer + more) / 2.0;
   const double by_issue = (fmas + fewer + loads + 8) / 4.0;
   const double busiest = by_port > by_issue ? by_port : by_issue;
   return busiest > 4 ? busiest : 4;  // the latency of an FMA
@@ -34,39 +35,34 @@ double meetings(int64_t out, int64_t padding, int64_t size) {
 }
 
 int64_t winograd_strip(const Conv& conv) {
-  const int64_t rows =
-      2 * std::max<int64_t>(1, kWinogradTiles / pieces(conv.out_width, 2));
+  const int64_t rows = 2 * std::max<int64_t>(1, kWinogradTiles / pieces(conv.out_width, 2));
   return std::min(rows, conv.out_height);
 }
 
 // Transforms cost about a quarter of their products. Reading weights that exceed a core's
 // own cache costs more than the products save.
 bool winograd_pays(const Conv& conv) {
-  const double direct =
-      meetings(conv.out_height, conv.padding_h, conv.height) *
+  const double direct = meetings(conv.out_height, conv.padding_h, conv.height) *
       meetings(conv.out_width, conv.padding_w, conv.width);
-  const double transformed = kWinogradPoints *
-      static_cast<double>(pieces(conv.out_height, 2)) *
+  const double transformed = kWinogradPoints * static_cast<double>(pieces(conv.out_height, 2)) *
       static_cast<double>(pieces(conv.out_width, 2));
-  const double weights = kWinogradPoints * static_cast<double>(conv.ic()) *
-      static_cast<double>(conv.oc());
+  const double weights =
+      kWinogradPoints * static_cast<double>(conv.ic()) * static_cast<double>(conv.oc());
   return direct > 1.25 * transformed && weights <= static_cast<double>(kCacheFloats);
 }
 
 // Cycles of an output row per tap and channel.
 double row_cycles(const Conv& conv, int pixels, int block) {
-  return tile_cycles(pixels, block) *
-      static_cast<double>(pieces(conv.out_width, pixels));
+  return tile_cycles(pixels, block) * static_cast<double>(pieces(conv.out_width, pixels));
 }
 
 // Cycles of a strip per input channel: the transforms, which each unit makes for itself,
 // and their products. The last products are in smaller tiles.
 double winograd_cycles(const Conv& conv, int pixels, int block) {
   constexpr double kTransform = 4;
-  const int64_t tiles = pieces(winograd_strip(conv), 2) *
-      std::min(kWinogradTiles, pieces(conv.out_width, 2));
-  double cycles =
-      tile_cycles(pixels, block) * static_cast<double>(tiles / pixels);
+  const int64_t tiles =
+      pieces(winograd_strip(conv), 2) * std::min(kWinogradTiles, pieces(conv.out_width, 2));
+  double cycles = tile_cycles(pixels, block) * static_cast<double>(tiles / pixels);
   for (int64_t rest = tiles % pixels; rest > 0;) {
     const int piece = largest_tile(rest);
     cycles += tile_cycles(piece, block);
@@ -83,24 +79,32 @@ ConvMethod choose_method(const Conv& conv, int lanes, const Packing& packed) {
     return ConvMethod::library;  // most lanes would be idle
   }
   const bool winograd = is_winograd(conv, lanes) &&
-      (packed.block ? packed.method == ConvMethod::winograd
-                    : winograd_pays(conv));
+      (packed.block ? packed.method == ConvMethod::winograd : winograd_pays(conv));
   return winograd ? ConvMethod::winograd : ConvMethod::broadcast;
 }
 
 }  // namespace
 
 Conv make_conv(
-    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h,
-    int64_t kernel_w, int64_t stride, int64_t padding, int64_t dilation,
-    int64_t height, int64_t width) {
+    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h, int64_t kernel_w,
+    int64_t stride, int64_t padding, int64_t dilation, int64_t height, int64_t width) {
   const auto out_size = [&](int64_t size, int64_t kernel) {
     return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
   };
   return {
-      in_channels, out_channels, groups, kernel_h, kernel_w,
-      stride, dilation, padding, padding, height,
-      width, out_size(height, kernel_h), out_size(width, kernel_w)};
+      in_channels,
+      out_channels,
+      groups,
+      kernel_h,
+      kernel_w,
+      stride,
+      dilation,
+      padding,
+      padding,
+      height,
+      width,
+      out_size(height, kernel_h),
+      out_size(width, kernel_w)};
 }
 
 std::string name(ConvMethod method) {
@@ -117,8 +121,7 @@ std::string name(ConvMethod method) {
   return "?";
 }
 
-ConvPlan plan_conv(
-    const Conv& conv, bool in_double, Isa isa, const Packing& packed) {
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& packed) {
   if (in_double || conv.stride > kMaxStride) {
     return {};
   }
@@ -142,8 +145,8 @@ ConvPlan plan_conv(
       if (!fits(pixels, block, lanes) || (winograd && block * lanes > 32)) {
         continue;
       }
-      const double cost = (winograd ? winograd_cycles(conv, pixels, block)
-                                    : row_cycles(conv, pixels, block)) /
+      const double cost =
+          (winograd ? winograd_cycles(conv, pixels, block) : row_cycles(conv, pixels, block)) /
           block;
       if (best_block == 0 || cost < best) {
         best = cost;
@@ -152,13 +155,10 @@ ConvPlan plan_conv(
       }
     }
   }
-  return best_block == 0
-      ? ConvPlan()
-      : tile_plan(conv, method, best_pixels, best_block, isa);
+  return best_block == 0 ? ConvPlan() : tile_plan(conv, method, best_pixels, best_block, isa);
 }
 
-ConvPlan tile_plan(
-    const Conv& conv, ConvMethod method, int pixels, int block, Isa isa) {
+ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, Isa isa) {
   const int lanes = lanes_of(isa);
   ConvPlan plan;
   plan.method = method;
@@ -170,8 +170,7 @@ ConvPlan tile_plan(
     const int64_t clusters = std::max<int64_t>(1, lanes / outputs);
     plan.unit_channels = clusters * outputs;
     plan.units = pieces(dot_lanes.clusters(conv), clusters);
-    plan.unit_weights =
-        clusters * conv.oc() * dot_lanes.vectors * conv.taps() * lanes;
+    plan.unit_weights = clusters * conv.oc() * dot_lanes.vectors * conv.taps() * lanes;
   } else {
     plan.unit_channels = block * lanes;
     plan.units = conv.groups * (pieces(conv.oc(), lanes) / block);
@@ -189,13 +188,11 @@ ConvPlan tile_plan(
   // Half of a small first-level cache.
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(
-      kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1,
-      conv.out_height);
+      kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1, conv.out_height);
   return plan;
 }
 
-Phase grad_input_phase(
-    const Conv& conv, int64_t first_row, int64_t first_column) {
+Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column) {
   // Row y of the input meets tap k of output row o where y = s * o + k - padding. Let
   // s * q + t be its row in the padded image. It meets the taps t, t + s, ... of the
   // output rows q, q - 1, ...
@@ -223,27 +220,23 @@ ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa) {
     return ConvPlan();
   }
   const ConvPlan plan = plan_conv(phase, in_double, isa);
-  const bool whole_vectors =
-      plan.method == ConvMethod::dot || phase.oc() % lanes_of(isa) == 0;
+  const bool whole_vectors = plan.method == ConvMethod::dot || phase.oc() % lanes_of(isa) == 0;
   return whole_vectors ? plan : ConvPlan();
 }
 
 WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
   WeightGradPlan plan;
   const int lanes = lanes_of(isa);
-  if (in_double || conv.stride > kMaxStride || conv.dilation != 1 ||
-      !DotLanes::fit(conv, lanes)) {
+  if (in_double || conv.stride > kMaxStride || conv.dilation != 1 || !DotLanes::fit(conv, lanes)) {
     return plan;
   }
   const DotLanes dot(conv, lanes);
   // All output channels of the lanes' groups must lie in one vector.
-  if (dot.groups > 1 &&
-      (conv.oc() * dot.groups > lanes || lanes % (conv.oc() * dot.groups))) {
+  if (dot.groups > 1 && (conv.oc() * dot.groups > lanes || lanes % (conv.oc() * dot.groups))) {
     return plan;
   }
-  const int taps = *std::find_if(
-      std::begin(kTaps), std::end(kTaps),
-      [&](int k) { return k <= conv.kernel_w; });
+  const int taps =
+      *std::find_if(std::begin(kTaps), std::end(kTaps), [&](int k) { return k <= conv.kernel_w; });
   plan.library = false;
   for (int block : kBlocks) {
     if (block <= lanes && conv.oc() % block == 0 && fits(taps, block, lanes)) {
@@ -262,14 +255,11 @@ void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
   }
   const int64_t left = border - conv.padding_w;
   const int64_t reach = conv.dilation * (conv.kernel_w - 1) + 1;
-  width = std::max(
-      {width, border + conv.width,
-       left + (conv.out_width - 1) * conv.stride + reach});
+  width = std::max({width, border + conv.width, left + (conv.out_width - 1) * conv.stride + reach});
   // An odd number of lines. At a multiple of a page, the rows of a kernel would fall into
   // the same sets of the cache.
   width |= 1;
-  beyond =
-      std::max(beyond, (buffer_width - conv.out_width) * conv.stride);
+  beyond = std::max(beyond, (buffer_width - conv.out_width) * conv.stride);
 }
 
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {
@@ -279,9 +269,7 @@ Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {
   }
   const int64_t units = plan.units / conv.groups;  // of a group
   const int64_t first = unit % units * plan.unit_channels;
-  return {
-      unit / units * conv.oc() + first,
-      std::min(plan.unit_channels, conv.oc() - first)};
+  return {unit / units * conv.oc() + first, std::min(plan.unit_channels, conv.oc() - first)};
 }
 
 }  // namespace epsa::cpu

@@ -14,9 +14,9 @@ namespace epsa::cpu {
 struct Conv {
   int64_t in_channels, out_channels, groups;
   int64_t kernel_h, kernel_w;
-  int64_t stride, dilation;  // vertical and horizontal
+  int64_t stride, dilation;      // vertical and horizontal
   int64_t padding_h, padding_w;  // above and left
-  int64_t height, width;  // of the input
+  int64_t height, width;         // of the input
   int64_t out_height, out_width;
 
   int64_t ic() const { return in_channels / groups; }  // of one group
@@ -26,9 +26,8 @@ struct Conv {
 
 // As at::conv2d defines it.
 Conv make_conv(
-    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h,
-    int64_t kernel_w, int64_t stride, int64_t padding, int64_t dilation,
-    int64_t height, int64_t width);
+    int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h, int64_t kernel_w,
+    int64_t stride, int64_t padding, int64_t dilation, int64_t height, int64_t width);
 
 enum class ConvMethod {
   // Lanes are output channels of one group; an input channel is broadcast.
@@ -53,15 +52,13 @@ struct ConvPlan {
   int pixels = 0;
   int block = 0;
   int64_t unit_channels = 0;  // output channels of a unit; the last may have fewer
-  int64_t units = 0;  // runs of output channels
-  int64_t unit_pitch = 0;  // floats from pixel to pixel of the tile buffer
-  int64_t unit_weights = 0;  // packed floats of one unit
-  int64_t buffer_width = 0;  // pixels of its rows: whole tiles
-  int64_t strip = 0;  // output rows of a unit; the last strip may have fewer
+  int64_t units = 0;          // runs of output channels
+  int64_t unit_pitch = 0;     // floats from pixel to pixel of the tile buffer
+  int64_t unit_weights = 0;   // packed floats of one unit
+  int64_t buffer_width = 0;   // pixels of its rows: whole tiles
+  int64_t strip = 0;          // output rows of a unit; the last strip may have fewer
 
-  int64_t strips(int64_t out_height) const {
-    return (out_height + strip - 1) / strip;
-  }
+  int64_t strips(int64_t out_height) const { return (out_height + strip - 1) / strip; }
 };
 
 // How weights were packed, for images of any size. Block 0: they were not.
@@ -71,13 +68,11 @@ struct Packing {
 };
 
 // in_double: float64, which has no kernels here. packed: the plan must read such weights.
-ConvPlan plan_conv(
-    const Conv& conv, bool in_double, Isa isa, const Packing& packed = {});
+ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& packed = {});
 
 // The plan of a given tile, which must fit. The block must divide a group's vectors of
 // output channels (dot: its output channels).
-ConvPlan tile_plan(
-    const Conv& conv, ConvMethod method, int pixels, int block, Isa isa);
+ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, Isa isa);
 
 // The gradient of a convolution's input is stride * stride convolutions of its output's
 // gradient. Each of them, a phase, makes every stride-th row and column of the result,
@@ -88,8 +83,7 @@ struct Phase {
   int64_t first_row, first_column, tap_row, tap_column;
   Conv conv;  // one of the kernel's sizes is 0 where it has no such taps
 };
-Phase grad_input_phase(
-    const Conv& conv, int64_t first_row, int64_t first_column);
+Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column);
 
 // The plan of a phase. The sums of its units are added to those of other branches. They
 // must therefore begin at whole vectors; otherwise the plan is `library`.
@@ -101,7 +95,7 @@ ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa);
 struct WeightGradPlan {
   bool library = true;
   int block = 0;
-  int64_t units = 0;  // vectors of input channels times blocks of output channels
+  int64_t units = 0;      // vectors of input channels times blocks of output channels
   int64_t unit_sums = 0;  // floats
 };
 WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa);
@@ -118,14 +112,14 @@ Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
 struct Scratch {
   float* data;
   int64_t height, width;  // of the padded image
-  int64_t border;  // columns left of the image
-  int64_t beyond;  // columns behind the last row, which are zero
+  int64_t border;         // columns left of the image
+  int64_t beyond;         // columns behind the last row, which are zero
 };
 
 // The size of a scratch that several convolutions read.
 struct ScratchSize {
   int64_t border = 0;  // columns left of the image
-  int64_t width = 0;  // columns with their padding
+  int64_t width = 0;   // columns with their padding
   int64_t beyond = 0;  // columns that the last tile reads behind the last row
 
   // Makes room for all reads of conv, whose tiles make rows of buffer_width.
@@ -142,23 +136,19 @@ struct ScratchSize {
 // Dot's lanes. A vector holds several narrow groups, or a wide group takes several
 // vectors.
 struct DotLanes {
-  int64_t run;  // lanes of one group
-  int64_t groups;  // of one vector
+  int64_t run;      // lanes of one group
+  int64_t groups;   // of one vector
   int64_t vectors;  // of one group
 
   DotLanes(const Conv& conv, int64_t lanes)
-      : run(conv.ic() < lanes ? conv.ic() : lanes),
-        groups(lanes / run),
-        vectors(conv.ic() / run) {}
+      : run(conv.ic() < lanes ? conv.ic() : lanes), groups(lanes / run), vectors(conv.ic() / run) {}
 
   static bool fit(const Conv& conv, int64_t lanes) {
     const int64_t ic = conv.ic();
     return ic < lanes ? lanes % ic == 0 : ic % lanes == 0;
   }
   // The vectors, or runs of vectors, that hold whole groups.
-  int64_t clusters(const Conv& conv) const {
-    return (conv.groups + groups - 1) / groups;
-  }
+  int64_t clusters(const Conv& conv) const { return (conv.groups + groups - 1) / groups; }
 };
 
 // ---- what the kernels are built for ----
@@ -188,11 +178,11 @@ constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
 // Whether Winograd's method can compute conv.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
-  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
-      conv.dilation == 1 && conv.ic() % lanes == 0;
+  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.dilation == 1 &&
+      conv.ic() % lanes == 0;
 }
 
-constexpr int kWinogradPoints = 16;  // of a transform
+constexpr int kWinogradPoints = 16;        // of a transform
 constexpr int64_t kWinogradChannels = 64;  // of the input, at a time
 // Tiles of 2 x 2 outputs at a time. So many read the weights seldom, and still fit into a
 // core's own cache.
@@ -200,8 +190,7 @@ constexpr int64_t kWinogradTiles = 64;
 
 // The floats of a unit's weights before those of input channel c. A line of the cache
 // separates the points.
-constexpr int64_t winograd_weights(
-    const ConvPlan& plan, int64_t c, int64_t lanes) {
+constexpr int64_t winograd_weights(const ConvPlan& plan, int64_t c, int64_t lanes) {
   const int64_t calls = (c + kWinogradChannels - 1) / kWinogradChannels;
   return kWinogradPoints * (c * plan.unit_channels + calls * lanes);
 }

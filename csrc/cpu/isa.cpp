@@ -21,10 +21,8 @@ bool machine_runs(Isa isa) {
           __builtin_cpu_supports("movbe");
     case Isa::avx512:
       return machine_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-          __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512cd");
+          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
   }
 #endif
   return isa == Isa::baseline;

@@ -22,11 +22,9 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
 // and each sample is reweighted in place while it is in the cache. A branch
 // without a kernel here makes a map of its own.
 epsa::Forward forward(
-    const char* op, const Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const SEWeights& se, bool reversed,
-    const OptTensor& packed) {
-  const ModuleProblem problem =
-      check_module_arguments(op, x, weights, settings, se);
+    const char* op, const Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const SEWeights& se, bool reversed, const OptTensor& packed) {
+  const ModuleProblem problem = check_module_arguments(op, x, weights, settings, se);
   const SpcProblem& p = problem.conv;
   const ForwardBank native(op, p, weights, settings, packed);
   if (!native.has_all()) {
@@ -34,8 +32,7 @@ epsa::Forward forward(
     return attention_forward(problem.attention, feats, se, reversed, pooled);
   }
   const at::MemoryFormat format = spc_layout(x);
-  const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype,
-                        at::MemoryFormat layout) {
+  const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat layout) {
     return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, layout);
   };
   Tensor out = empty({p.N, p.S * p.C, p.out_h, p.out_w}, p.dtype, format);
@@ -46,8 +43,8 @@ epsa::Forward forward(
     float* means = pooled.mutable_data_ptr<float>();
     float* a = attention.mutable_data_ptr<float>();
     native.run(
-        is_image(x) ? x : x.contiguous(format), slots_of(out, p.S, reversed),
-        means, [&](int64_t n, int64_t threads) {
+        is_image(x) ? x : x.contiguous(format), slots_of(out, p.S, reversed), means,
+        [&](int64_t n, int64_t threads) {
           step.run(n, means + n * p.S * p.C, a + n * p.S * p.C, threads);
         });
   }
@@ -55,10 +52,9 @@ epsa::Forward forward(
 }
 
 Tensor psa_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& packed) {
   return std::get<0>(forward(
       "psa_forward", x, weights, {groups, stride, padding, dilation},
@@ -66,28 +62,26 @@ Tensor psa_forward(
 }
 
 epsa::Forward psa_save_output(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
   return forward(
       "psa_save_output", x, weights, {groups, stride, padding, dilation},
       {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, std::nullopt);
 }
 
 ModuleBackward psa_save_output_backward(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& out, const Tensor& pooled,
-    const Tensor& attention, bool reversed, c10::List<bool> output_mask) {
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool reversed,
+    c10::List<bool> output_mask) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const OptTensor grad(grad_out), no_grad;
   const GradArguments grads{grad, no_grad, pooled, attention};
   const ModuleProblem p = check_module_backward_arguments(
-      "psa_save_output_backward", x, weights,
-      {groups, stride, padding, dilation}, se, grads, out, output_mask);
+      "psa_save_output_backward", x, weights, {groups, stride, padding, dilation}, se, grads, out,
+      output_mask);
   const int64_t S = p.conv.S;
   c10::List<bool> spc_mask, attention_mask;
   bool spc = false;
@@ -99,13 +93,13 @@ ModuleBackward psa_save_output_backward(
     attention_mask.push_back(i < S ? spc : output_mask.get(i + 1));
   }
   auto [grad_feats, dw1, db1, dw2, db2] = attention_backward(
-      p.attention, slots_of(out, S, reversed), se, grads, reversed,
-      attention_mask, /*of_output=*/true);
+      p.attention, slots_of(out, S, reversed), se, grads, reversed, attention_mask,
+      /*of_output=*/true);
   Tensor grad_x = at::empty({0}, x.options());
   std::vector<Tensor> grad_weights;
   if (spc) {
-    std::tie(grad_x, grad_weights) = spc_backward(
-        grad_feats, x, weights, groups, stride, padding, dilation, spc_mask);
+    std::tie(grad_x, grad_weights) =
+        spc_backward(grad_feats, x, weights, groups, stride, padding, dilation, spc_mask);
   } else {
     for (const Tensor& w : weights) {
       grad_weights.push_back(at::empty({0}, w.options()));

@@ -27,8 +27,7 @@ struct PrepackHeader {
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(
-      const SpcProblem& p, const std::vector<Conv>& convs,
-      at::TensorList weights, Isa instructions)
+      const SpcProblem& p, const std::vector<Conv>& convs, at::TensorList weights, Isa instructions)
       : PrepackHeader() {
     std::memcpy(magic, "EPSASPC2", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
@@ -59,12 +58,11 @@ struct PrepackHeader {
 
   std::string describe() const {
     std::ostringstream out;
-    out << name(static_cast<Isa>(isa)) << ", "
-        << static_cast<at::ScalarType>(dtype) << ", " << in_channels << " to "
-        << branches << " x " << channels << " channels";
+    out << name(static_cast<Isa>(isa)) << ", " << static_cast<at::ScalarType>(dtype) << ", "
+        << in_channels << " to " << branches << " x " << channels << " channels";
     for (int32_t s = 0; s < std::min(branches, kMaxBranches); ++s) {
-      out << ", " << branch[s].kernel_h << "x" << branch[s].kernel_w << " of "
-          << branch[s].groups << " groups";
+      out << ", " << branch[s].kernel_h << "x" << branch[s].kernel_w << " of " << branch[s].groups
+          << " groups";
     }
     return out.str();
   }
@@ -76,36 +74,29 @@ static_assert(sizeof(PrepackHeader) <= PrepackHeader::kBytes);
 inline PrepackHeader read_prepacked(
     const char* op, const Tensor& packed, const PrepackHeader& expected) {
   TORCH_CHECK_VALUE(
-      packed.scalar_type() == at::kByte && packed.dim() == 1 &&
-          packed.is_contiguous() && packed.device().is_cpu() &&
-          packed.numel() >= PrepackHeader::kBytes,
-      op, ": packed has dtype ", packed.scalar_type(), " and shape ",
-      packed.sizes(), " on ", packed.device(),
-      ", expected the bytes that spc_prepack returned");
+      packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous() &&
+          packed.device().is_cpu() && packed.numel() >= PrepackHeader::kBytes,
+      op, ": packed has dtype ", packed.scalar_type(), " and shape ", packed.sizes(), " on ",
+      packed.device(), ", expected the bytes that spc_prepack returned");
   const void* data = packed.const_data_ptr();
   TORCH_CHECK_VALUE(
-      reinterpret_cast<uintptr_t>(data) % 64 == 0, op,
-      ": packed begins at an address that is ",
-      reinterpret_cast<uintptr_t>(data) % 64,
-      " modulo 64, expected 0, as spc_prepack returned it");
+      reinterpret_cast<uintptr_t>(data) % 64 == 0, op, ": packed begins at an address that is ",
+      reinterpret_cast<uintptr_t>(data) % 64, " modulo 64, expected 0, as spc_prepack returned it");
   PrepackHeader given;
   std::memcpy(static_cast<void*>(&given), data, sizeof(given));
   TORCH_CHECK_VALUE(
       std::memcmp(given.magic, expected.magic, sizeof(given.magic)) == 0, op,
       ": packed does not hold what spc_prepack returned");
   TORCH_CHECK_VALUE(
-      given.same_convolutions(expected), op, ": packed was made for ",
-      given.describe(), ", expected ", expected.describe(), "; prepack again");
+      given.same_convolutions(expected), op, ": packed was made for ", given.describe(),
+      ", expected ", expected.describe(), "; prepack again");
   return given;
 }
 
-inline void check_prepacked_size(
-    const char* op, const Tensor& packed, int64_t floats) {
-  const int64_t bytes =
-      PrepackHeader::kBytes + floats * static_cast<int64_t>(sizeof(float));
+inline void check_prepacked_size(const char* op, const Tensor& packed, int64_t floats) {
+  const int64_t bytes = PrepackHeader::kBytes + floats * static_cast<int64_t>(sizeof(float));
   TORCH_CHECK_VALUE(
-      packed.numel() == bytes, op, ": packed has ", packed.numel(),
-      " bytes, expected ", bytes);
+      packed.numel() == bytes, op, ": packed has ", packed.numel(), " bytes, expected ", bytes);
 }
 
 }  // namespace epsa::cpu

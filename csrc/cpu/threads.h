@@ -58,8 +58,7 @@ void for_each(int64_t count, int64_t threads, const F& f) {
 // f(i, own) as in for_each, with what make() returned on the same thread: its scratch
 // memory.
 template <class Make, class F>
-void for_each_with(
-    int64_t count, int64_t threads, const Make& make, const F& f) {
+void for_each_with(int64_t count, int64_t threads, const Make& make, const F& f) {
   std::atomic<int64_t> next{0};
   for_parts(threads, threads, [&](int64_t, int64_t) {
     const auto own = make();

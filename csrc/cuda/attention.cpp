@@ -33,11 +33,8 @@ bool aligned(const Maps& maps, const Problem& p) {
   return true;
 }
 
-Problem problem_of(
-    const char* op, Pass pass, const epsa::Problem& p,
-    at::MemoryFormat format) {
-  const std::string error =
-      size_error(p.N, p.S, p.C, p.pixels(), p.hidden, p.shared);
+Problem problem_of(const char* op, Pass pass, const epsa::Problem& p, at::MemoryFormat format) {
+  const std::string error = size_error(p.N, p.S, p.C, p.pixels(), p.hidden, p.shared);
   TORCH_CHECK_VALUE(error.empty(), op, ": ", error);
   Problem problem{};
   problem.pass = pass;
@@ -48,10 +45,8 @@ Problem problem_of(
   problem.hidden = static_cast<int>(p.hidden);
   problem.shared = p.shared;
   problem.dtype = dtype_of(p.dtype);
-  problem.layout = along_pixels(p, format) ? Layout::contiguous
-                                           : Layout::channels_last;
-  problem.aligned = may_align(
-      problem.dtype, problem.layout, problem.channels, problem.pixels);
+  problem.layout = along_pixels(p, format) ? Layout::contiguous : Layout::channels_last;
+  problem.aligned = may_align(problem.dtype, problem.layout, problem.channels, problem.pixels);
   return problem;
 }
 
@@ -59,8 +54,7 @@ Problem problem_of(
 struct DenseWeights {
   Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
 
-  DenseWeights(
-      const epsa::Problem& p, const SEWeights& se, Params& params)
+  DenseWeights(const epsa::Problem& p, const SEWeights& se, Params& params)
       : fc1(se.fc1_weight.contiguous()),
         fc1_bias(se.fc1_bias ? se.fc1_bias->contiguous() : Tensor()),
         fc2(se.fc2_weight.contiguous()),
@@ -76,11 +70,10 @@ struct DenseWeights {
 void run(const Problem& problem, Params& params, const Tensor& like) {
   const auto device = like.device().index();
   const Plan plan = choose_plan(problem, device);
-  const Tensor memory = at::empty(
-      {workspace(problem, plan).bytes}, like.options().dtype(at::kByte));
+  const Tensor memory =
+      at::empty({workspace(problem, plan).bytes}, like.options().dtype(at::kByte));
   launch(
-      problem, plan, params, memory.data_ptr(),
-      c10::cuda::getCurrentCUDAStream(device).stream());
+      problem, plan, params, memory.data_ptr(), c10::cuda::getCurrentCUDAStream(device).stream());
 }
 
 c10::SmallVector<Tensor, kMaxBranches> feats_in_layout(
@@ -103,9 +96,8 @@ Forward forward(
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = at::empty({p.N, p.S * p.C, p.H, p.W}, options, format);
-  Tensor pooled = pooled_in
-      ? pooled_in->clone(at::MemoryFormat::Contiguous)
-      : at::empty({p.N, p.S, p.C}, options.dtype(p.acc));
+  Tensor pooled = pooled_in ? pooled_in->clone(at::MemoryFormat::Contiguous)
+                            : at::empty({p.N, p.S, p.C}, options.dtype(p.acc));
   Tensor attention = at::empty({p.N, p.S, p.C}, options.dtype(p.acc));
   if (p.N == 0) {
     return {out, pooled, attention};
@@ -120,23 +112,21 @@ Forward forward(
   const DenseWeights weights(p, se, params);
 
   Problem problem = problem_of(op, Pass::forward, p, format);
-  problem.aligned &=
-      aligned(params.feats, problem) && aligned(params.out, problem);
+  problem.aligned &= aligned(params.feats, problem) && aligned(params.out, problem);
   problem.pooled_given = pooled_in.has_value();
   run(problem, params, feats_[0]);
   return {out, pooled, attention};
 }
 
 Backward backward(
-    const OptTensor& grad_out_, const OptTensor& grad_attention_,
-    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled_,
-    const Tensor& attention_, bool reversed, c10::List<bool> output_mask) {
+    const OptTensor& grad_out_, const OptTensor& grad_attention_, at::TensorList feats_,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, const Tensor& pooled_, const Tensor& attention_, bool reversed,
+    c10::List<bool> output_mask) {
   const char* op = "psa_attention_backward";
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const GradArguments grads{grad_out_, grad_attention_, pooled_, attention_};
-  const epsa::Problem p =
-      check_backward_arguments(op, feats_, se, grads, output_mask);
+  const epsa::Problem p = check_backward_arguments(op, feats_, se, grads, output_mask);
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);
@@ -152,8 +142,7 @@ Backward backward(
   for (int64_t s = 0; s < p.S; ++s) {
     const bool wanted = output_mask.get(s);
     any_feats |= wanted;
-    grad_feats.push_back(
-        grad(wanted, {p.N, p.C, p.H, p.W}, p.dtype, format));
+    grad_feats.push_back(grad(wanted, {p.N, p.C, p.H, p.W}, p.dtype, format));
   }
   const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   Tensor grad_weights[4];
@@ -169,8 +158,7 @@ Backward backward(
   if (!zero && (any_feats || any_weights)) {
     const auto feats = feats_in_layout(feats_, format);
     const Tensor grad_out = grad_out_ ? in_layout(*grad_out_, format) : Tensor();
-    const Tensor grad_attention =
-        grad_attention_ ? grad_attention_->contiguous() : Tensor();
+    const Tensor grad_attention = grad_attention_ ? grad_attention_->contiguous() : Tensor();
     const Tensor pooled = pooled_.contiguous();
     const Tensor attention = attention_.contiguous();
 
@@ -181,8 +169,7 @@ Backward backward(
     if (grad_out_) {
       params.grad_out = slots_of(grad_out, p, format, reversed);
     }
-    params.grad_attention =
-        grad_attention_ ? grad_attention.const_data_ptr() : nullptr;
+    params.grad_attention = grad_attention_ ? grad_attention.const_data_ptr() : nullptr;
     params.grad_feats = wanted_maps(grad_feats, output_mask);
     params.grad_fc1 = grad_data[0];
     params.grad_fc1_bias = grad_data[1];
@@ -191,8 +178,7 @@ Backward backward(
     const DenseWeights weights(p, se, params);
 
     Problem problem = problem_of(op, Pass::backward, p, format);
-    problem.aligned &= aligned(params.feats, problem) &&
-        aligned(params.grad_out, problem) &&
+    problem.aligned &= aligned(params.feats, problem) && aligned(params.grad_out, problem) &&
         aligned(params.grad_feats, problem);
     problem.grad_out_given = grad_out_.has_value();
     problem.feats_wanted = any_feats;
@@ -200,8 +186,7 @@ Backward backward(
     run(problem, params, feats_[0]);
   }
   return {
-      std::move(grad_feats), grad_weights[0], grad_weights[1], grad_weights[2],
-      grad_weights[3]};
+      std::move(grad_feats), grad_weights[0], grad_weights[1], grad_weights[2], grad_weights[3]};
 }
 
 }  // namespace

@@ -23,13 +23,21 @@ using simt::thread_id;
 template <class T>
 constexpr Dtype dtype_of() = delete;
 template <>
-constexpr Dtype dtype_of<float>() { return Dtype::f32; }
+constexpr Dtype dtype_of<float>() {
+  return Dtype::f32;
+}
 template <>
-constexpr Dtype dtype_of<double>() { return Dtype::f64; }
+constexpr Dtype dtype_of<double>() {
+  return Dtype::f64;
+}
 template <>
-constexpr Dtype dtype_of<simt::bf16>() { return Dtype::bf16; }
+constexpr Dtype dtype_of<simt::bf16>() {
+  return Dtype::bf16;
+}
 template <>
-constexpr Dtype dtype_of<simt::f16>() { return Dtype::f16; }
+constexpr Dtype dtype_of<simt::f16>() {
+  return Dtype::f16;
+}
 
 // The blocks that the launch bounds leave registers for on a multiprocessor.
 template <class T>
@@ -124,8 +132,7 @@ struct alignas(16) Message {
 
 // Is this block the last of `expected` blocks to arrive? Then it sees all that the
 // others wrote before they arrived. All threads call it.
-EPSA_DEVICE bool last_to_arrive(
-    unsigned* counter, int expected, Message* message) {
+EPSA_DEVICE bool last_to_arrive(unsigned* counter, int expected, Message* message) {
   barrier();
   if (thread_id() == 0) {
     message->last = static_cast<int>(simt::arrive(counter)) == expected - 1;

@@ -13,8 +13,7 @@ EPSA_DEVICE int weight_set(const Params& p, int s) {
 
 // h = relu(W1 p + b1)
 template <class T>
-EPSA_DEVICE void hidden_units(
-    const Params& p, const Acc<T>* pooled, Acc<T>* hidden) {
+EPSA_DEVICE void hidden_units(const Params& p, const Acc<T>* pooled, Acc<T>* hidden) {
   using A = Acc<T>;
   const int lane = thread_id() % kWarp, warps = block_threads() / kWarp;
   const int units = p.branches * p.hidden;
@@ -23,8 +22,7 @@ EPSA_DEVICE void hidden_units(
     const int unit = weight_set(p, s) * p.hidden + j;
     A sum = 0;
     for (int c = lane; c < p.channels; c += kWarp) {
-      sum += weight<T>(p, p.fc1, unit * p.channels + c) *
-          pooled[s * p.channels + c];
+      sum += weight<T>(p, p.fc1, unit * p.channels + c) * pooled[s * p.channels + c];
     }
     sum = warp_sum(sum);
     if (lane == 0) {
@@ -37,14 +35,12 @@ EPSA_DEVICE void hidden_units(
 
 // z = sigmoid(W2 h + b2) of one channel
 template <class T>
-EPSA_DEVICE Acc<T> excitation(
-    const Params& p, const Acc<T>* hidden, int s, int c) {
+EPSA_DEVICE Acc<T> excitation(const Params& p, const Acc<T>* hidden, int s, int c) {
   using A = Acc<T>;
   const int channel = weight_set(p, s) * p.channels + c;
   A v = p.fc2_bias ? weight<T>(p, p.fc2_bias, channel) : A(0);
   for (int j = 0; j < p.hidden; ++j) {
-    v += weight<T>(p, p.fc2, channel * p.hidden + j) *
-        hidden[s * p.hidden + j];
+    v += weight<T>(p, p.fc2, channel * p.hidden + j) * hidden[s * p.hidden + j];
   }
   return sigmoid_from_exp(simt::exponential(-v));
 }
@@ -52,15 +48,13 @@ EPSA_DEVICE Acc<T> excitation(
 // pooled [S, C] -> attention [S, C]; hidden [S, r] and scores [S, C] are scratch
 template <class T>
 EPSA_DEVICE void gate(
-    const Params& p, const Acc<T>* pooled, Acc<T>* hidden, Acc<T>* scores,
-    Acc<T>* attention) {
+    const Params& p, const Acc<T>* pooled, Acc<T>* hidden, Acc<T>* scores, Acc<T>* attention) {
   using A = Acc<T>;
   hidden_units<T>(p, pooled, hidden);
   const int vector = p.branches * p.channels;
   for (int i = thread_id(); i < vector; i += block_threads()) {
     // z lies in (0, 1), so exp needs no shift by the maximum
-    scores[i] = simt::exponential(
-        excitation<T>(p, hidden, i / p.channels, i % p.channels));
+    scores[i] = simt::exponential(excitation<T>(p, hidden, i / p.channels, i % p.channels));
   }
   barrier();
   for (int i = thread_id(); i < vector; i += block_threads()) {
@@ -77,9 +71,8 @@ EPSA_DEVICE void gate(
 // On entry da is this sample's gradient through the output alone.
 template <class T>
 EPSA_DEVICE void gate_grad(
-    const Params& p, const Acc<T>* grad_attention, const Acc<T>* pooled,
-    const Acc<T>* attention, Acc<T>* da, Acc<T>* hidden, Acc<T>* grad_v,
-    Acc<T>* grad_u, Acc<T>* grad_pooled) {
+    const Params& p, const Acc<T>* grad_attention, const Acc<T>* pooled, const Acc<T>* attention,
+    Acc<T>* da, Acc<T>* hidden, Acc<T>* grad_v, Acc<T>* grad_u, Acc<T>* grad_pooled) {
   using A = Acc<T>;
   const int vector = p.branches * p.channels;
   if (grad_attention) {
@@ -105,8 +98,7 @@ EPSA_DEVICE void gate_grad(
     const int first = weight_set(p, s) * p.channels;
     A sum = 0;
     for (int c = lane; c < p.channels; c += kWarp) {
-      sum += grad_v[s * p.channels + c] *
-          weight<T>(p, p.fc2, (first + c) * p.hidden + j);
+      sum += grad_v[s * p.channels + c] * weight<T>(p, p.fc2, (first + c) * p.hidden + j);
     }
     sum = warp_sum(sum);
     if (lane == 0) {
@@ -119,8 +111,7 @@ EPSA_DEVICE void gate_grad(
     const int first = weight_set(p, s) * p.hidden;
     A sum = 0;
     for (int j = 0; j < p.hidden; ++j) {
-      sum += weight<T>(p, p.fc1, (first + j) * p.channels + c) *
-          grad_u[s * p.hidden + j];
+      sum += weight<T>(p, p.fc1, (first + j) * p.channels + c) * grad_u[s * p.hidden + j];
     }
     grad_pooled[i] = sum / static_cast<A>(p.pixels);
   }

@@ -44,9 +44,7 @@ Kernel kernel_of(const Problem& problem, const Plan& plan) {
 template <class... Types>
 Kernel kernel_of_types(const Problem& problem, const Plan& plan) {
   Kernel kernel = nullptr;
-  ((kernel = problem.dtype == dtype_of<Types>() ? kernel_of<Types>(problem, plan)
-                                            : kernel),
-   ...);
+  ((kernel = problem.dtype == dtype_of<Types>() ? kernel_of<Types>(problem, plan) : kernel), ...);
   if (!kernel) {
     throw std::runtime_error(
         "epsa_fused: no CUDA kernels for elements of type " +

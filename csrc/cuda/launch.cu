@@ -18,14 +18,12 @@ namespace {
 void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) {
     cudaGetLastError();  // clears the error, or the next call reports it again
-    throw std::runtime_error(
-        "epsa_fused: " + what + ": " + cudaGetErrorString(error));
+    throw std::runtime_error("epsa_fused: " + what + ": " + cudaGetErrorString(error));
   }
 }
 
 // The launch's settings; `attributes` must outlive it.
-cudaLaunchConfig_t configuration(
-    const Plan& plan, void* stream, cudaLaunchAttribute& cluster) {
+cudaLaunchConfig_t configuration(const Plan& plan, void* stream, cudaLaunchAttribute& cluster) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
@@ -44,16 +42,14 @@ cudaLaunchConfig_t configuration(
 
 int admit(const Problem& problem, Plan& plan, const Device& device) {
   const std::string what = "preparing the kernel of " + describe(plan);
-  const auto* function =
-      reinterpret_cast<const void*>(kernel_of(problem, plan));
+  const auto* function = reinterpret_cast<const void*>(kernel_of(problem, plan));
   check(
       cudaFuncSetAttribute(
           function, cudaFuncAttributeMaxDynamicSharedMemorySize,
           static_cast<int>(device.shared_per_block)),
       what);
   if (plan.cluster > 8) {
-    if (cudaFuncSetAttribute(
-            function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+    if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
         cudaSuccess) {
       cudaGetLastError();
       return 0;
@@ -63,12 +59,9 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
   if (plan.cluster > 1) {
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = configuration(plan, nullptr, cluster);
-    const cudaError_t found =
-        cudaOccupancyMaxActiveClusters(&blocks, function, &config);
-    if (found == cudaErrorInvalidClusterSize ||
-        found == cudaErrorInvalidConfiguration ||
-        found == cudaErrorInvalidValue ||
-        found == cudaErrorLaunchOutOfResources) {
+    const cudaError_t found = cudaOccupancyMaxActiveClusters(&blocks, function, &config);
+    if (found == cudaErrorInvalidClusterSize || found == cudaErrorInvalidConfiguration ||
+        found == cudaErrorInvalidValue || found == cudaErrorLaunchOutOfResources) {
       cudaGetLastError();
       return 0;
     }
@@ -77,8 +70,7 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
   }
   check(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &blocks, function, plan.threads,
-          static_cast<size_t>(plan.shared_bytes)),
+          &blocks, function, plan.threads, static_cast<size_t>(plan.shared_bytes)),
       what);
   blocks *= device.multiprocessors;
   if (plan.variant == Variant::streaming) {
@@ -90,21 +82,18 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
 
 namespace {
 
-Plan first_admitted(
-    const Problem& problem, int number, const Device& device) {
-  const std::string what = "device " + std::to_string(number) + " (" +
-      device.name + ", sm_" + std::to_string(device.compute_capability) + ")";
+Plan first_admitted(const Problem& problem, int number, const Device& device) {
+  const std::string what = "device " + std::to_string(number) + " (" + device.name + ", sm_" +
+      std::to_string(device.compute_capability) + ")";
   if (device.compute_capability < 80) {
     throw std::runtime_error(
-        "epsa_fused: " + what +
-        " is too old, expected compute capability 8.0 or more");
+        "epsa_fused: " + what + " is too old, expected compute capability 8.0 or more");
   }
   cudaFuncAttributes attributes;
   for (Plan plan : plans(problem, device)) {
-    const cudaError_t found = cudaFuncGetAttributes(
-        &attributes, reinterpret_cast<const void*>(kernel_of(problem, plan)));
-    if (found == cudaErrorNoKernelImageForDevice ||
-        found == cudaErrorInvalidDeviceFunction) {
+    const cudaError_t found =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel_of(problem, plan)));
+    if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
       cudaGetLastError();
       throw std::runtime_error(
           "epsa_fused: this library holds no kernels for " + what +
@@ -131,8 +120,7 @@ Device device_properties(int device) {
   d.multiprocessors = properties.multiProcessorCount;
   d.threads_per_multiprocessor = properties.maxThreadsPerMultiProcessor;
   d.blocks_per_multiprocessor = properties.maxBlocksPerMultiProcessor;
-  d.shared_per_multiprocessor =
-      static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
+  d.shared_per_multiprocessor = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
   d.shared_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   d.l2 = properties.l2CacheSize;
   return d;
@@ -140,9 +128,8 @@ Device device_properties(int device) {
 
 Plan choose_plan(const Problem& p, int device) {
   const auto key = std::tuple(
-      device, p.pass, p.samples, p.branches, p.channels, p.pixels, p.hidden,
-      p.dtype, p.layout, p.aligned, p.pooled_given, p.grad_out_given,
-      p.feats_wanted, p.weights_wanted);
+      device, p.pass, p.samples, p.branches, p.channels, p.pixels, p.hidden, p.dtype, p.layout,
+      p.aligned, p.pooled_given, p.grad_out_given, p.feats_wanted, p.weights_wanted);
   static std::mutex mutex;
   static std::map<decltype(key), Plan> chosen;
   const std::lock_guard lock(mutex);
@@ -166,24 +153,19 @@ Plan choose_plan(const Problem& p, int device) {
 
 std::string describe(const Plan& plan) {
   const auto text = [](int64_t x) { return std::to_string(x); };
-  return std::string(name_of(plan.variant)) +
-      ", clusters of " + text(plan.cluster) + ", " + text(plan.pieces) +
-      " pieces held, " + text(plan.blocks) +
-      " blocks of " + text(plan.threads) + " threads, " +
-      text(plan.shared_bytes) + " bytes of shared memory, vectors of " +
-      text(plan.vector) + ", " + text(plan.split.parts) + " parts";
+  return std::string(name_of(plan.variant)) + ", clusters of " + text(plan.cluster) + ", " +
+      text(plan.pieces) + " pieces held, " + text(plan.blocks) + " blocks of " +
+      text(plan.threads) + " threads, " + text(plan.shared_bytes) +
+      " bytes of shared memory, vectors of " + text(plan.vector) + ", " + text(plan.split.parts) +
+      " parts";
 }
 
-void launch(
-    const Problem& problem, const Plan& plan, Params& params, void* memory,
-    void* stream) {
+void launch(const Problem& problem, const Plan& plan, Params& params, void* memory, void* stream) {
   set_plan(params, problem, plan, memory);
   const int64_t cleared = workspace(problem, plan).cleared;
   if (cleared > 0) {
     check(
-        cudaMemsetAsync(
-            memory, 0, static_cast<size_t>(cleared),
-            static_cast<cudaStream_t>(stream)),
+        cudaMemsetAsync(memory, 0, static_cast<size_t>(cleared), static_cast<cudaStream_t>(stream)),
         "clearing the counters");
   }
   cudaLaunchAttribute cluster{};
@@ -191,8 +173,7 @@ void launch(
   void* arguments[] = {&params};
   check(
       cudaLaunchKernelExC(
-          &config, reinterpret_cast<const void*>(kernel_of(problem, plan)),
-          arguments),
+          &config, reinterpret_cast<const void*>(kernel_of(problem, plan)), arguments),
       "launching psa_attention (" + describe(plan) + ")");
 }
 

@@ -30,8 +30,6 @@ std::string describe(const Plan& plan);
 // and launches the kernel on the stream (a cudaStream_t). The caller sets the
 // tensors in `params`; the rest is filled in here. If the launch fails, it throws
 // std::runtime_error with the plan.
-void launch(
-    const Problem& problem, const Plan& plan, Params& params, void* memory,
-    void* stream);
+void launch(const Problem& problem, const Plan& plan, Params& params, void* memory, void* stream);
 
 }  // namespace epsa::cuda

@@ -7,16 +7,16 @@ namespace epsa::cuda {
 
 // `Acc` is the accumulation type: double for f64, else float.
 struct Params {
-  int samples;  // N
-  int branches;  // S
-  int channels;  // C, of one branch
-  int pixels;  // M = H * W
-  int hidden;  // r
-  bool shared;  // one set of SE weights for all branches?
-  bool half_weights;  // SE weights of the features' 16-bit type? else of Acc
-  bool pooled_given;  // forward: `pooled` is an input
+  int samples;          // N
+  int branches;         // S
+  int channels;         // C, of one branch
+  int pixels;           // M = H * W
+  int hidden;           // r
+  bool shared;          // one set of SE weights for all branches?
+  bool half_weights;    // SE weights of the features' 16-bit type? else of Acc
+  bool pooled_given;    // forward: `pooled` is an input
   bool grad_out_given;  // backward
-  bool feats_wanted;  // backward
+  bool feats_wanted;    // backward
   bool weights_wanted;  // backward
 
   int cluster;
@@ -27,20 +27,20 @@ struct Params {
   int64_t partials;  // partial sums of one sample, streaming
 
   // SE weights, B = 1 where shared, else S. A null bias is zero.
-  const void* fc1;  // [B, r, C]
+  const void* fc1;       // [B, r, C]
   const void* fc1_bias;  // [B, r]
-  const void* fc2;  // [B, C, r]
+  const void* fc2;       // [B, C, r]
   const void* fc2_bias;  // [B, C]
 
   Maps feats;
-  Maps out;  // forward: written
-  void* pooled;  // [N, S, C] Acc: written by the forward unless given
+  Maps out;         // forward: written
+  void* pooled;     // [N, S, C] Acc: written by the forward unless given
   void* attention;  // [N, S, C] Acc: written by the forward
 
   Maps grad_out;
   const void* grad_attention;  // [N, S, C] Acc, or null
-  Maps grad_feats;  // written
-  void* grad_fc1;  // gradients of the weights, in their dtype; null: not wanted
+  Maps grad_feats;             // written
+  void* grad_fc1;              // gradients of the weights, in their dtype; null: not wanted
   void* grad_fc1_bias;
   void* grad_fc2;
   void* grad_fc2_bias;
@@ -60,7 +60,6 @@ struct Params {
 };
 
 // Fills in the sizes and the pieces of the workspace.
-void set_plan(
-    Params& params, const Problem& problem, const Plan& plan, void* workspace);
+void set_plan(Params& params, const Problem& problem, const Plan& plan, void* workspace);
 
 }  // namespace epsa::cuda

@@ -26,8 +26,7 @@ EPSA_DEVICE PixelRange pixels_of_part(const Split& split, int part) {
 EPSA_DEVICE int part_of(const Split& split, int unit) {
   const int least = split.units / split.parts;
   const int more = split.units % split.parts;
-  return unit < more * (least + 1) ? unit / (least + 1)
-                                   : (unit - more) / least;
+  return unit < more * (least + 1) ? unit / (least + 1) : (unit - more) / least;
 }
 
 // A dense piece of one contiguous branch: `rows` rows of `pixels` pixels. The first
@@ -41,8 +40,7 @@ struct Segment {
 
 // Visits the segments of a part. kChunks: may planes be cut?
 template <bool kChunks, class Visit>
-EPSA_DEVICE void for_segments(
-    const Params& p, int part, const Visit& visit) {
+EPSA_DEVICE void for_segments(const Params& p, int part, const Visit& visit) {
   const Split& split = p.split;
   const bool chunk = kChunks && split.chunks > 1;
   const int plane = chunk ? part / split.chunks : 0;
@@ -53,9 +51,7 @@ EPSA_DEVICE void for_segments(
     const int first = s * per_branch, last = first + per_branch;
     const int from = begin > first ? begin : first;
     const int to = end < last ? end : last;
-    Segment segment{
-        s, (from - first) * split.planes, 0, (to - from) * split.planes,
-        p.pixels};
+    Segment segment{s, (from - first) * split.planes, 0, (to - from) * split.planes, p.pixels};
     if (chunk) {
       segment.m = part % split.chunks * split.chunk;
       const int rest = p.pixels - segment.m;
@@ -73,8 +69,7 @@ EPSA_DEVICE T* map_of(const Maps& maps, int s, int n, int64_t offset) {
 }
 
 template <class T>
-EPSA_DEVICE T* segment_of(
-    const Params& p, const Maps& maps, int n, const Segment& g) {
+EPSA_DEVICE T* segment_of(const Params& p, const Maps& maps, int n, const Segment& g) {
   return map_of<T>(maps, g.s, n, int64_t{g.c} * p.pixels + g.m);
 }
 
@@ -119,18 +114,14 @@ EPSA_DEVICE Pixels<T, int64_t> pixels_of(
     const Maps& maps, const Columns<V>& deal, int n, int first) {
   const int64_t stride = maps.pixel_stride[deal.s];
   return {
-      map_of<T>(
-          maps, deal.s, n, (first + deal.row) * stride + deal.column * V),
+      map_of<T>(maps, deal.s, n, (first + deal.row) * stride + deal.column * V),
       deal.rows * stride};
 }
 
 // The same in a dense piece [S, pixels, C].
 template <class T, int V>
-EPSA_DEVICE Pixels<T, int> pixels_of(
-    T* piece, const Columns<V>& deal, int pixels, int channels) {
-  return {
-      piece + (deal.s * pixels + deal.row) * channels + deal.column * V,
-      deal.rows * channels};
+EPSA_DEVICE Pixels<T, int> pixels_of(T* piece, const Columns<V>& deal, int pixels, int channels) {
+  return {piece + (deal.s * pixels + deal.row) * channels + deal.column * V, deal.rows * channels};
 }
 
 // ---- the first pass ----
@@ -138,11 +129,10 @@ EPSA_DEVICE Pixels<T, int> pixels_of(
 // Sums a thread's turns down one column: x, or x * y.
 template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
 EPSA_DEVICE void sum_column(
-    Pixels<const T, XStep> x, Pixels<const T, YStep> y, int turns,
-    Acc<T> (&sum)[V]) {
+    Pixels<const T, XStep> x, Pixels<const T, YStep> y, int turns, Acc<T> (&sum)[V]) {
   // Batches as in sum_turns would spill here. So the last turns, fewer than a
   // batch, wait for each other.
-#pragma unroll (kSumTurns<V, kDot, kHeld>)
+#pragma unroll(kSumTurns<V, kDot, kHeld>)
   for (int turn = 0; turn < turns; ++turn) {
     const Pack<T, V> pack_x = load<V>(x.at);
     x.at += x.step;
@@ -160,8 +150,8 @@ EPSA_DEVICE void sum_column(
 // values for each thread.
 template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
 EPSA_DEVICE void sum_pixels(
-    const Params& p, const Columns<V>& deal, Pixels<const T, XStep> x,
-    Pixels<const T, YStep> y, int pixels, Acc<T>* sums, Acc<T>* meet) {
+    const Params& p, const Columns<V>& deal, Pixels<const T, XStep> x, Pixels<const T, YStep> y,
+    int pixels, Acc<T>* sums, Acc<T>* meet) {
   using A = Acc<T>;
   const int width = deal.columns * V;
   const int turns = deal.active ? turns_of(deal.row, pixels, deal.rows) : 0;
@@ -195,8 +185,7 @@ EPSA_DEVICE void sum_pixels(
 // Sums x, or x * y, over the rows of a segment.
 template <class T, int V, bool kDot, bool kHeld>
 EPSA_DEVICE void sum_segment(
-    const Params& p, const T* x, const T* y, const Segment& g, Acc<T>* sums,
-    Acc<T>* meet) {
+    const Params& p, const T* x, const T* y, const Segment& g, Acc<T>* sums, Acc<T>* meet) {
   // Planes of 49 or 196 pixels do not all begin at a multiple of V.
   if (p.pixels % V == 0) {
     sum_rows<T, V, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
@@ -225,8 +214,7 @@ EPSA_DEVICE A scaled(A x, A mul, A add) {
 // Scales the pack that begins at element i of rows of `length` elements.
 template <bool kAdd, bool kWhole, class T, int V>
 EPSA_DEVICE void scale_pack(
-    Pack<T, V>& pack, unsigned i, unsigned length, const Acc<T>* mul,
-    const Acc<T>* add) {
+    Pack<T, V>& pack, unsigned i, unsigned length, const Acc<T>* mul, const Acc<T>* add) {
   using A = Acc<T>;
   unsigned row = i / length, m = i % length;
   A a = mul[row], d = kAdd ? add[row] : A(0);
@@ -245,8 +233,7 @@ EPSA_DEVICE void scale_pack(
 // zeros. With kWhole, each pack lies in one row.
 template <class T, int V, bool kAdd, bool kWhole>
 EPSA_DEVICE void scale_rows(
-    const T* x, T* to, int rows, int pixels, const Acc<T>* mul,
-    const Acc<T>* add) {
+    const T* x, T* to, int rows, int pixels, const Acc<T>* mul, const Acc<T>* add) {
   constexpr int kTurns = kScaleTurns<V, kAdd>;
   const unsigned length = pixels;
   const int step = block_threads() * V;
@@ -274,8 +261,7 @@ EPSA_DEVICE void scale_rows(
 
 template <class T, int V, bool kAdd>
 EPSA_DEVICE void scale_segment(
-    const T* x, T* to, int rows, int pixels, const Acc<T>* mul,
-    const Acc<T>* add) {
+    const T* x, T* to, int rows, int pixels, const Acc<T>* mul, const Acc<T>* add) {
   if (pixels % V == 0) {
     scale_rows<T, V, kAdd, true>(x, to, rows, pixels, mul, add);
   } else if constexpr (V > 1) {
@@ -286,8 +272,8 @@ EPSA_DEVICE void scale_segment(
 // Scales a thread's turns down one column, whose channels have the factors `mul`.
 template <bool kAdd, class T, int V, class Step>
 EPSA_DEVICE void scale_column(
-    Pixels<const T, Step> x, Pixels<T, int64_t> to, int turns,
-    const Acc<T> (&mul)[V], const Acc<T> (&add)[V]) {
+    Pixels<const T, Step> x, Pixels<T, int64_t> to, int turns, const Acc<T> (&mul)[V],
+    const Acc<T> (&add)[V]) {
   constexpr int kTurns = kScaleTurns<V, kAdd>;
 #pragma unroll 1
   for (int turn = 0; turn < turns; turn += kTurns) {
@@ -302,8 +288,7 @@ EPSA_DEVICE void scale_column(
       if (turn + k < turns) {
         Pack<T, V>& pack = packs[k];
         for (int v = 0; v < V; ++v) {
-          from_acc<T>(
-              scaled<kAdd>(to_acc(pack.lane[v]), mul[v], add[v]), pack.lane[v]);
+          from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), mul[v], add[v]), pack.lane[v]);
         }
         store<V>(to.at, pack);
         to.at += to.step;
@@ -314,9 +299,8 @@ EPSA_DEVICE void scale_column(
 
 template <bool kAdd, class T, int V, class Step>
 EPSA_DEVICE void scale_pixels(
-    const Params& p, const Columns<V>& deal, Pixels<const T, Step> x,
-    Pixels<T, int64_t> to, int pixels, const Acc<T>* mul,
-    const Acc<T>* add) {
+    const Params& p, const Columns<V>& deal, Pixels<const T, Step> x, Pixels<T, int64_t> to,
+    int pixels, const Acc<T>* mul, const Acc<T>* add) {
   using A = Acc<T>;
   if (!deal.active || !to.at) {
     return;

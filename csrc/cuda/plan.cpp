@@ -57,16 +57,12 @@ int largest_cluster(const Device& device) {
   return cc < 90 ? 1 : cc < 120 ? 16 : 8;
 }
 
-int blocks_on_multiprocessor(
-    const Problem& p, const Plan& plan, const Device& device) {
+int blocks_on_multiprocessor(const Problem& p, const Plan& plan, const Device& device) {
   const int64_t by_registers = threads_by_registers(p.dtype) / plan.threads;
-  const int64_t by_shared = device.shared_per_multiprocessor /
-      (plan.shared_bytes + kSystemShared);
-  const int64_t by_threads =
-      device.threads_per_multiprocessor / plan.threads;
-  return static_cast<int>(std::min<int64_t>(
-      {by_registers, by_shared, by_threads,
-       device.blocks_per_multiprocessor}));
+  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + kSystemShared);
+  const int64_t by_threads = device.threads_per_multiprocessor / plan.threads;
+  return static_cast<int>(
+      std::min<int64_t>({by_registers, by_shared, by_threads, device.blocks_per_multiprocessor}));
 }
 
 // The samples whose weight gradients one block sums. There are about as many groups
@@ -79,8 +75,7 @@ int group_of(const Problem& p) {
 int64_t piece_elements(const Problem& p, const Split& split) {
   const int64_t units = ceil_div(split.units, split.parts);
   return units *
-      (p.layout == Layout::channels_last ? p.vector()
-                                         : int64_t{split.planes} * p.pixels);
+      (p.layout == Layout::channels_last ? p.vector() : int64_t{split.planes} * p.pixels);
 }
 
 // The number of partial sums of one sample.
@@ -110,8 +105,8 @@ Plan streaming_plan(const Problem& p, const Device& device) {
       plan.vector = 1;
     }
     const int64_t line = 128 / bytes;
-    split.chunk = narrow(round_up(
-        ceil_div(p.pixels, ceil_div(p.pixels * bytes, kPartBytes)), line));
+    split.chunk =
+        narrow(round_up(ceil_div(p.pixels, ceil_div(p.pixels * bytes, kPartBytes)), line));
     split.chunks = narrow(ceil_div(p.pixels, split.chunk));
     split.parts = split.units = p.vector() * split.chunks;
   } else {
@@ -122,20 +117,18 @@ Plan streaming_plan(const Problem& p, const Device& device) {
     // In channels_last a part has S*C partial sums. They must be few beside its
     // elements.
     const int64_t least = planes ? 0 : 16 * p.vector() * bytes;
-    split.parts = narrow(std::min<int64_t>(
-        ceil_div(sample_elements(p) * bytes, std::max(kPartBytes, least)),
-        split.units));
+    split.parts = narrow(
+        std::min<int64_t>(
+            ceil_div(sample_elements(p) * bytes, std::max(kPartBytes, least)), split.units));
   }
   plan.shared_bytes = shared_bytes(p, plan);
   const int64_t resident = static_cast<int64_t>(device.multiprocessors) *
       std::max(1, blocks_on_multiprocessor(p, plan, device));
-  plan.blocks =
-      narrow(std::min(resident, int64_t{p.samples} * 2 * split.parts));
+  plan.blocks = narrow(std::min(resident, int64_t{p.samples} * 2 * split.parts));
   // A sample's reweight tickets come when its pool tickets are done and its maps are
   // still in the L2 cache.
   const int64_t wanted = ceil_div(plan.blocks, 2 * split.parts) + 1;
-  const int64_t cached =
-      std::max<int64_t>(1, device.l2 / 4 / (sample_elements(p) * bytes));
+  const int64_t cached = std::max<int64_t>(1, device.l2 / 4 / (sample_elements(p) * bytes));
   plan.lag = narrow(std::min({wanted, cached, int64_t{p.samples}}));
   return plan;
 }
@@ -149,14 +142,12 @@ Plan resident_plan(const Problem& p, int cluster, int pieces) {
   plan.blocks = p.samples * cluster;
   plan.group = group_of(p);
   Split& split = plan.split;
-  split.planes =
-      p.layout == Layout::contiguous ? planes_of_vector(p, plan.vector) : 1;
+  split.planes = p.layout == Layout::contiguous ? planes_of_vector(p, plan.vector) : 1;
   split.chunks = 1;
   split.chunk = p.pixels;
   split.units = units_of(p, split.planes);
   split.parts = cluster;
-  plan.threads =
-      pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
+  plan.threads = pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
       ? kMaxThreads
       : kThreads;
   plan.shared_bytes = shared_bytes(p, plan);
@@ -170,13 +161,12 @@ const char* name_of(Variant variant) {
 }
 
 std::string kernel_name(Pass pass, Variant variant) {
-  return std::string(pass == Pass::forward ? "forward_" : "backward_") +
-      name_of(variant);
+  return std::string(pass == Pass::forward ? "forward_" : "backward_") + name_of(variant);
 }
 
 std::string size_error(
-    int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
-    int64_t hidden, bool shared) {
+    int64_t samples, int64_t branches, int64_t channels, int64_t pixels, int64_t hidden,
+    bool shared) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const auto product = [](std::initializer_list<int64_t> sizes) {
     int64_t result = 1;
@@ -188,23 +178,17 @@ std::string size_error(
     return result;
   };
   const auto error = [](const char* what, int64_t size) {
-    return size < kMost
-        ? std::string()
-        : std::string(what) + " is " + std::to_string(size) +
+    return size < kMost ? std::string()
+                        : std::string(what) + " is " + std::to_string(size) +
             ", expected less than 2^29 on a CUDA device";
   };
   const std::string errors[] = {
-      error("the batch N", samples),
-      error("the number of pixels H*W", pixels),
+      error("the batch N", samples), error("the number of pixels H*W", pixels),
       error("the number of channels S*C", product({branches, channels})),
-      error(
-          "the number of SE weights r*C",
-          product({shared ? 1 : branches, hidden, channels})),
+      error("the number of SE weights r*C", product({shared ? 1 : branches, hidden, channels})),
       error("the number of hidden units S*r", product({branches, hidden})),
       // a part of 32 KiB holds 4096 doubles
-      error(
-          "N*S*C*H*W / 4096",
-          product({samples, branches, channels, pixels}) / 4096)};
+      error("N*S*C*H*W / 4096", product({samples, branches, channels, pixels}) / 4096)};
   for (const std::string& e : errors) {
     if (!e.empty()) {
       return e;
@@ -214,21 +198,19 @@ std::string size_error(
 }
 
 bool may_align(Dtype dtype, Layout layout, int channels, int pixels) {
-  const int64_t run =
-      layout == Layout::contiguous ? int64_t{channels} * pixels : channels;
+  const int64_t run = layout == Layout::contiguous ? int64_t{channels} * pixels : channels;
   return dtype != Dtype::f64 && run * element_size(dtype) % 16 == 0;
 }
 
 std::vector<Plan> plans(const Problem& p, const Device& device) {
   struct Candidate {
     Plan plan;
-    int busy;  // multiprocessors with work
+    int busy;     // multiprocessors with work
     int overlap;  // blocks on one multiprocessor; more than kOverlap count as that
     bool short_loads;
   };
   std::vector<Candidate> resident;
-  const bool possible = p.pass == Pass::forward ? !p.pooled_given
-                                                : p.grad_out_given;
+  const bool possible = p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given;
   const int most_pieces = p.pass == Pass::forward ? 1 : 2;
   for (int k = 1; possible && k <= largest_cluster(device); k *= 2) {
     if (int64_t{p.samples} * k > kMaxBlocks) {
@@ -236,34 +218,27 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     }
     for (int pieces = most_pieces; pieces >= 1; --pieces) {
       const Plan plan = resident_plan(p, k, pieces);
-      if (k > plan.split.units ||
-          plan.shared_bytes > device.shared_per_block) {
+      if (k > plan.split.units || plan.shared_bytes > device.shared_per_block) {
         continue;
       }
       const int blocks = blocks_on_multiprocessor(p, plan, device);
       if (blocks >= 1) {
         // Maps that are not held are summed as they come from device memory. Rows
         // that begin between vectors need short loads there.
-        const bool whole = p.layout == Layout::channels_last ||
-            p.pixels % plan.vector == 0;
+        const bool whole = p.layout == Layout::channels_last || p.pixels % plan.vector == 0;
         // If all blocks fit at once, smaller blocks would not overlap more.
-        const bool one_wave =
-            plan.blocks <= int64_t{blocks} * device.multiprocessors;
+        const bool one_wave = plan.blocks <= int64_t{blocks} * device.multiprocessors;
         resident.push_back(
             {plan, std::min(plan.blocks, device.multiprocessors),
-             one_wave ? kOverlap : std::min(blocks, kOverlap),
-             pieces < most_pieces && !whole});
+             one_wave ? kOverlap : std::min(blocks, kOverlap), pieces < most_pieces && !whole});
       }
     }
   }
   // Among equals the first holds more maps and has more loads under way.
-  std::stable_sort(
-      resident.begin(), resident.end(),
-      [](const Candidate& a, const Candidate& b) {
-        return std::tuple(
-                   -a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
-            std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
-      });
+  std::stable_sort(resident.begin(), resident.end(), [](const Candidate& a, const Candidate& b) {
+    return std::tuple(-a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
+        std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
+  });
   // A block alone on its multiprocessor leaves the memory idle while it waits for
   // its cluster. Several waves of such blocks are slower than streaming.
   std::vector<Plan> result;
@@ -272,8 +247,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     const bool enough = !c.short_loads ||
         blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
             threads_by_registers(p.dtype);
-    if (enough &&
-        (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
+    if (enough && (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
       result.push_back(c.plan);
     }
   }
@@ -289,13 +263,12 @@ int64_t shared_bytes(const Problem& p, const Plan& plan) {
   if (plan.variant == Variant::streaming) {
     return message + meet;
   }
-  const int64_t piece = plan.pieces *
-      round_up(piece_elements(p, plan.split) * element_size(p.dtype), 16);
+  const int64_t piece =
+      plan.pieces * round_up(piece_elements(p, plan.split) * element_size(p.dtype), 16);
   const int64_t vector = round_up(p.vector() * acc, 16);
   const int64_t hidden = round_up(p.branches * p.hidden * acc, 16);
-  return p.pass == Pass::forward
-      ? piece + meet + 4 * vector + hidden
-      : piece + meet + 4 * vector + 2 * hidden + message;
+  return p.pass == Pass::forward ? piece + meet + 4 * vector + hidden
+                                 : piece + meet + 4 * vector + 2 * hidden + message;
 }
 
 Workspace workspace(const Problem& p, const Plan& plan) {
@@ -314,8 +287,8 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   const int64_t partials = partials_of(p, plan.split);
   const int64_t vectors = int64_t{p.samples} * p.vector() * acc;
   const int64_t hidden = int64_t{p.samples} * p.branches * p.hidden * acc;
-  const int64_t weight_elements = p.weight_sets() *
-      (int64_t{2} * p.hidden * p.channels + p.hidden + p.channels);
+  const int64_t weight_elements =
+      p.weight_sets() * (int64_t{2} * p.hidden * p.channels + p.hidden + p.channels);
 
   w.ticket = take(streaming, 8);
   w.arrived = take(streaming, int64_t{p.samples} * 4);
@@ -333,8 +306,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   return w;
 }
 
-void set_plan(
-    Params& params, const Problem& p, const Plan& plan, void* memory) {
+void set_plan(Params& params, const Problem& p, const Plan& plan, void* memory) {
   params.samples = p.samples;
   params.branches = p.branches;
   params.channels = p.channels;

@@ -49,18 +49,18 @@ constexpr int threads_by_registers(Dtype dtype) {
 // tensors are 64-bit.
 struct Problem {
   Pass pass;
-  int samples;  // N >= 1
+  int samples;   // N >= 1
   int branches;  // S
   int channels;  // C, of one branch
-  int pixels;  // M = H * W
-  int hidden;  // r
-  bool shared;  // one set of SE weights for all branches?
+  int pixels;    // M = H * W
+  int hidden;    // r
+  bool shared;   // one set of SE weights for all branches?
   Dtype dtype;
   Layout layout;
-  bool aligned;  // may all maps be read and written by 16 bytes? see may_align
-  bool pooled_given = false;  // forward: nothing to squeeze
+  bool aligned;                // may all maps be read and written by 16 bytes? see may_align
+  bool pooled_given = false;   // forward: nothing to squeeze
   bool grad_out_given = true;  // backward: else only the attention's gradient
-  bool feats_wanted = true;  // backward: is any gradient of a map asked for?
+  bool feats_wanted = true;    // backward: is any gradient of a map asked for?
   bool weights_wanted = true;  // backward: is any gradient of a weight?
 
   int weight_sets() const { return shared ? 1 : branches; }
@@ -70,8 +70,8 @@ struct Problem {
 // Why the kernels can't take a problem of these sizes; empty where they can. The
 // limits are far beyond any network.
 std::string size_error(
-    int64_t samples, int64_t branches, int64_t channels, int64_t pixels,
-    int64_t hidden, bool shared);
+    int64_t samples, int64_t branches, int64_t channels, int64_t pixels, int64_t hidden,
+    bool shared);
 
 // Do the slots of one [N, S*C, H, W] tensor keep an alignment of 16 bytes? The maps'
 // addresses and strides must keep it too.
@@ -84,8 +84,8 @@ struct Device {
   int threads_per_multiprocessor;
   int blocks_per_multiprocessor;
   int64_t shared_per_multiprocessor;  // bytes
-  int64_t shared_per_block;  // bytes, the most that a launch may opt in to
-  int64_t l2;  // bytes
+  int64_t shared_per_block;           // bytes, the most that a launch may opt in to
+  int64_t l2;                         // bytes
 };
 
 // How one sample is cut into parts. The first units % parts parts hold one unit more
@@ -109,9 +109,9 @@ struct Plan {
   int threads;  // of a block
   int blocks;
   int64_t shared_bytes;  // dynamic shared memory of a block
-  int vector;  // elements of one access
+  int vector;            // elements of one access
   Split split;
-  int lag;  // streaming: samples between a pool ticket and its reweight's
+  int lag;    // streaming: samples between a pool ticket and its reweight's
   int group;  // backward: samples whose weight gradients one block sums
 };
 
@@ -128,17 +128,17 @@ int64_t shared_bytes(const Problem& problem, const Plan& plan);
 // Offsets into the workspace in device memory, each a multiple of 16 bytes. The
 // first `cleared` bytes must be zero when the kernel starts.
 struct Workspace {
-  int64_t ticket;  // one 64-bit counter
+  int64_t ticket;          // one 64-bit counter
   int64_t arrived, ready;  // [N] 32-bit: streaming
   int64_t groups_arrived;  // [groups + 1] 32-bit: backward
   int64_t cleared;
-  int64_t partial;  // [N, partials]: streaming, sums of the parts
-  int64_t hidden;  // [N, S, r]
-  int64_t scratch;  // [N, S, C]: forward scores, backward gradients da
-  int64_t grad_v;  // [N, S, C]: backward
-  int64_t grad_u;  // [N, S, r]: backward
+  int64_t partial;      // [N, partials]: streaming, sums of the parts
+  int64_t hidden;       // [N, S, r]
+  int64_t scratch;      // [N, S, C]: forward scores, backward gradients da
+  int64_t grad_v;       // [N, S, C]: backward
+  int64_t grad_u;       // [N, S, r]: backward
   int64_t grad_pooled;  // [N, S, C]: backward
-  int64_t group_sums;  // [groups, weight elements]: backward
+  int64_t group_sums;   // [groups, weight elements]: backward
   int64_t bytes;
 };
 Workspace workspace(const Problem& problem, const Plan& plan);

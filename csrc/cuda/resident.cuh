@@ -11,8 +11,7 @@ namespace epsa::cuda {
 // Starts the copy of one part of a sample to shared memory. The contiguous layout
 // stores its segments one after another, channels_last stores [S, pixels, C].
 template <class T, int V, bool kLast>
-EPSA_DEVICE void fetch(
-    const Params& p, const Maps& from, int n, int part, T* piece) {
+EPSA_DEVICE void fetch(const Params& p, const Maps& from, int n, int part, T* piece) {
   const auto copy = [](T* to, const T* x) {
     if constexpr (sizeof(Pack<T, V>) == 16) {
       simt::copy_async16(to, x);
@@ -69,8 +68,7 @@ template <bool kLast>
 EPSA_DEVICE int piece_elements(const Params& p) {
   const Split& split = p.split;
   const int units = (split.units + split.parts - 1) / split.parts;
-  return units *
-      (kLast ? p.branches * p.channels : split.planes * p.pixels);
+  return units * (kLast ? p.branches * p.channels : split.planes * p.pixels);
 }
 
 // Sums x, or x * y, over the part in shared memory: [S, C]. A contiguous part
@@ -78,26 +76,24 @@ EPSA_DEVICE int piece_elements(const Params& p) {
 // otherwise y comes from sample n's maps `from`.
 template <class T, int V, bool kLast, bool kDot, bool kBoth>
 EPSA_DEVICE void sum_piece(
-    const Params& p, int n, int part, const T* piece, const T* y,
-    const Maps& from, Acc<T>* sums, Acc<T>* meet) {
+    const Params& p, int n, int part, const T* piece, const T* y, const Maps& from, Acc<T>* sums,
+    Acc<T>* meet) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
     const auto x = pixels_of<const T>(piece, deal, pixels, p.channels);
     if constexpr (kBoth) {
       sum_pixels<kDot, true>(
-          p, deal, x, pixels_of<const T>(y, deal, pixels, p.channels), pixels,
-          sums, meet);
+          p, deal, x, pixels_of<const T>(y, deal, pixels, p.channels), pixels, sums, meet);
     } else {
       sum_pixels<kDot, true>(
-          p, deal, x, pixels_of<const T>(from, deal, n, first), pixels, sums,
-          meet);
+          p, deal, x, pixels_of<const T>(from, deal, n, first), pixels, sums, meet);
     }
   } else {
     for_segments<false>(p, part, [&](const Segment& g) {
       sum_segment<T, V, kDot, true>(
           p, piece,
-          kBoth       ? y
+          kBoth      ? y
               : kDot ? segment_of<const T>(p, from, n, g)
                      : nullptr,
           g, sums + g.s * p.channels + g.c, meet);
@@ -110,8 +106,8 @@ EPSA_DEVICE void sum_piece(
 // Reweights the part in shared memory: to = piece * mul, or piece * mul + add.
 template <class T, int V, bool kLast, bool kAdd>
 EPSA_DEVICE void scale_piece(
-    const Params& p, int n, int part, T* piece, const Maps& to,
-    const Acc<T>* mul, const Acc<T>* add) {
+    const Params& p, int n, int part, T* piece, const Maps& to, const Acc<T>* mul,
+    const Acc<T>* add) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
@@ -123,8 +119,7 @@ EPSA_DEVICE void scale_piece(
       if (T* dst = segment_of<T>(p, to, n, g)) {
         const int row = g.s * p.channels + g.c;
         scale_segment<T, V, kAdd>(
-            piece, dst, g.rows, g.pixels, mul + row,
-            kAdd ? add + row : nullptr);
+            piece, dst, g.rows, g.pixels, mul + row, kAdd ? add + row : nullptr);
       }
       piece += g.rows * g.pixels;
     });
@@ -135,8 +130,7 @@ EPSA_DEVICE void scale_piece(
 // the second half of the cluster's barrier to cluster_finish: a block must not
 // exit while another block still reads its shared memory.
 template <class T, bool kLast>
-EPSA_DEVICE void gather(
-    const Params& p, const Acc<T>* sums, Acc<T> scale, Acc<T>* to) {
+EPSA_DEVICE void gather(const Params& p, const Acc<T>* sums, Acc<T> scale, Acc<T>* to) {
   using A = Acc<T>;
   if (p.cluster == 1) {
     barrier();
@@ -195,16 +189,14 @@ forward_resident(EPSA_PARAMETER Params p) {
 
   fetch<T, V, kLast>(p, p.feats, n, rank, piece);
   fetched();
-  sum_piece<T, V, kLast, false, false>(
-      p, n, rank, piece, nullptr, p.feats, sums, meet);
+  sum_piece<T, V, kLast, false, false>(p, n, rank, piece, nullptr, p.feats, sums, meet);
   gather<T, kLast>(p, sums, 1 / static_cast<A>(p.pixels), pooled);
   gate<T>(p, pooled, hidden, scores, attention);
   if (rank == 0) {
     copy_vector(pooled, row_of<A>(p.pooled, n, vector), vector);
     copy_vector(attention, row_of<A>(p.attention, n, vector), vector);
   }
-  scale_piece<T, V, kLast, false>(
-      p, n, rank, piece, p.out, attention, nullptr);
+  scale_piece<T, V, kLast, false>(p, n, rank, piece, p.out, attention, nullptr);
   cluster_finish(p);
 }
 
@@ -228,11 +220,9 @@ backward_resident(EPSA_PARAMETER Params p) {
   fetch<T, V, kLast>(p, p.grad_out, n, rank, piece);
   fetched();
   if (p.pieces == 2) {
-    sum_piece<T, V, kLast, true, true>(
-        p, n, rank, piece, feats, p.feats, sums, meet);
+    sum_piece<T, V, kLast, true, true>(p, n, rank, piece, feats, p.feats, sums, meet);
   } else {
-    sum_piece<T, V, kLast, true, false>(
-        p, n, rank, piece, nullptr, p.feats, sums, meet);
+    sum_piece<T, V, kLast, true, false>(p, n, rank, piece, nullptr, p.feats, sums, meet);
   }
 
   // Taken after the sums: the addresses would occupy registers during them.
@@ -245,12 +235,9 @@ backward_resident(EPSA_PARAMETER Params p) {
   gather<T, kLast>(p, sums, A(1), da);
   const A* attention = row_of<A>(p.attention, n, vector);
   gate_grad<T>(
-      p,
-      p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,
-      row_of<A>(p.pooled, n, vector), attention, da, hidden, grad_v, grad_u,
-      grad_pooled);
-  scale_piece<T, V, kLast, true>(
-      p, n, rank, piece, p.grad_feats, attention, grad_pooled);
+      p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,
+      row_of<A>(p.pooled, n, vector), attention, da, hidden, grad_v, grad_u, grad_pooled);
+  scale_piece<T, V, kLast, true>(p, n, rank, piece, p.grad_feats, attention, grad_pooled);
   if (rank == 0 && p.weights_wanted) {
     copy_vector(hidden, row_of<A>(p.hidden_units, n, units), units);
     copy_vector(grad_v, row_of<A>(p.grad_v, n, vector), vector);

@@ -19,8 +19,7 @@
 
 #define EPSA_DEVICE __device__ __forceinline__
 // Registers for at least `blocks` resident blocks of `threads` threads.
-#define EPSA_KERNEL(threads, blocks) \
-  __global__ void __launch_bounds__(threads, blocks)
+#define EPSA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Keeps a parameter that is indexed at run time in the constant bank. The compiler
 // would copy it to the stack.
 #define EPSA_PARAMETER const __grid_constant__
@@ -30,20 +29,38 @@ namespace epsa::cuda::simt {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-EPSA_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
-EPSA_DEVICE float to_float(f16 x) { return __half2float(x); }
-EPSA_DEVICE void from_float(float x, bf16& to) { to = __float2bfloat16_rn(x); }
-EPSA_DEVICE void from_float(float x, f16& to) { to = __float2half_rn(x); }
-EPSA_DEVICE float exponential(float x) { return expf(x); }
-EPSA_DEVICE double exponential(double x) { return exp(x); }
+EPSA_DEVICE float to_float(bf16 x) {
+  return __bfloat162float(x);
+}
+EPSA_DEVICE float to_float(f16 x) {
+  return __half2float(x);
+}
+EPSA_DEVICE void from_float(float x, bf16& to) {
+  to = __float2bfloat16_rn(x);
+}
+EPSA_DEVICE void from_float(float x, f16& to) {
+  to = __float2half_rn(x);
+}
+EPSA_DEVICE float exponential(float x) {
+  return expf(x);
+}
+EPSA_DEVICE double exponential(double x) {
+  return exp(x);
+}
 
 // ---- threads of a block (one-dimensional blocks and grids) ----
 
 constexpr int kWarp = 32;
 
-EPSA_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
-EPSA_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
-EPSA_DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
+EPSA_DEVICE int thread_id() {
+  return static_cast<int>(threadIdx.x);
+}
+EPSA_DEVICE int block_threads() {
+  return static_cast<int>(blockDim.x);
+}
+EPSA_DEVICE int block_id() {
+  return static_cast<int>(blockIdx.x);
+}
 
 // The block's dynamic shared memory, aligned to 16 bytes.
 EPSA_DEVICE unsigned char* shared_memory() {
@@ -53,7 +70,9 @@ EPSA_DEVICE unsigned char* shared_memory() {
 
 // All threads of the block meet. It orders their accesses to shared and global
 // memory.
-EPSA_DEVICE void barrier() { __syncthreads(); }
+EPSA_DEVICE void barrier() {
+  __syncthreads();
+}
 
 // The value of lane `own lane ^ mask`. All lanes of the warp must call it.
 template <class A>
@@ -96,8 +115,7 @@ EPSA_DEVICE void cluster_wait() {
 template <class A>
 EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
-  return static_cast<const A*>(
-      __cluster_map_shared_rank(const_cast<A*>(shared), rank));
+  return static_cast<const A*>(__cluster_map_shared_rank(const_cast<A*>(shared), rank));
 #else
   __trap();
   return shared;
@@ -122,15 +140,11 @@ EPSA_DEVICE unsigned arrive(unsigned* counter) {
 
 // Sets a flag. A block that sees the flag set sees all that was written before.
 EPSA_DEVICE void publish(unsigned* flag) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1u)
-               : "memory");
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
 }
 EPSA_DEVICE bool is_published(const unsigned* flag) {
   unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(value)
-               : "l"(flag)
-               : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value != 0;
 }
 
@@ -140,7 +154,9 @@ EPSA_DEVICE unsigned long long next_ticket(unsigned long long* counter) {
 }
 
 // For loops that wait for another block.
-EPSA_DEVICE void pause() { __nanosleep(64); }
+EPSA_DEVICE void pause() {
+  __nanosleep(64);
+}
 
 // ---- asynchronous copies ----
 
@@ -148,9 +164,7 @@ EPSA_DEVICE void pause() { __nanosleep(64); }
 // this thread after copy_async_wait, for the block after the next barrier.
 EPSA_DEVICE void copy_async16(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
-               "l"(global)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 EPSA_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");

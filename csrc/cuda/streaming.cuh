@@ -16,22 +16,20 @@ namespace epsa::cuda {
 // for each row of a segment: [S, C, chunks]. channels_last gives [S, C].
 template <class T, int V, bool kLast, bool kDot>
 EPSA_DEVICE void sum_part(
-    const Params& p, int n, int part, const Maps& x, const Maps& y,
-    Acc<T>* sums, Acc<T>* meet) {
+    const Params& p, int n, int part, const Maps& x, const Maps& y, Acc<T>* sums, Acc<T>* meet) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
     sum_pixels<kDot, false>(
-        p, deal, pixels_of<const T>(x, deal, n, first),
-        pixels_of<const T>(y, deal, n, first), pixels, sums, meet);
+        p, deal, pixels_of<const T>(x, deal, n, first), pixels_of<const T>(y, deal, n, first),
+        pixels, sums, meet);
   } else {
     for_segments<true>(p, part, [&](const Segment& g) {
       const int row = (g.s * p.channels + g.c) * p.split.chunks +
           (p.split.chunks > 1 ? g.m / p.split.chunk : 0);
       sum_segment<T, V, kDot, false>(
-          p, segment_of<const T>(p, x, n, g),
-          kDot ? segment_of<const T>(p, y, n, g) : nullptr, g, sums + row,
-          meet);
+          p, segment_of<const T>(p, x, n, g), kDot ? segment_of<const T>(p, y, n, g) : nullptr, g,
+          sums + row, meet);
     });
   }
 }
@@ -39,14 +37,14 @@ EPSA_DEVICE void sum_part(
 // Reweights one part of sample n: to = x * mul, or x * mul + add.
 template <class T, int V, bool kLast, bool kAdd>
 EPSA_DEVICE void scale_part(
-    const Params& p, int n, int part, const Maps& x, const Maps& to,
-    const Acc<T>* mul, const Acc<T>* add) {
+    const Params& p, int n, int part, const Maps& x, const Maps& to, const Acc<T>* mul,
+    const Acc<T>* add) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
     scale_pixels<kAdd>(
-        p, deal, pixels_of<const T>(x, deal, n, first),
-        pixels_of<T>(to, deal, n, first), pixels, mul, add);
+        p, deal, pixels_of<const T>(x, deal, n, first), pixels_of<T>(to, deal, n, first), pixels,
+        mul, add);
   } else {
     for_segments<true>(p, part, [&](const Segment& g) {
       if (T* dst = segment_of<T>(p, to, n, g)) {
@@ -66,8 +64,8 @@ EPSA_DEVICE void scale_part(
 //   3. the reweights of the last `lag` samples.
 template <class PoolTicket, class ReweightTicket>
 EPSA_DEVICE void for_tickets(
-    const Params& p, int pools, int reweights, Message* message,
-    const PoolTicket& pool, const ReweightTicket& reweight) {
+    const Params& p, int pools, int reweights, Message* message, const PoolTicket& pool,
+    const ReweightTicket& reweight) {
   const int both = pools + reweights;
   for (;;) {
     if (thread_id() == 0) {
@@ -106,8 +104,7 @@ EPSA_DEVICE void for_tickets(
 // Adds up a sample's partial sums. Call it in the block whose part arrived last:
 // only that block sees all of them.
 template <class T, bool kLast>
-EPSA_DEVICE void combine_parts(
-    const Params& p, const Acc<T>* partial, Acc<T> scale, Acc<T>* to) {
+EPSA_DEVICE void combine_parts(const Params& p, const Acc<T>* partial, Acc<T> scale, Acc<T>* to) {
   if constexpr (kLast) {  // [parts, S, C]
     combine(p, partial, 1, p.split.parts, p.branches * p.channels, scale, to);
   } else {  // [S, C, chunks]
@@ -149,13 +146,12 @@ forward_streaming(EPSA_PARAMETER Params p) {
         if (!p.pooled_given) {
           A* partial = row_of<A>(p.partial, n, p.partials);
           sum_part<T, V, kLast, false>(
-              p, n, part, p.feats, p.feats,
-              kLast ? partial + int64_t{part} * vector : partial, meet);
+              p, n, part, p.feats, p.feats, kLast ? partial + int64_t{part} * vector : partial,
+              meet);
           if (!last_to_arrive(&p.arrived[n], parts, message)) {
             return;
           }
-          combine_parts<T, kLast>(
-              p, partial, 1 / static_cast<A>(p.pixels), pooled);
+          combine_parts<T, kLast>(p, partial, 1 / static_cast<A>(p.pixels), pooled);
         }
         gate<T>(
             p, pooled, row_of<A>(p.hidden_units, n, p.branches * p.hidden),
@@ -165,8 +161,7 @@ forward_streaming(EPSA_PARAMETER Params p) {
       [&](int n, int part) {
         wait_ready(p, n);
         scale_part<T, V, kLast, false>(
-            p, n, part, p.feats, p.out, row_of<A>(p.attention, n, vector),
-            nullptr);
+            p, n, part, p.feats, p.out, row_of<A>(p.attention, n, vector), nullptr);
       });
 }
 
@@ -188,8 +183,8 @@ backward_streaming(EPSA_PARAMETER Params p) {
         if (p.grad_out_given) {
           A* partial = row_of<A>(p.partial, n, p.partials);
           sum_part<T, V, kLast, true>(
-              p, n, part, p.grad_out, p.feats,
-              kLast ? partial + int64_t{part} * vector : partial, meet);
+              p, n, part, p.grad_out, p.feats, kLast ? partial + int64_t{part} * vector : partial,
+              meet);
           if (!last_to_arrive(&p.arrived[n], parts, message)) {
             return;
           }
@@ -198,12 +193,10 @@ backward_streaming(EPSA_PARAMETER Params p) {
           combine<A>(p, nullptr, 0, 0, 0, A(0), da);
         }
         gate_grad<T>(
-            p,
-            p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,
-            row_of<A>(p.pooled, n, vector), row_of<A>(p.attention, n, vector),
-            da, row_of<A>(p.hidden_units, n, units),
-            row_of<A>(p.grad_v, n, vector), row_of<A>(p.grad_u, n, units),
-            row_of<A>(p.grad_pooled, n, vector));
+            p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,
+            row_of<A>(p.pooled, n, vector), row_of<A>(p.attention, n, vector), da,
+            row_of<A>(p.hidden_units, n, units), row_of<A>(p.grad_v, n, vector),
+            row_of<A>(p.grad_u, n, units), row_of<A>(p.grad_pooled, n, vector));
         set_ready(p, n);
         if (p.weights_wanted) {
           sum_weight_grads<T>(p, n, message);
@@ -212,8 +205,7 @@ backward_streaming(EPSA_PARAMETER Params p) {
       [&](int n, int part) {
         wait_ready(p, n);
         scale_part<T, V, kLast, true>(
-            p, n, part, p.grad_out, p.grad_feats,
-            row_of<A>(p.attention, n, vector),
+            p, n, part, p.grad_out, p.grad_feats, row_of<A>(p.attention, n, vector),
             row_of<A>(p.grad_pooled, n, vector));
       });
 }

@@ -10,9 +10,9 @@ namespace epsa::cuda {
 // x comes from shared memory.
 template <int V, bool kDot, bool kHeld>
 constexpr int kSumTurns = kDot ? (kHeld && V < 8 ? 3 : 2)
-    : kHeld ? 2
-    : V == 8 ? 3
-             : 4;
+    : kHeld                    ? 2
+    : V == 8                   ? 3
+                               : 4;
 
 // The sum over `lanes` neighbouring lanes of a warp; `lanes` is a power of two.
 template <class A>
@@ -61,8 +61,7 @@ EPSA_DEVICE A sum_terms(int begin, int end, const Term& term) {
 // [begin, end) of an element's `count` terms. With fewer elements than threads,
 // neighbouring lanes share an element, and each sums a run of its terms.
 template <class A, class Sum, class Put>
-EPSA_DEVICE void for_sums(
-    int elements, int count, const Sum& sum, const Put& put) {
+EPSA_DEVICE void for_sums(int elements, int count, const Sum& sum, const Put& put) {
   int lanes = kWarp;
   while (lanes > 1 && elements > block_threads() / lanes) {
     lanes /= 2;
@@ -83,8 +82,7 @@ EPSA_DEVICE void for_sums(
 
 // Adds a pack's terms: x, or x * y.
 template <bool kDot, class T, int V>
-EPSA_DEVICE void add_terms(
-    const Pack<T, V>& x, const Pack<T, V>& y, Acc<T> (&sum)[V]) {
+EPSA_DEVICE void add_terms(const Pack<T, V>& x, const Pack<T, V>& y, Acc<T> (&sum)[V]) {
   for (int v = 0; v < V; ++v) {
     const Acc<T> a = to_acc(x.lane[v]);
     sum[v] += kDot ? a * to_acc(y.lane[v]) : a;
@@ -134,8 +132,7 @@ EPSA_DEVICE void sum_rows(
   for (int row = warp / sharing; row < rows; row += warps / sharing) {
     const T* px = x + row * pixels + first;
     const T* py = kDot ? y + row * pixels + first : nullptr;
-    const A total =
-        warp_sum(sum_turns<T, V, kDot, kHeld>(px, py, turns, step));
+    const A total = warp_sum(sum_turns<T, V, kDot, kHeld>(px, py, turns, step));
     if (lane == 0) {
       (sharing == 1 ? sums[row] : meet[warp]) = total;
     }
@@ -156,14 +153,12 @@ EPSA_DEVICE void sum_rows(
 // to[i] = scale * sum over `count` of from[i * step + k * stride]
 template <class A>
 EPSA_DEVICE void combine(
-    const Params& p, const A* from, int64_t step, int count, int64_t stride,
-    A scale, A* to) {
+    const Params& p, const A* from, int64_t step, int count, int64_t stride, A scale, A* to) {
   for_sums<A>(
       p.branches * p.channels, count,
       [&](int i, int begin, int end) {
         const A* term = from + i * step;
-        return sum_terms<A, 8>(
-            begin, end, [&](int k) { return term[k * stride]; });
+        return sum_terms<A, 8>(begin, end, [&](int k) { return term[k * stride]; });
       },
       [&](int i, A sum) { to[i] = sum * scale; });
   barrier();

@@ -45,8 +45,8 @@ struct ProblemOf {
   Int N{};
   int64_t S{};  // branches of [N, C, H, W]
   Int C{}, H{}, W{};
-  Int hidden{};  // r, hidden units of the SE MLP
-  bool shared{};  // one set of SE weights for all branches?
+  Int hidden{};            // r, hidden units of the SE MLP
+  bool shared{};           // one set of SE weights for all branches?
   at::ScalarType dtype{};  // of features and output
   at::ScalarType weight_dtype{};
   at::ScalarType acc{};  // accumulation type
@@ -64,9 +64,9 @@ bool is_supported(at::ScalarType dtype);
 
 // The SE MLP's weights, as one call was given them.
 struct SEWeights {
-  const at::Tensor& fc1_weight;  // [r, C] or [S, r, C], also with (1, 1) behind
+  const at::Tensor& fc1_weight;               // [r, C] or [S, r, C], also with (1, 1) behind
   const std::optional<at::Tensor>& fc1_bias;  // [r] or [S, r]
-  const at::Tensor& fc2_weight;  // [C, r] or [S, C, r], also with (1, 1) behind
+  const at::Tensor& fc2_weight;               // [C, r] or [S, C, r], also with (1, 1) behind
   const std::optional<at::Tensor>& fc2_bias;  // [C] or [S, C]
 };
 
@@ -80,10 +80,10 @@ struct Caller {
 
 // What the backward pass is given beside the forward pass's arguments.
 struct GradArguments {
-  const std::optional<at::Tensor>& grad_out;  // [N, S*C, H, W]
+  const std::optional<at::Tensor>& grad_out;        // [N, S*C, H, W]
   const std::optional<at::Tensor>& grad_attention;  // [N, S, C]
-  const at::Tensor& pooled;  // [N, S, C]
-  const at::Tensor& attention;  // [N, S, C]
+  const at::Tensor& pooled;                         // [N, S, C]
+  const at::Tensor& attention;                      // [N, S, C]
 };
 
 // ---- checks: every error names the argument, what was expected and given ----
@@ -99,8 +99,7 @@ void check_weights(const Caller& caller, const SEWeights& se, ProblemOf<Int>& p)
 
 // Checks the gradients and saved vectors of a backward pass.
 template <class Int>
-void check_grads(
-    const Caller& caller, const GradArguments& grads, const ProblemOf<Int>& p);
+void check_grads(const Caller& caller, const GradArguments& grads, const ProblemOf<Int>& p);
 
 // Checks the arguments of psa_attention.
 template <class Int = int64_t>
@@ -111,8 +110,8 @@ ProblemOf<Int> check_arguments(
 // Checks the arguments of psa_attention_backward.
 template <class Int = int64_t>
 ProblemOf<Int> check_backward_arguments(
-    const char* op, at::TensorList feats, const SEWeights& se,
-    const GradArguments& grads, const c10::List<bool>& output_mask);  // S + 4
+    const char* op, at::TensorList feats, const SEWeights& se, const GradArguments& grads,
+    const c10::List<bool>& output_mask);  // S + 4
 
 // ---- layouts ----
 
@@ -128,8 +127,7 @@ bool is_native(const at::Tensor& t, at::MemoryFormat format) {
     return (W == 1 || stride[3] == 1) && (H == 1 || stride[2] == W) &&
         (C == 1 || stride[1] == H * W);
   }
-  return (C == 1 || stride[1] == 1) &&
-      (H == 1 || W == 1 || stride[2] == W * stride[3]);
+  return (C == 1 || stride[1] == 1) && (H == 1 || W == 1 || stride[2] == W * stride[3]);
 }
 
 // The layout of most maps; contiguous where a map has both, and in a draw.
@@ -143,8 +141,7 @@ at::MemoryFormat common_layout(at::TensorList feats) {
       ++channels_last;
     }
   }
-  return channels_last > contiguous ? at::MemoryFormat::ChannelsLast
-                                    : at::MemoryFormat::Contiguous;
+  return channels_last > contiguous ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 // ---- results ----
@@ -153,7 +150,7 @@ at::MemoryFormat common_layout(at::TensorList feats) {
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // psa_attention_backward: gradients of feats, fc1_weight, fc1_bias, fc2_weight
 // and fc2_bias; an empty tensor [0] where output_mask (S + 4 entries) is false.
-using Backward = std::tuple<
-    std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Backward =
+    std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 }  // namespace epsa

@@ -19,7 +19,7 @@ template <class Int>
 struct SpcProblemOf {
   Int N{}, in_channels{}, H{}, W{};
   int64_t S{};  // branches
-  Int C{};  // output channels of each
+  Int C{};      // output channels of each
   Int out_h{}, out_w{};
   at::ScalarType dtype{};
   at::ScalarType acc{};  // accumulation type
@@ -31,7 +31,7 @@ using SpcProblem = SpcProblemOf<int64_t>;
 template <class Int = int64_t>
 SpcProblemOf<Int> check_spc_arguments(
     const char* op,
-    const at::Tensor& x,  // [N, in_channels, H, W]
+    const at::Tensor& x,     // [N, in_channels, H, W]
     at::TensorList weights,  // S x [C, in_channels / groups, kh, kw]
     const SpcSettings& settings);
 

@@ -50,15 +50,12 @@ inline Maps maps_of(at::TensorList tensors) {
 
 // The branches' slots of out or grad_out [N, S*C, H, W].
 inline Maps slots_of(
-    const at::Tensor& t, const Problem& p, at::MemoryFormat format,
-    bool reversed) {
-  const int64_t channel_stride =
-      format == at::MemoryFormat::Contiguous ? p.pixels() : 1;
+    const at::Tensor& t, const Problem& p, at::MemoryFormat format, bool reversed) {
+  const int64_t channel_stride = format == at::MemoryFormat::Contiguous ? p.pixels() : 1;
   char* data = static_cast<char*>(data_of(t));
   Maps maps{};
   for (int s = 0; s < p.S; ++s) {
-    const int64_t channel =
-        p.C * slot_of_branch(s, static_cast<int>(p.S), reversed);
+    const int64_t channel = p.C * slot_of_branch(s, static_cast<int>(p.S), reversed);
     set_map(maps, s, data + channel * channel_stride * t.element_size(), t);
   }
   return maps;
@@ -66,8 +63,7 @@ inline Maps slots_of(
 
 // Of the gradients [N, C, H, W] of the branches, those that are wanted; else
 // there is no map.
-inline Maps wanted_maps(
-    const std::vector<at::Tensor>& grads, const c10::List<bool>& output_mask) {
+inline Maps wanted_maps(const std::vector<at::Tensor>& grads, const c10::List<bool>& output_mask) {
   Maps maps{};
   for (size_t s = 0; s < grads.size(); ++s) {
     if (output_mask.get(s)) {

@@ -16,8 +16,7 @@ using OptTensor = std::optional<Tensor>;
 Tensor empty(
     c10::SymIntArrayRef sizes, const Tensor& like, at::ScalarType dtype,
     at::MemoryFormat format = at::MemoryFormat::Contiguous) {
-  return at::empty_symint(
-      sizes, like.options().requires_grad(false).dtype(dtype), format);
+  return at::empty_symint(sizes, like.options().requires_grad(false).dtype(dtype), format);
 }
 
 // A gradient in t's sizes, or an empty tensor [0] where it is not wanted.
@@ -27,8 +26,7 @@ Tensor grad_of(const Tensor& t, bool wanted, at::MemoryFormat format) {
 }
 
 Tensor grad_of(const OptTensor& t, bool wanted, const Tensor& like) {
-  return grad_of(
-      t ? *t : like, wanted && t, at::MemoryFormat::Contiguous);
+  return grad_of(t ? *t : like, wanted && t, at::MemoryFormat::Contiguous);
 }
 
 // A [N, S, C] tensor of the accumulation type.
@@ -44,23 +42,19 @@ Forward attention(
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool /*reversed*/,
     const OptTensor& pooled) {
   const auto p = check_arguments<SymInt>(
-      "psa_attention", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
-      pooled);
+      "psa_attention", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, pooled);
   return {
-      empty(
-          {p.N, p.C * p.S, p.H, p.W}, feats[0], p.dtype,
-          common_layout<SymInt>(feats)),
+      empty({p.N, p.C * p.S, p.H, p.W}, feats[0], p.dtype, common_layout<SymInt>(feats)),
       branch_vector(p, feats[0]), branch_vector(p, feats[0])};
 }
 
 Backward attention_backward(
-    const OptTensor& grad_out, const OptTensor& grad_attention,
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, const Tensor& pooled,
-    const Tensor& attention, bool /*reversed*/, c10::List<bool> output_mask) {
+    const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
+    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
+    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool /*reversed*/,
+    c10::List<bool> output_mask) {
   const auto p = check_backward_arguments<SymInt>(
-      "psa_attention_backward", feats,
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
+      "psa_attention_backward", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
       {grad_out, grad_attention, pooled, attention}, output_mask);
   const at::MemoryFormat format = common_layout<SymInt>(feats);
   std::vector<Tensor> grad_feats;
@@ -71,17 +65,17 @@ Backward attention_backward(
     return grad_of(w, output_mask.get(p.S + i), fc1_weight);
   };
   return {
-      std::move(grad_feats), weight(fc1_weight, 0), weight(fc1_bias, 1),
-      weight(fc2_weight, 2), weight(fc2_bias, 3)};
+      std::move(grad_feats), weight(fc1_weight, 0), weight(fc1_bias, 1), weight(fc2_weight, 2),
+      weight(fc2_bias, 3)};
 }
 
 // ---- the convolutions ----
 
 SpcForward conv(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const auto p = check_spc_arguments<SymInt>(
-      "spc_conv", x, weights, {groups, stride, padding, dilation});
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const auto p =
+      check_spc_arguments<SymInt>("spc_conv", x, weights, {groups, stride, padding, dilation});
   const at::MemoryFormat format = spc_layout<SymInt>(x);
   std::vector<Tensor> feats;
   for (int64_t s = 0; s < p.S; ++s) {
@@ -91,27 +85,22 @@ SpcForward conv(
 }
 
 SpcBackward conv_grads(
-    const Tensor& x, at::TensorList weights,
-    const c10::List<bool>& output_mask) {
+    const Tensor& x, at::TensorList weights, const c10::List<bool>& output_mask) {
   std::vector<Tensor> grad_weights;
   for (size_t s = 0; s < weights.size(); ++s) {
     grad_weights.push_back(
-        output_mask.get(s + 1)
-            ? at::empty_like(weights[s])
-            : grad_of(weights[s], false, at::MemoryFormat::Contiguous));
+        output_mask.get(s + 1) ? at::empty_like(weights[s])
+                               : grad_of(weights[s], false, at::MemoryFormat::Contiguous));
   }
-  return {
-      grad_of(x, output_mask.get(0), spc_layout<SymInt>(x)),
-      std::move(grad_weights)};
+  return {grad_of(x, output_mask.get(0), spc_layout<SymInt>(x)), std::move(grad_weights)};
 }
 
 SpcBackward conv_backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, c10::List<bool> output_mask) {
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    c10::List<bool> output_mask) {
   const char* op = "spc_conv_backward";
-  const auto p = check_spc_arguments<SymInt>(
-      op, x, weights, {groups, stride, padding, dilation});
+  const auto p = check_spc_arguments<SymInt>(op, x, weights, {groups, stride, padding, dilation});
   check_spc_backward_arguments(op, grad_feats, x, p, output_mask);
   return conv_grads(x, weights, output_mask);
 }
@@ -120,16 +109,14 @@ SpcBackward conv_backward(
 
 template <class Problem>
 Tensor module_output(const Problem& p, const Tensor& x) {
-  return empty(
-      {p.N, p.C * p.S, p.out_h, p.out_w}, x, p.dtype, spc_layout<SymInt>(x));
+  return empty({p.N, p.C * p.S, p.out_h, p.out_w}, x, p.dtype, spc_layout<SymInt>(x));
 }
 
 Tensor module_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool /*reversed*/,
-    const OptTensor& /*packed*/) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    bool /*reversed*/, const OptTensor& /*packed*/) {
   const auto p = check_module_arguments<SymInt>(
       "psa_forward", x, weights, {groups, stride, padding, dilation},
       {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
@@ -137,38 +124,38 @@ Tensor module_forward(
 }
 
 Forward save_output(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool /*reversed*/) {
+    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    bool /*reversed*/) {
   const auto p = check_module_arguments<SymInt>(
       "psa_save_output", x, weights, {groups, stride, padding, dilation},
       {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
-  return {
-      module_output(p.conv, x), branch_vector(p.conv, x),
-      branch_vector(p.conv, x)};
+  return {module_output(p.conv, x), branch_vector(p.conv, x), branch_vector(p.conv, x)};
 }
 
 ModuleBackward save_output_backward(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights,
-    at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& out, const Tensor& pooled,
-    const Tensor& attention, bool /*reversed*/, c10::List<bool> output_mask) {
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
+    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
+    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool /*reversed*/,
+    c10::List<bool> output_mask) {
   const OptTensor grad(grad_out), no_grad;
   check_module_backward_arguments<SymInt>(
-      "psa_save_output_backward", x, weights,
-      {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
-      {grad, no_grad, pooled, attention}, out, output_mask);
+      "psa_save_output_backward", x, weights, {groups, stride, padding, dilation},
+      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, {grad, no_grad, pooled, attention}, out,
+      output_mask);
   auto [grad_x, grad_weights] = conv_grads(x, weights, output_mask);
   const auto weight = [&](const OptTensor& w, size_t i) {
     return grad_of(w, output_mask.get(weights.size() + 1 + i), fc1_weight);
   };
   return {
-      grad_x, std::move(grad_weights), weight(fc1_weight, 0),
-      weight(fc1_bias, 1), weight(fc2_weight, 2), weight(fc2_bias, 3)};
+      grad_x,
+      std::move(grad_weights),
+      weight(fc1_weight, 0),
+      weight(fc1_bias, 1),
+      weight(fc2_weight, 2),
+      weight(fc2_bias, 3)};
 }
 
 }  // namespace

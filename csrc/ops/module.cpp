@@ -7,8 +7,8 @@ namespace epsa {
 
 template <class Int>
 ModuleProblemOf<Int> check_module_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const SEWeights& se) {
+    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const SEWeights& se) {
   ModuleProblemOf<Int> p;
   p.conv = check_spc_arguments<Int>(op, x, weights, settings);
   check_branches(op, "weights", p.conv.S);
@@ -25,38 +25,34 @@ ModuleProblemOf<Int> check_module_arguments(
 
 template <class Int>
 ModuleProblemOf<Int> check_module_backward_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const SEWeights& se,
-    const GradArguments& grads, const at::Tensor& out,
+    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const SEWeights& se, const GradArguments& grads, const at::Tensor& out,
     const c10::List<bool>& output_mask) {
   const auto p = check_module_arguments<Int>(op, x, weights, settings, se);
   const auto& conv = p.conv;
   TORCH_CHECK_VALUE(
-      static_cast<int64_t>(output_mask.size()) == conv.S + 5, op,
-      ": output_mask has ", output_mask.size(), " entries, expected ",
-      conv.S + 5, " (x, the weights and the SE's four)");
+      static_cast<int64_t>(output_mask.size()) == conv.S + 5, op, ": output_mask has ",
+      output_mask.size(), " entries, expected ", conv.S + 5, " (x, the weights and the SE's four)");
   const Int sizes[] = {conv.N, conv.C * conv.S, conv.out_h, conv.out_w};
   const at::ArrayRef<Int> expected(sizes);
   const Caller caller{op, x.device(), "x"};
   check_device(caller, "out", out);
   TORCH_CHECK_VALUE(
-      sizes_of<Int>(out) == expected, op, ": out has shape ",
-      sizes_of<Int>(out), ", expected ", expected);
+      sizes_of<Int>(out) == expected, op, ": out has shape ", sizes_of<Int>(out), ", expected ",
+      expected);
   TORCH_CHECK_TYPE(
-      out.scalar_type() == conv.dtype, op, ": out has dtype ",
-      out.scalar_type(), ", expected ", conv.dtype, ", the dtype of x");
+      out.scalar_type() == conv.dtype, op, ": out has dtype ", out.scalar_type(), ", expected ",
+      conv.dtype, ", the dtype of x");
   check_grads(caller, grads, p.attention);
   return p;
 }
 
-#define EPSA_INSTANTIATE(Int)                                                 \
-  template ModuleProblemOf<Int> check_module_arguments(                       \
-      const char*, const at::Tensor&, at::TensorList, const SpcSettings&,     \
-      const SEWeights&);                                                      \
-  template ModuleProblemOf<Int> check_module_backward_arguments(              \
-      const char*, const at::Tensor&, at::TensorList, const SpcSettings&,     \
-      const SEWeights&, const GradArguments&, const at::Tensor&,              \
-      const c10::List<bool>&);
+#define EPSA_INSTANTIATE(Int)                                                                \
+  template ModuleProblemOf<Int> check_module_arguments(                                      \
+      const char*, const at::Tensor&, at::TensorList, const SpcSettings&, const SEWeights&); \
+  template ModuleProblemOf<Int> check_module_backward_arguments(                             \
+      const char*, const at::Tensor&, at::TensorList, const SpcSettings&, const SEWeights&,  \
+      const GradArguments&, const at::Tensor&, const c10::List<bool>&);
 EPSA_INSTANTIATE(int64_t)
 EPSA_INSTANTIATE(c10::SymInt)
 #undef EPSA_INSTANTIATE

@@ -17,21 +17,19 @@ using ModuleProblem = ModuleProblemOf<int64_t>;
 // Checks the arguments of psa_forward and psa_save_output.
 template <class Int = int64_t>
 ModuleProblemOf<Int> check_module_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const SEWeights& se);
+    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const SEWeights& se);
 
 // Checks the arguments of psa_save_output_backward.
 template <class Int = int64_t>
 ModuleProblemOf<Int> check_module_backward_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights,
-    const SpcSettings& settings, const SEWeights& se,
-    const GradArguments& grads,
-    const at::Tensor& out,  // [N, S*C, out_h, out_w]
+    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const SEWeights& se, const GradArguments& grads,
+    const at::Tensor& out,                // [N, S*C, out_h, out_w]
     const c10::List<bool>& output_mask);  // x, the S weights, the SE's four
 
 // psa_save_output_backward: gradients of x, of the S weights and of the SE's.
-using ModuleBackward = std::tuple<
-    at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor>;
+using ModuleBackward =
+    std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 }  // namespace epsa

@@ -16,8 +16,7 @@ void define(torch::Library& m, const std::string& name, const std::string& rest)
 const std::string kConv =
     "Tensor x, Tensor[] weights, int[] groups, int stride, int[] padding, "
     "int[] dilation";
-const std::string kSE =
-    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias";
+const std::string kSE = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias";
 const std::string kForward = " -> (Tensor out, Tensor pooled, Tensor attention)";
 const std::string kGradSE =
     "Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, "
@@ -29,13 +28,13 @@ TORCH_LIBRARY(epsa_fused, m) {
   m.set_python_module("epsa_fused._fake");
   define(
       m, "psa_attention",
-      "(Tensor[] feats, " + kSE + ", bool reversed, Tensor? pooled=None)" +
-          kForward);
+      "(Tensor[] feats, " + kSE + ", bool reversed, Tensor? pooled=None)" + kForward);
   define(
       m, "psa_attention_backward",
       "(Tensor? grad_out, Tensor? grad_attention, Tensor[] feats, " + kSE +
           ", Tensor pooled, Tensor attention, bool reversed, "
-          "bool[] output_mask) -> (Tensor[] grad_feats, " + kGradSE + ")");
+          "bool[] output_mask) -> (Tensor[] grad_feats, " +
+          kGradSE + ")");
   define(m, "spc_conv", "(" + kConv + ") -> (Tensor[] feats, Tensor pooled)");
   define(
       m, "spc_conv_backward",
@@ -43,11 +42,8 @@ TORCH_LIBRARY(epsa_fused, m) {
           ", bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights)");
   define(
       m, "psa_forward",
-      "(" + kConv + ", " + kSE +
-          ", bool reversed, Tensor? packed=None) -> Tensor");
-  define(
-      m, "psa_save_output",
-      "(" + kConv + ", " + kSE + ", bool reversed)" + kForward);
+      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None) -> Tensor");
+  define(m, "psa_save_output", "(" + kConv + ", " + kSE + ", bool reversed)" + kForward);
   define(
       m, "psa_save_output_backward",
       "(Tensor grad_out, " + kConv + ", " + kSE +

@@ -17,12 +17,11 @@ struct Case {
 // The worst error of one array, in units of what is allowed.
 struct Error {
   double rounding;  // of the result's type
-  double eps;  // of the sums
+  double eps;       // of the sums
   double worst = 0;
 
   void see(double given, double expected, double size) {
-    const double allowed =
-        rounding * std::fabs(expected) + eps * size + 1e-30;
+    const double allowed = rounding * std::fabs(expected) + eps * size + 1e-30;
     worst = worse(worst, std::fabs(given - expected) / allowed);
   }
 };
@@ -30,9 +29,7 @@ struct Error {
 void report(const Case& k, const char* what, double worst) {
   if (!(worst <= 1)) {
     ++failed;
-    std::printf(
-        "FAILED %s: %s: %.3g times what is allowed\n", k.name.c_str(), what,
-        worst);
+    std::printf("FAILED %s: %s: %.3g times what is allowed\n", k.name.c_str(), what, worst);
   }
 }
 
@@ -61,10 +58,8 @@ struct StoredMaps {
     const bool planes = g.layout == Layout::contiguous;
     pixel = planes ? 1 : g.channels + c.gap;
     channel = planes ? g.pixels : 1;
-    const int64_t batch =
-        planes ? g.channels * g.pixels + c.gap : g.pixels * pixel + c.gap;
-    count = (c.samples - 1) * batch + (g.channels - 1) * channel +
-        (g.pixels - 1) * pixel + 1;
+    const int64_t batch = planes ? g.channels * g.pixels + c.gap : g.pixels * pixel + c.gap;
+    count = (c.samples - 1) * batch + (g.channels - 1) * channel + (g.pixels - 1) * pixel + 1;
     for (int s = 0; s < g.branches; ++s) {
       data.push_back(allocate<Type>(count));
       // All ones are NaN in each of the dtypes.
@@ -77,14 +72,12 @@ struct StoredMaps {
   Type& at(int s, int64_t n, int64_t c, int64_t m) const {
     return data[s][n * maps.batch_stride[s] + c * channel + m * pixel];
   }
-  double value(int s, int64_t n, int64_t c, int64_t m) const {
-    return T::value(at(s, n, c, m));
-  }
+  double value(int s, int64_t n, int64_t c, int64_t m) const { return T::value(at(s, n, c, m)); }
   void draw_all(uint64_t& state) const {
     for (int s = 0; s < k.g.branches; ++s) {
       for (int64_t i = 0; i < k.samples * k.g.channels * k.g.pixels; ++i) {
-        at(s, i / (k.g.channels * k.g.pixels), i / k.g.pixels % k.g.channels,
-           i % k.g.pixels) = T::of(draw(state));
+        at(s, i / (k.g.channels * k.g.pixels), i / k.g.pixels % k.g.channels, i % k.g.pixels) =
+            T::of(draw(state));
       }
     }
   }
@@ -140,8 +133,7 @@ void check_reduce(const Case& k, const Kernels& kernels, bool dot) {
       double sum = 0, size = 0;
       const int64_t end = std::min((chunk + 1) * g.chunk, g.pixels);
       for (int64_t m = chunk * g.chunk; m < end; ++m) {
-        const double term =
-            x.value(s, n, c, m) * (dot ? y.value(s, n, c, m) : 1);
+        const double term = x.value(s, n, c, m) * (dot ? y.value(s, n, c, m) : 1);
         sum += term;
         size += std::fabs(term);
       }
@@ -187,19 +179,14 @@ void check_scale(const Case& k, const Kernels& kernels, bool add, bool in_place)
       if (s != unwanted) {
         const double product = before.value(s, n, c, m) * mul[sc];
         const double shift = add ? plus[sc] : 0;
-        error.see(
-            result.value(s, n, c, m), product + shift,
-            std::fabs(product) + std::fabs(shift));
+        error.see(result.value(s, n, c, m), product + shift, std::fabs(product) + std::fabs(shift));
       }
     }
   }
   report(k, add ? "scale with a sum" : "scale", error.worst);
   for (int s = 0; s < g.branches; ++s) {
-    const int64_t wanted =
-        s == unwanted ? 0 : k.samples * g.channels * g.pixels;
-    report(
-        k, "scale's writes between the elements",
-        result.written(s) == wanted ? 0 : 2);
+    const int64_t wanted = s == unwanted ? 0 : k.samples * g.channels * g.pixels;
+    report(k, "scale's writes between the elements", result.written(s) == wanted ? 0 : 2);
   }
 }
 
@@ -225,9 +212,13 @@ struct Gates {
 
   Weights view() const {
     return {
-        fc1.get(), k.bias ? fc1_bias.get() : nullptr, fc2t.get(),
-        k.bias ? fc2_bias.get() : nullptr, k.shared ? 0 : r * C,
-        k.shared ? 0 : r, k.shared ? 0 : C};
+        fc1.get(),
+        k.bias ? fc1_bias.get() : nullptr,
+        fc2t.get(),
+        k.bias ? fc2_bias.get() : nullptr,
+        k.shared ? 0 : r * C,
+        k.shared ? 0 : r,
+        k.shared ? 0 : C};
   }
   double w1(int64_t s, int64_t j, int64_t c) const {
     return fc1[((k.shared ? 0 : s) * r + j) * C + c];
@@ -287,8 +278,8 @@ void check_gate(const Case& k, const Kernels& kernels, bool of_sums) {
   }
   const auto hidden = nans<A>(S * r), attention = nans<A>(S * C);
   kernels.gate(
-      g, gates.view(), of_sums ? partial.get() : nullptr, pooled.get(),
-      hidden.get(), attention.get());
+      g, gates.view(), of_sums ? partial.get() : nullptr, pooled.get(), hidden.get(),
+      attention.get());
   Error pooled_error = vector_error<T>(), hidden_error = vector_error<T>();
   for (int64_t i = 0; i < S * C; ++i) {
     pooled_error.see(pooled[i], p[i], p_sizes[i]);
@@ -318,8 +309,7 @@ void check_gate(const Case& k, const Kernels& kernels, bool of_sums) {
 // of_sums: the gradient reaches the attention through the output.
 template <class T>
 void check_gate_grad(
-    const Case& k, const Kernels& kernels, bool of_sums, bool of_output,
-    bool of_attention) {
+    const Case& k, const Kernels& kernels, bool of_sums, bool of_output, bool of_attention) {
   using A = typename T::Acc;
   const Geometry& g = k.g;
   const int64_t S = g.branches, C = g.channels, r = g.hidden;
@@ -337,9 +327,8 @@ void check_gate_grad(
   const auto grad_v = nans<A>(S * C), grad_pooled = nans<A>(S * C);
   kernels.gate_grad(
       g, gates.view(), of_sums ? partial.get() : nullptr, of_output,
-      of_attention ? grad_attention.get() : nullptr, pooled.get(),
-      attention.get(), hidden.get(), grad_v.get(), grad_u.get(),
-      grad_pooled.get());
+      of_attention ? grad_attention.get() : nullptr, pooled.get(), attention.get(), hidden.get(),
+      grad_v.get(), grad_u.get(), grad_pooled.get());
 
   std::vector<double> p(S * C), h(S * r), sizes(S * r), da(S * C), da_size(S * C);
   for (int64_t i = 0; i < S * C; ++i) {
@@ -416,28 +405,22 @@ void check_weight_grad(const Case& k, const Kernels& kernels, int without) {
   const auto grad_v = drawn<A>(N * S * C, state), grad_u = drawn<A>(N * S * r, state);
   const auto fc1 = nans<A>(B * r * C), fc2 = nans<A>(B * r * C);
   const auto fc1_bias = nans<A>(B * r), fc2_bias = nans<A>(B * C);
-  const auto wanted = [&](int i, const Buffer<A>& b) {
-    return i == without ? nullptr : b.get();
-  };
-  const WeightGrads grads{
-      wanted(0, fc1), wanted(1, fc1_bias), wanted(2, fc2), wanted(3, fc2_bias)};
+  const auto wanted = [&](int i, const Buffer<A>& b) { return i == without ? nullptr : b.get(); };
+  const WeightGrads grads{wanted(0, fc1), wanted(1, fc1_bias), wanted(2, fc2), wanted(3, fc2_bias)};
   const int64_t split = B * r / 2;
   for (const auto& [begin, end] : {std::pair{split, B * r}, {int64_t{0}, split}}) {
     kernels.weight_grad(
-        g, N, k.shared, pooled.get(), hidden.get(), grad_v.get(), grad_u.get(),
-        grads, begin, end);
+        g, N, k.shared, pooled.get(), hidden.get(), grad_v.get(), grad_u.get(), grads, begin, end);
   }
-  Error errors[4] = {
-      vector_error<T>(), vector_error<T>(), vector_error<T>(), vector_error<T>()};
+  Error errors[4] = {vector_error<T>(), vector_error<T>(), vector_error<T>(), vector_error<T>()};
   // Sums x[j] * y[c] over samples, and over branches that share weights. A negative index
   // stands for a factor of 1.
-  const auto check = [&](int which, double given, int64_t b, const A* x, int64_t xs,
-                         int64_t j, const A* y, int64_t c) {
+  const auto check = [&](int which, double given, int64_t b, const A* x, int64_t xs, int64_t j,
+                         const A* y, int64_t c) {
     double sum = 0, size = 0;
     for (int64_t row = 0; row < N * S; ++row) {
       if (k.shared || row % S == b) {
-        const double term =
-            (j < 0 ? 1.0 : x[row * xs + j]) * (c < 0 ? 1.0 : y[row * C + c]);
+        const double term = (j < 0 ? 1.0 : x[row * xs + j]) * (c < 0 ? 1.0 : y[row * C + c]);
         sum += term;
         size += std::fabs(term);
       }
@@ -459,8 +442,7 @@ void check_weight_grad(const Case& k, const Kernels& kernels, int without) {
     }
   }
   const char* const names[] = {
-      "gradient of fc1", "gradient of fc1's bias", "gradient of fc2",
-      "gradient of fc2's bias"};
+      "gradient of fc1", "gradient of fc1's bias", "gradient of fc2", "gradient of fc2's bias"};
   for (int i = 0; i < 4; ++i) {
     report(k, names[i], errors[i].worst);
   }
@@ -494,8 +476,7 @@ void run_table(Isa isa) {
     for (const int64_t pixels : kPixels) {
       for (const Layout layout : {Layout::contiguous, Layout::channels_last}) {
         Case k;
-        k.g = make_geometry(
-            kBranches[turn % 5], channels, pixels, kHidden[turn / 2 % 4], layout);
+        k.g = make_geometry(kBranches[turn % 5], channels, pixels, kHidden[turn / 2 % 4], layout);
         // Chunks that large maps alone have otherwise. Short planes are never cut.
         if (turn % 3 && (pixels > 512 || layout == Layout::channels_last)) {
           k.g.chunk = turn % 3 == 1 ? 100 : 37;
@@ -505,12 +486,11 @@ void run_table(Isa isa) {
         k.gap = turn / 7 % 4;
         k.bias = turn / 3 % 2;
         k.shared = turn / 5 % 2;
-        k.name = std::to_string(k.g.branches) + " branches of " +
-            std::to_string(channels) + "x" + std::to_string(pixels) +
-            (layout == Layout::contiguous ? " contiguous" : " channels_last") +
-            " hidden " + std::to_string(k.g.hidden) + " chunk " +
-            std::to_string(k.g.chunk) + " gap " + std::to_string(k.gap) +
-            (k.bias ? " bias" : "") + (k.shared ? " shared" : "");
+        k.name = std::to_string(k.g.branches) + " branches of " + std::to_string(channels) + "x" +
+            std::to_string(pixels) +
+            (layout == Layout::contiguous ? " contiguous" : " channels_last") + " hidden " +
+            std::to_string(k.g.hidden) + " chunk " + std::to_string(k.g.chunk) + " gap " +
+            std::to_string(k.gap) + (k.bias ? " bias" : "") + (k.shared ? " shared" : "");
         run_case<Float>(k, isa);
         run_case<Double>(k, isa);
         run_case<Bfloat16>(k, isa);

@@ -98,16 +98,15 @@ struct Float16 {
     int exponent;
     const double mantissa = std::frexp(std::fabs(v), &exponent);  // in [1/2, 1)
     const auto fraction = static_cast<uint16_t>((2 * mantissa - 1) * 1024);
-    return {static_cast<uint16_t>(
-        (v < 0) << 15 | (exponent + 14) << 10 | fraction)};
+    return {static_cast<uint16_t>((v < 0) << 15 | (exponent + 14) << 10 | fraction)};
   }
   static float value(f16 v) {
     const int exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
     if (exponent == 31) {
       return fraction ? kNan : std::numeric_limits<float>::infinity();
     }
-    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25)
-                                 : std::ldexp(fraction, -24);
+    const double size =
+        exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
     return static_cast<float>(v.bits >> 15 ? -size : size);
   }
 };

@@ -13,8 +13,7 @@ using namespace epsa::case_program;
 enum class Order { planes, pixels, rows_apart, pixels_apart };
 const char* const kOrders[] = {"planes", "pixels", "rows_apart", "pixels_apart"};
 enum class WeightOrder { taps_inside, channels_inside, gaps, taps_apart };
-const char* const kWeightOrders[] = {
-    "taps_inside", "channels_inside", "gaps", "taps_apart"};
+const char* const kWeightOrders[] = {"taps_inside", "channels_inside", "gaps", "taps_apart"};
 
 struct Case {
   std::string name;
@@ -50,15 +49,12 @@ struct Stored {
         row = (width + 2) * pixel;
         break;
     }
-    count = 1 + (channels - 1) * channel + (width - 1) * pixel +
-        (height - 1) * row;
+    count = 1 + (channels - 1) * channel + (width - 1) * pixel + (height - 1) * row;
     data = allocate<T>(count);
     // All ones are NaN in each of the dtypes.
     std::memset(data.get(), 0xff, count * sizeof(T));
   }
-  T& at(int64_t c, int64_t h, int64_t w) const {
-    return data[c * channel + h * row + w * pixel];
-  }
+  T& at(int64_t c, int64_t h, int64_t w) const { return data[c * channel + h * row + w * pixel]; }
   Image image(int64_t c = 0, int64_t h = 0) const {
     return {data.get() + c * channel + h * row, channel, pixel, row};
   }
@@ -91,21 +87,14 @@ struct StoredWeights {
         out = taps * tap + 2;
         break;
     }
-    const int64_t count =
-        1 + (c.out_channels - 1) * out + (ic - 1) * in + (taps - 1) * tap;
+    const int64_t count = 1 + (c.out_channels - 1) * out + (ic - 1) * in + (taps - 1) * tap;
     data = allocate<T>(count);
     std::memset(data.get(), 0xff, count * sizeof(T));
   }
-  T& at(int64_t o, int64_t i, int64_t t) const {
-    return data[o * out + i * in + t * tap];
-  }
-  ConvWeights view() const {
-    return {data.get(), oc * out, out, in, tap, /*turned=*/false};
-  }
+  T& at(int64_t o, int64_t i, int64_t t) const { return data[o * out + i * in + t * tap]; }
+  ConvWeights view() const { return {data.get(), oc * out, out, in, tap, /*turned=*/false}; }
   // The weights of a phase of stride 1.
-  ConvWeights turned() const {
-    return {data.get(), oc * out, in, out, tap, /*turned=*/true};
-  }
+  ConvWeights turned() const { return {data.get(), oc * out, in, out, tap, /*turned=*/true}; }
 };
 
 // ---- checks ----
@@ -113,9 +102,8 @@ struct StoredWeights {
 void fail(const Case& c, const ConvPlan& plan, const char* what, double error) {
   ++failed;
   std::printf(
-      "FAILED %s, %s of %d x %d: %s: %.3g times what is allowed\n",
-      c.name.c_str(), name(plan.method).c_str(), plan.pixels, plan.block, what,
-      error);
+      "FAILED %s, %s of %d x %d: %s: %.3g times what is allowed\n", c.name.c_str(),
+      name(plan.method).c_str(), plan.pixels, plan.block, what, error);
 }
 
 template <class T>
@@ -149,10 +137,8 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
   size.include(c, plan.buffer_width);
   size.border += k.more_border;
   size.width += k.more_border;
-  const int64_t blocks =
-      (c.in_channels + kernels.lanes - 1) / kernels.lanes;
-  const auto image = filled<float>(
-      size.floats(c.in_channels, c.height, kernels.lanes), kNan);
+  const int64_t blocks = (c.in_channels + kernels.lanes - 1) / kernels.lanes;
+  const auto image = filled<float>(size.floats(c.in_channels, c.height, kernels.lanes), kNan);
   const Scratch scratch = size.scratch(image.get(), c.height);
   for (int64_t b = 0; b < blocks; ++b) {
     kernels.pack_image(x.image(), c.in_channels, c.width, scratch, b, b + 1);
@@ -163,12 +149,10 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
   const auto sums = filled<float>(strips * c.out_channels, kNan);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const auto packed = filled<float>(plan.unit_weights, kNan);
-    method.pack_weights(
-        c, plan, weights.view(), unit, packed.get());
+    method.pack_weights(c, plan, weights.view(), unit, packed.get());
     const Run run = unit_run(c, plan, unit);
     for (int64_t strip = 0; strip < strips; ++strip) {
-      const auto buffer = filled<float>(
-          plan.strip * plan.buffer_width * plan.unit_pitch, kNan);
+      const auto buffer = filled<float>(plan.strip * plan.buffer_width * plan.unit_pitch, kNan);
       const auto lanes = filled<float>(method.lane_floats(c, plan), kNan);
       const int64_t begin = strip * plan.strip;
       const int64_t end = std::min(begin + plan.strip, H);
@@ -177,16 +161,11 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
           /*add=*/false};
       for (int64_t i = 0; i < c.ic();) {
         i = method.convolve(
-            c, plan, scratch, packed.get(), unit, i, begin, end, strip_sums,
-            lanes.get());
+            c, plan, scratch, packed.get(), unit, i, begin, end, strip_sums, lanes.get());
       }
       float* unit_sums = sums.get() + strip * c.out_channels + run.first;
-      kernels.unpack(
-          strip_sums, run.count, end - begin, W, out.image(run.first, begin),
-          nullptr);
-      kernels.unpack(
-          strip_sums, run.count, end - begin, W, out.image(run.first, begin),
-          unit_sums);
+      kernels.unpack(strip_sums, run.count, end - begin, W, out.image(run.first, begin), nullptr);
+      kernels.unpack(strip_sums, run.count, end - begin, W, out.image(run.first, begin), unit_sums);
     }
   }
 
@@ -213,8 +192,7 @@ void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
             }
           }
         }
-        const double error =
-            std::fabs(T::value(out.at(o, h, w)) - expected) /
+        const double error = std::fabs(T::value(out.at(o, h, w)) - expected) /
             (T::rounding * std::fabs(expected) + eps * size + 1e-30);
         worst = worse(worst, error);
         sum += expected;
@@ -264,14 +242,11 @@ void check_weight_grad(const Case& k, Isa isa) {
   grad_size.border = k.more_border;
   grad_size.width = W + k.more_border;
   const auto x_data = filled<float>(x_size.floats(c.in_channels, c.height, L), kNan);
-  const auto grad_data =
-      filled<float>(grad_size.floats(c.out_channels, H, L), kNan);
+  const auto grad_data = filled<float>(grad_size.floats(c.out_channels, H, L), kNan);
   const Scratch xs = x_size.scratch(x_data.get(), c.height);
   const Scratch gs = grad_size.scratch(grad_data.get(), H);
-  kernels.pack_image(
-      x.image(), c.in_channels, c.width, xs, 0, (c.in_channels + L - 1) / L);
-  kernels.pack_image(
-      grad.image(), c.out_channels, W, gs, 0, (c.out_channels + L - 1) / L);
+  kernels.pack_image(x.image(), c.in_channels, c.width, xs, 0, (c.in_channels + L - 1) / L);
+  kernels.pack_image(grad.image(), c.out_channels, W, gs, 0, (c.out_channels + L - 1) / L);
 
   const StoredWeights<Type> result(c, k.weights);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
@@ -291,15 +266,14 @@ void check_weight_grad(const Case& k, Isa isa) {
             const int64_t y = h * c.stride - c.padding_h + t / c.kernel_w;
             const int64_t z = w * c.stride - c.padding_w + t % c.kernel_w;
             if (y >= 0 && y < c.height && z >= 0 && z < c.width) {
-              const double term = T::value(grad.at(o, h, w)) *
-                  T::value(x.at(o / c.oc() * c.ic() + i, y, z));
+              const double term =
+                  T::value(grad.at(o, h, w)) * T::value(x.at(o / c.oc() * c.ic() + i, y, z));
               expected += term;
               size += std::fabs(term);
             }
           }
         }
-        const double error =
-            std::fabs(T::value(result.at(o, i, t)) - expected) /
+        const double error = std::fabs(T::value(result.at(o, i, t)) - expected) /
             (T::rounding * std::fabs(expected) + eps * size + 1e-30);
         worst = worse(worst, error);
       }
@@ -335,34 +309,29 @@ void check_input_grad(const Case& k, Isa isa) {
   }
   const StoredWeights<Type> weights(c, k.weights);
   for (int64_t i = 0; i < c.out_channels * c.ic() * c.taps(); ++i) {
-    weights.at(i / (c.ic() * c.taps()), i / c.taps() % c.ic(), i % c.taps()) =
-        T::of(draw(state));
+    weights.at(i / (c.ic() * c.taps()), i / c.taps() % c.ic(), i % c.taps()) = T::of(draw(state));
   }
   ScratchSize size;
   size.include(phase, plan.buffer_width);
   const auto data = filled<float>(size.floats(c.out_channels, H, L), kNan);
   const Scratch scratch = size.scratch(data.get(), H);
-  kernels.pack_image(
-      grad.image(), c.out_channels, W, scratch, 0, (c.out_channels + L - 1) / L);
+  kernels.pack_image(grad.image(), c.out_channels, W, scratch, 0, (c.out_channels + L - 1) / L);
 
   const Stored<Type> result(k.to, c.in_channels, c.height, c.width);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const auto packed = filled<float>(plan.unit_weights, kNan);
     method.pack_weights(phase, plan, weights.turned(), unit, packed.get());
-    const auto buffer = filled<float>(
-        c.height * plan.buffer_width * plan.unit_pitch, 0.0f);
+    const auto buffer = filled<float>(c.height * plan.buffer_width * plan.unit_pitch, 0.0f);
     const auto lanes = filled<float>(method.lane_floats(phase, plan), kNan);
     const Sums sums{
         buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
         /*add=*/true};
     for (int64_t o = 0; o < phase.ic();) {
       o = method.convolve(
-          phase, plan, scratch, packed.get(), unit, o, 0, c.height, sums,
-          lanes.get());
+          phase, plan, scratch, packed.get(), unit, o, 0, c.height, sums, lanes.get());
     }
     const Run run = unit_run(phase, plan, unit);
-    kernels.unpack(
-        sums, run.count, c.height, c.width, result.image(run.first), nullptr);
+    kernels.unpack(sums, run.count, c.height, c.width, result.image(run.first), nullptr);
   }
 
   constexpr double eps = 8 * 0x1p-23;
@@ -377,15 +346,14 @@ void check_input_grad(const Case& k, Isa isa) {
             const int64_t h = y + c.padding_h - t / c.kernel_w * c.dilation;
             const int64_t w = z + c.padding_w - t % c.kernel_w * c.dilation;
             if (h >= 0 && h < H && w >= 0 && w < W) {
-              const double term = T::value(grad.at(o, h, w)) *
-                  T::value(weights.at(o, i % c.ic(), t));
+              const double term =
+                  T::value(grad.at(o, h, w)) * T::value(weights.at(o, i % c.ic(), t));
               expected += term;
               magnitude += std::fabs(term);
             }
           }
         }
-        const double error =
-            std::fabs(T::value(result.at(i, y, z)) - expected) /
+        const double error = std::fabs(T::value(result.at(i, y, z)) - expected) /
             (T::rounding * std::fabs(expected) + eps * magnitude + 1e-30);
         worst = worse(worst, error);
       }
@@ -412,11 +380,11 @@ void run_case(const Case& k, const ConvPlan& plan, Isa isa) {
 
 // Groups, and the input and output channels of each. Lanes are full, shared or idle.
 constexpr int64_t kChannels[][3] = {
-    {1, 3, 5},   {1, 16, 17}, {1, 19, 33}, {2, 8, 12}, {1, 20, 36}, {3, 5, 7},
-    {3, 32, 3},  {4, 4, 4},   {2, 16, 16}, {5, 2, 6},  {6, 1, 1},   {9, 8, 2},
-    {11, 1, 3},  {37, 1, 1},  {3, 16, 8},  {2, 7, 4},
+    {1, 3, 5},  {1, 16, 17}, {1, 19, 33}, {2, 8, 12}, {1, 20, 36}, {3, 5, 7},
+    {3, 32, 3}, {4, 4, 4},   {2, 16, 16}, {5, 2, 6},  {6, 1, 1},   {9, 8, 2},
+    {11, 1, 3}, {37, 1, 1},  {3, 16, 8},  {2, 7, 4},
 };
-constexpr int64_t kKernels[][2] = {{1, 1}, {3, 3}, {2, 2}, {5, 5}, {7, 7},
+constexpr int64_t kKernels[][2] = {{1, 1}, {3, 3}, {2, 2},   {5, 5}, {7, 7},
                                    {1, 3}, {4, 1}, {11, 11}, {2, 9}};
 constexpr int64_t kImages[][2] = {{1, 1}, {2, 3}, {5, 7}, {9, 8}, {3, 29}};
 
@@ -432,8 +400,8 @@ std::vector<Case> table() {
           const int64_t reach_w = dilation * (kernel_w - 1) + 1;
           const int64_t choices[] = {
               0, std::min(reach_h, reach_w) / 2, std::max(reach_h, reach_w) + 1};
-          const int64_t least = std::max<int64_t>(
-              0, std::max(reach_h - height + 1, reach_w - width + 1) / 2);
+          const int64_t least =
+              std::max<int64_t>(0, std::max(reach_h - height + 1, reach_w - width + 1) / 2);
           Case k;
           k.conv = make_conv(
               groups * ic, groups * oc, groups, kernel_h, kernel_w, stride,
@@ -444,17 +412,15 @@ std::vector<Case> table() {
           k.to = k.to == Order::rows_apart ? Order::planes : k.to;
           k.weights = static_cast<WeightOrder>(turn / 2 % 4);
           k.more_border = turn % 3;
-          const std::string sizes[] = {
-              std::to_string(groups), std::to_string(ic), std::to_string(oc),
-              std::to_string(kernel_h), std::to_string(kernel_w),
-              std::to_string(height), std::to_string(width)};
-          k.name = sizes[0] + "x" + sizes[1] + "x" + sizes[2] + " kernel " +
-              sizes[3] + "x" + sizes[4] + " image " + sizes[5] + "x" + sizes[6] +
-              " stride " + std::to_string(stride) + " dilation " +
-              std::to_string(dilation) + " padding " +
-              std::to_string(k.conv.padding_h) + " from " +
-              kOrders[static_cast<int>(k.from)] + " to " +
-              kOrders[static_cast<int>(k.to)] + " weights " +
+          const std::string sizes[] = {std::to_string(groups),   std::to_string(ic),
+                                       std::to_string(oc),       std::to_string(kernel_h),
+                                       std::to_string(kernel_w), std::to_string(height),
+                                       std::to_string(width)};
+          k.name = sizes[0] + "x" + sizes[1] + "x" + sizes[2] + " kernel " + sizes[3] + "x" +
+              sizes[4] + " image " + sizes[5] + "x" + sizes[6] + " stride " +
+              std::to_string(stride) + " dilation " + std::to_string(dilation) + " padding " +
+              std::to_string(k.conv.padding_h) + " from " + kOrders[static_cast<int>(k.from)] +
+              " to " + kOrders[static_cast<int>(k.to)] + " weights " +
               kWeightOrders[static_cast<int>(k.weights)];
           result.push_back(k);
         }
@@ -479,14 +445,13 @@ void run_tiles(Isa isa) {
             continue;  // has fewer outputs than lanes
           }
           Case k;
-          k.name = std::string("tile of ") + (dot ? "dot" : "broadcast") +
-              " stride " + std::to_string(stride);
+          k.name = std::string("tile of ") + (dot ? "dot" : "broadcast") + " stride " +
+              std::to_string(stride);
           const int64_t oc = dot ? block : block * lanes;
           const int64_t groups = dot ? lanes + 1 : 2;
           const int64_t ic = dot ? 2 : 3;
           k.conv = make_conv(
-              groups * ic, groups * oc, groups, 3, 3, stride, 1, 1, 5,
-              stride * (pixels + 1));
+              groups * ic, groups * oc, groups, 3, 3, stride, 1, 1, 5, stride * (pixels + 1));
           run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
         }
       }
@@ -505,8 +470,8 @@ void run_whole_rows(Isa isa) {
         k.name = "gradients of rows of " + std::to_string(pixels) + " kernel " +
             std::to_string(kernel) + " stride " + std::to_string(stride);
         k.conv = make_conv(
-            4 * lanes, 16, 2, kernel, kernel, stride, kernel / 2, 1,
-            stride * 6 - 1, stride * pixels);
+            4 * lanes, 16, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
+            stride * pixels);
         check_weight_grad<Float>(k, isa);
         check_weight_grad<Bfloat16>(k, isa);
         check_weight_grad<Float16>(k, isa);
@@ -521,14 +486,13 @@ void run_whole_rows(Isa isa) {
             }
             const bool dot = method == ConvMethod::dot;
             Case k;
-            k.name = std::string("rows of ") + (dot ? "dot" : "broadcast") +
-                " kernel " + std::to_string(kernel) + " stride " +
-                std::to_string(stride);
+            k.name = std::string("rows of ") + (dot ? "dot" : "broadcast") + " kernel " +
+                std::to_string(kernel) + " stride " + std::to_string(stride);
             const int64_t oc = dot ? block : block * lanes;
             const int64_t ic = dot ? 2 * lanes : lanes + 3;
             k.conv = make_conv(
-                2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1,
-                stride * 6 - 1, stride * pixels);
+                2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
+                stride * pixels);
             run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
           }
         }
@@ -553,17 +517,14 @@ void run_winograd(Isa isa) {
       const auto& [height, width] = kMaps[turn % 4];
       const int64_t padding = 1 + turn / 4 % 4;
       const int64_t ic = turn % 3 == 0 ? kWinogradChannels + lanes : lanes;
-      k.conv = make_conv(
-          2 * ic, 2 * (block * lanes - turn % 2), 2, 3, 3, 1, padding, 1, height,
-          width);
+      k.conv =
+          make_conv(2 * ic, 2 * (block * lanes - turn % 2), 2, 3, 3, 1, padding, 1, height, width);
       k.from = static_cast<Order>(turn % 4);
       k.weights = static_cast<WeightOrder>(turn / 2 % 4);
       k.more_border = turn % 3;
-      k.name = "winograd " + std::to_string(height) + "x" + std::to_string(width) +
-          " padding " + std::to_string(padding) + " weights " +
-          kWeightOrders[static_cast<int>(k.weights)];
-      run_case(
-          k, tile_plan(k.conv, ConvMethod::winograd, pixels, block, isa), isa);
+      k.name = "winograd " + std::to_string(height) + "x" + std::to_string(width) + " padding " +
+          std::to_string(padding) + " weights " + kWeightOrders[static_cast<int>(k.weights)];
+      run_case(k, tile_plan(k.conv, ConvMethod::winograd, pixels, block, isa), isa);
       ++turn;
     }
   }

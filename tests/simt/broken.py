@@ -212,8 +212,8 @@ BUGS = [
     Bug(
         "last_row_of_weight_sums_left_out",
         WEIGHT_GRADS,
-        "  return sum_terms<A, 4>(first, last, [&]",
-        "  return sum_terms<A, 4>(first, last - 1, [&]",
+        "      first, last, [&](int row) { return in_units[",
+        "      first, last - 1, [&](int row) { return in_units[",
         "--mode streaming odd/",
         {"native": WRONG},
     ),
@@ -283,8 +283,8 @@ BUGS = [
     Bug(
         "room_for_one_of_two_pieces",
         PLAN,
-        "  const int64_t piece = plan.pieces *\n",
-        "  const int64_t piece =\n",
+        "      plan.pieces * round_up(piece_elements(p",
+        "      round_up(piece_elements(p",
         "--mode resident odd/f32/contiguous/backward",
         {"asan": OVERFLOW},
     ),

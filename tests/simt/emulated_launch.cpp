@@ -29,9 +29,8 @@ Plan choose_plan(const Problem& problem, int) {
 }
 
 std::string describe(const Plan& plan) {
-  return std::string(name_of(plan.variant)) +
-      ", clusters of " + std::to_string(plan.cluster) + ", vectors of " +
-      std::to_string(plan.vector);
+  return std::string(name_of(plan.variant)) + ", clusters of " + std::to_string(plan.cluster) +
+      ", vectors of " + std::to_string(plan.vector);
 }
 
 void launch_together(const std::vector<Call>& calls) {
@@ -50,24 +49,18 @@ void launch_together(const std::vector<Call>& calls) {
           .shared_bytes = plan.shared_bytes,
           .seed = static_cast<uint64_t>(setting("EPSA_SIMT_SEED")),
           .max_resident = static_cast<int>(setting("EPSA_SIMT_RESIDENT"))},
-         [kernel = kernel_of(problem, plan), &given = params] {
-           kernel(given);
-         }});
+         [kernel = kernel_of(problem, plan), &given = params] { kernel(given); }});
     plans += (plans.empty() ? "" : "; ") + describe(plan);
   }
   if (std::getenv("EPSA_SIMT_TRACE")) {
     std::fprintf(stderr, "plan: %s\n", plans.c_str());
   }
-  if (const std::string report = emulator::launch_together(all);
-      !report.empty()) {
-    throw std::runtime_error(
-        "emulated psa_attention (" + plans + "): " + report);
+  if (const std::string report = emulator::launch_together(all); !report.empty()) {
+    throw std::runtime_error("emulated psa_attention (" + plans + "): " + report);
   }
 }
 
-void launch(
-    const Problem& problem, const Plan& plan, Params& params, void* memory,
-    void*) {
+void launch(const Problem& problem, const Plan& plan, Params& params, void* memory, void*) {
   launch_together({{problem, plan, params, memory}});
 }
 

@@ -64,9 +64,8 @@ EPSA_DEVICE float to_float(bf16 x) {
 EPSA_DEVICE float to_float(f16 x) {
   const uint32_t size = x.bits & 0x7fffu;
   const uint32_t shifted = size << 13;  // the exponent's bias is still f16's
-  const float value = size >= 0x7c00u
-                          ? std::bit_cast<float>(shifted | 0x7f800000u)
-                          : std::bit_cast<float>(shifted) * 0x1p112f;
+  const float value = size >= 0x7c00u ? std::bit_cast<float>(shifted | 0x7f800000u)
+                                      : std::bit_cast<float>(shifted) * 0x1p112f;
   return x.bits & 0x8000u ? -value : value;
 }
 EPSA_DEVICE void from_float(float x, bf16& to) {
@@ -90,17 +89,29 @@ EPSA_DEVICE void from_float(float x, f16& to) {
   }
   to.bits = static_cast<uint16_t>(half);
 }
-EPSA_DEVICE float exponential(float x) { return std::exp(x); }
-EPSA_DEVICE double exponential(double x) { return std::exp(x); }
+EPSA_DEVICE float exponential(float x) {
+  return std::exp(x);
+}
+EPSA_DEVICE double exponential(double x) {
+  return std::exp(x);
+}
 
 // ---- threads of a block ----
 
 constexpr int kWarp = 32;
 
-EPSA_DEVICE int thread_id() { return detail::here->thread; }
-EPSA_DEVICE int block_threads() { return detail::here->threads; }
-EPSA_DEVICE int64_t block_id() { return detail::here->block; }
-EPSA_DEVICE unsigned char* shared_memory() { return detail::here->shared; }
+EPSA_DEVICE int thread_id() {
+  return detail::here->thread;
+}
+EPSA_DEVICE int block_threads() {
+  return detail::here->threads;
+}
+EPSA_DEVICE int64_t block_id() {
+  return detail::here->block;
+}
+EPSA_DEVICE unsigned char* shared_memory() {
+  return detail::here->shared;
+}
 
 void barrier();
 
@@ -149,14 +160,14 @@ EPSA_DEVICE unsigned long long next_ticket(unsigned long long* counter) {
   return ticket;
 }
 
-EPSA_DEVICE void pause() { detail::step(detail::Step::polled); }
+EPSA_DEVICE void pause() {
+  detail::step(detail::Step::polled);
+}
 
 // ---- asynchronous copies: they arrive as late as CUDA allows ----
 
 EPSA_DEVICE void copy_async16(void* shared, const void* global) {
-  const auto address = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p);
-  };
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if (address(shared) % 16 != 0 || address(global) % 16 != 0) {
     detail::fail("misaligned copy_async16");
   }

@@ -11,8 +11,8 @@ namespace epsa::emulator {
 
 struct LaunchOptions {
   int64_t blocks = 1;
-  int threads = 1;  // of a block
-  int cluster = 0;  // blocks of a cluster; 0: a launch without clusters
+  int threads = 1;           // of a block
+  int cluster = 0;           // blocks of a cluster; 0: a launch without clusters
   int64_t shared_bytes = 0;  // of a block; filled with NaN before it starts
   // 0: blocks start and threads go on in order, first come, first served. Any other
   // seed draws both at random, and some blocks and threads start late.
@@ -25,8 +25,7 @@ struct LaunchOptions {
 // Calls `kernel` in every thread. Returns when all have ended, or at the first
 // mistake. The result says in one line what went wrong; "" means nothing did. A
 // launch waits for an earlier one to end.
-std::string launch(const LaunchOptions& options,
-                   const std::function<void()>& kernel);
+std::string launch(const LaunchOptions& options, const std::function<void()>& kernel);
 
 // Several launches at once, as from several streams. They share the device: the first
 // one's seed and max_resident hold for all.

@@ -34,8 +34,8 @@ void set_streaming(const Problem& p, Plan& plan, bool chunks) {
 }  // namespace
 
 const std::vector<std::string>& test_modes() {
-  static const std::vector<std::string> modes = {
-      "auto", "resident", "cluster2", "cluster4", "streaming", "chunks"};
+  static const std::vector<std::string> modes = {"auto",     "resident",  "cluster2",
+                                                 "cluster4", "streaming", "chunks"};
   return modes;
 }
 

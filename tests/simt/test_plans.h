@@ -9,8 +9,7 @@
 
 namespace epsa::cuda {
 
-inline const Device kH100{
-    "H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20};
+inline const Device kH100{"H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20};
 
 // "auto" (the plan that plans() ranks first on an H100), "resident", "cluster2",
 // "cluster4", "streaming", "chunks" (streaming, planes cut into chunks)

@@ -41,15 +41,13 @@ struct ConvMethodKernels {
   int64_t (*lane_floats)(const Conv&, const ConvPlan&);
   // Puts the weights of one unit into the order in which convolve reads them.
   void (*pack_weights)(
-      const Conv&, const ConvPlan&, const ConvWeights&, int64_t unit,
-      float* packed);
+      const Conv&, const ConvPlan&, const ConvWeights&, int64_t unit, float* packed);
   // Sums one unit's output rows [begin, end) over the input channels of its group, from
   // `channel` on. Returns the first channel that it left out, or ic() at the end. It adds
   // to the sums where channel > 0.
   int64_t (*convolve)(
-      const Conv&, const ConvPlan&, const Scratch&, const float* packed,
-      int64_t unit, int64_t channel, int64_t begin, int64_t end, const Sums&,
-      float* lanes);
+      const Conv&, const ConvPlan&, const Scratch&, const float* packed, int64_t unit,
+      int64_t channel, int64_t begin, int64_t end, const Sums&, float* lanes);
 };
 
 struct ConvKernels {
@@ -59,17 +57,17 @@ struct ConvKernels {
   ConvMethodKernels (*method)(ConvMethod);
   // Copies an image to the scratch with its padding: blocks [begin, end) of L channels.
   void (*pack_image)(
-      const Image& source, int64_t channels, int64_t width, const Scratch&,
-      int64_t begin, int64_t end);
+      const Image& source, int64_t channels, int64_t width, const Scratch&, int64_t begin,
+      int64_t end);
   // Copies sums to the destination. If `totals` is not null, it receives their sums over
   // the pixels, which are not rounded to the dtype.
   void (*unpack)(
-      const Sums&, int64_t channels, int64_t rows, int64_t width,
-      const Image& destination, float* totals);
+      const Sums&, int64_t channels, int64_t rows, int64_t width, const Image& destination,
+      float* totals);
   // Adds one image's contribution to one unit's sums [taps][block][L].
   void (*weight_grad)(
-      const Conv&, const WeightGradPlan&, const Scratch& x, const Scratch& grad,
-      int64_t unit, float* sums);
+      const Conv&, const WeightGradPlan&, const Scratch& x, const Scratch& grad, int64_t unit,
+      float* sums);
   // Copies one unit's sums to the gradient.
   void (*unpack_weight_grad)(
       const Conv&, const WeightGradPlan&, int64_t unit, const float* sums,

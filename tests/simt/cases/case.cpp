@@ -17,8 +17,7 @@ std::string name_of(Dtype dtype) {
 }  // namespace
 
 std::vector<Case> all_cases() {
-  constexpr Dtype f32 = Dtype::f32, f64 = Dtype::f64, bf16 = Dtype::bf16,
-                  f16 = Dtype::f16;
+  constexpr Dtype f32 = Dtype::f32, f64 = Dtype::f64, bf16 = Dtype::bf16, f16 = Dtype::f16;
   std::vector<Case> cases;
   const auto add = [&](Case k, std::initializer_list<Dtype> dtypes) {
     const std::string name = k.name;
@@ -60,9 +59,7 @@ std::vector<Case> all_cases() {
   option("per_branch", [](Case& k) { k.shared = false; });
   option("fc1_bias_only", [](Case& k) { k.fc2_bias = false; });
   option("fc2_bias_only", [](Case& k) { k.fc1_bias = false; });
-  option("per_branch_no_bias", [](Case& k) {
-    k.shared = k.fc1_bias = k.fc2_bias = false;
-  });
+  option("per_branch_no_bias", [](Case& k) { k.shared = k.fc1_bias = k.fc2_bias = false; });
   option("forward_order", [](Case& k) { k.reversed = false; });
   option("chunks", [](Case& k) { k.storage = Storage::chunks; });
   option("gaps", [](Case& k) { k.storage = Storage::gaps; });
@@ -90,8 +87,7 @@ std::vector<Case> all_cases() {
 }
 
 bool contains(const std::string& text, const std::vector<std::string>& parts) {
-  return parts.empty() ||
-      std::any_of(parts.begin(), parts.end(), [&](const std::string& part) {
+  return parts.empty() || std::any_of(parts.begin(), parts.end(), [&](const std::string& part) {
            return text.find(part) != std::string::npos;
          });
 }
@@ -99,9 +95,8 @@ bool contains(const std::string& text, const std::vector<std::string>& parts) {
 bool is_quick(const Case& k) {
   return contains(
       k.name,
-      {"stage4/", "vectors/", "odd/", "one_pixel/", "batch_of_17/", "wide/",
-       "per_branch/", "gaps/", "sliced/", "chunks/", "grad_attention_alone/",
-       "some_frozen/"});
+      {"stage4/", "vectors/", "odd/", "one_pixel/", "batch_of_17/", "wide/", "per_branch/", "gaps/",
+       "sliced/", "chunks/", "grad_attention_alone/", "some_frozen/"});
 }
 
 }  // namespace epsa::cuda

@@ -10,9 +10,9 @@ namespace epsa::cuda {
 
 // How maps lie in memory.
 enum class Storage {
-  dense,  // each map by itself
+  dense,   // each map by itself
   chunks,  // slices of one tensor
-  gaps,  // slices of larger tensors that keep the alignment
+  gaps,    // slices of larger tensors that keep the alignment
   sliced,  // slices of larger tensors that begin at an odd element
 };
 

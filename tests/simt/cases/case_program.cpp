@@ -24,9 +24,9 @@ struct Schedule {
 };
 
 struct Options {
-  std::vector<std::string> names;  // parts of names; none: all
+  std::vector<std::string> names;   // parts of names; none: all
   std::vector<std::string> dtypes;  // as in names; none: all
-  std::vector<std::string> modes;  // none: all
+  std::vector<std::string> modes;   // none: all
   uint64_t seed = 1;
   bool quick = false;
   bool list = false;
@@ -47,19 +47,16 @@ std::vector<Schedule> schedules(const Options& options) {
 std::vector<Plan> plans_of(const Problem& problem, const std::string& mode) {
   std::vector<Plan> all = mode == "auto" ? std::vector{choose_plan(problem, 0)}
       : mode == "plans"                  ? plans(problem, device())
-                                : std::vector{test_plan(problem, mode)};
-  std::erase_if(all, [](const Plan& plan) {
-    return plan.cluster > 1 && device().compute_capability < 90;
-  });
+                                         : std::vector{test_plan(problem, mode)};
+  std::erase_if(
+      all, [](const Plan& plan) { return plan.cluster > 1 && device().compute_capability < 90; });
   return all;
 }
 
-void run_together(
-    const std::vector<Experiment*>& experiments, const Options& options) {
+void run_together(const std::vector<Experiment*>& experiments, const Options& options) {
   for (const Schedule& schedule : schedules(options)) {
     setenv("EPSA_SIMT_SEED", std::to_string(schedule.seed).c_str(), 1);
-    setenv(
-        "EPSA_SIMT_RESIDENT", std::to_string(schedule.max_resident).c_str(), 1);
+    setenv("EPSA_SIMT_RESIDENT", std::to_string(schedule.max_resident).c_str(), 1);
     std::vector<Call> calls;
     for (Experiment* e : experiments) {
       calls.push_back(e->call());
@@ -76,9 +73,7 @@ void run_together(
 }
 
 // All plans of a mode.
-double run_alone(
-    const Case& k, Pass pass, const std::string& mode,
-    const Options& options) {
+double run_alone(const Case& k, Pass pass, const std::string& mode, const Options& options) {
   Experiment experiment(k, pass);
   for (const Plan& plan : plans_of(experiment.problem(), mode)) {
     experiment.take(plan);
@@ -91,8 +86,7 @@ double run_alone(
 // only after the other launch has ended.
 double run_pair(const Case& k, Pass pass, const Options& options) {
   Experiment one(k, pass);
-  Experiment two(
-      k, pass == Pass::forward ? Pass::backward : Pass::forward);
+  Experiment two(k, pass == Pass::forward ? Pass::backward : Pass::forward);
   for (const char* mode : {"streaming", "chunks", "cluster2"}) {
     one.take(plans_of(one.problem(), mode).at(0));
     two.take(plans_of(two.problem(), "streaming").at(0));
@@ -103,13 +97,12 @@ double run_pair(const Case& k, Pass pass, const Options& options) {
 
 // Runs one case; false where it failed.
 bool run_case(
-    const Case& k, Pass pass, const std::string& mode,
-    const std::string& name, const Options& options) {
+    const Case& k, Pass pass, const std::string& mode, const std::string& name,
+    const Options& options) {
   try {
-    const double error = mode == "pair" ? run_pair(k, pass, options)
-                                        : run_alone(k, pass, mode, options);
-    std::printf(
-        "%s: ok, error %.2f of what is allowed\n", name.c_str(), error);
+    const double error =
+        mode == "pair" ? run_pair(k, pass, options) : run_alone(k, pass, mode, options);
+    std::printf("%s: ok, error %.2f of what is allowed\n", name.c_str(), error);
   } catch (const std::exception& e) {
     std::printf("%s: FAILED: %s\n", name.c_str(), e.what());
     std::fflush(stdout);
@@ -125,10 +118,8 @@ int run(const Options& options) {
   modes.push_back("pair");
   int count = 0, failed = 0;
   const auto visit = [&](const Case& k, const std::string& mode, Pass pass) {
-    const std::string name = k.name +
-        (pass == Pass::forward ? "/forward/" : "/backward/") + mode;
-    if (!contains(name, options.names) ||
-        !contains("/" + mode, options.modes)) {
+    const std::string name = k.name + (pass == Pass::forward ? "/forward/" : "/backward/") + mode;
+    if (!contains(name, options.names) || !contains("/" + mode, options.modes)) {
       return;
     }
     ++count;
@@ -139,8 +130,7 @@ int run(const Options& options) {
     }
   };
   for (const Case& k : all_cases()) {
-    if ((options.quick && !is_quick(k)) ||
-        !contains(k.name, options.dtypes)) {
+    if ((options.quick && !is_quick(k)) || !contains(k.name, options.dtypes)) {
       continue;
     }
     for (const std::string& mode : modes) {

@@ -15,8 +15,12 @@ namespace epsa::cuda {
 
 #ifdef EPSA_EMULATED
 
-void* allocate(size_t bytes) { return std::malloc(bytes); }
-void release(void* p) { std::free(p); }
+void* allocate(size_t bytes) {
+  return std::malloc(bytes);
+}
+void release(void* p) {
+  std::free(p);
+}
 void copy(void* to, const void* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
@@ -42,7 +46,9 @@ void* allocate(size_t bytes) {
   check(cudaMalloc(&p, bytes));
   return p;
 }
-void release(void* p) { cudaFree(p); }
+void release(void* p) {
+  cudaFree(p);
+}
 void copy(void* to, const void* from, size_t bytes) {
   check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
 }

@@ -21,8 +21,7 @@ void encode(double x, Dtype dtype, unsigned char* to) {
   uint16_t half = static_cast<uint16_t>(bits >> 16);
   if (dtype == Dtype::f16) {  // three bits less of exponent, three more of fraction
     const uint32_t size = bits & 0x7fffffffu;
-    half = static_cast<uint16_t>(
-        (half & 0x8000u) | (size == 0 ? 0 : (size - 0x38000000u) >> 13));
+    half = static_cast<uint16_t>((half & 0x8000u) | (size == 0 ? 0 : (size - 0x38000000u) >> 13));
   }
   std::memcpy(to, &half, 2);
 }
@@ -39,7 +38,7 @@ double decode(Dtype dtype, const unsigned char* from) {
     const int exponent = bits >> 10 & 31, rest = bits & 1023;
     const double size = exponent == 31 ? (rest ? NAN : INFINITY)
         : exponent == 0                ? std::ldexp(rest, -24)
-                        : std::ldexp(1024 + rest, exponent - 25);
+                                       : std::ldexp(1024 + rest, exponent - 25);
     return bits & 0x8000u ? -size : size;
   }
   uint32_t bits = 0;
@@ -52,10 +51,11 @@ double decode(Dtype dtype, const unsigned char* from) {
 
 double unit(Dtype dtype) {
   return std::ldexp(
-      1, dtype == Dtype::f64         ? -53
-             : dtype == Dtype::f32   ? -24
-             : dtype == Dtype::f16   ? -11
-                                     : -8);
+      1,
+      dtype == Dtype::f64       ? -53
+          : dtype == Dtype::f32 ? -24
+          : dtype == Dtype::f16 ? -11
+                                : -8);
 }
 
 }  // namespace epsa::cuda

@@ -27,8 +27,7 @@ Experiment::Experiment(const Case& k, Pass pass) : case_(k), values_(make_inputs
     params_.grad_attention = add(kGradAttention, k.acc(), false);
     add_maps(kGradFeats, true, false, params_.grad_feats);
     void** const grads[] = {
-        &params_.grad_fc1, &params_.grad_fc1_bias, &params_.grad_fc2,
-        &params_.grad_fc2_bias};
+        &params_.grad_fc1, &params_.grad_fc1_bias, &params_.grad_fc2, &params_.grad_fc2_bias};
     for (int i = 0; i < 4; ++i) {
       if (k.weights_mask >> i & 1) {
         *grads[i] = add(Tensor(kGradFc1 + i), k.weights(), true);
@@ -50,9 +49,8 @@ void Experiment::set_problem(Pass pass) {
   problem_.shared = k.shared;
   problem_.dtype = k.dtype;
   problem_.layout = k.layout;
-  problem_.aligned = may_align(k.dtype, k.layout, k.C, k.M) &&
-      aligned(k, params_.feats) && aligned(k, params_.out) &&
-      aligned(k, params_.grad_out) && aligned(k, params_.grad_feats);
+  problem_.aligned = may_align(k.dtype, k.layout, k.C, k.M) && aligned(k, params_.feats) &&
+      aligned(k, params_.out) && aligned(k, params_.grad_out) && aligned(k, params_.grad_feats);
   problem_.pooled_given = pass == Pass::forward && k.pooled_given;
   problem_.grad_out_given = k.grad_out;
   problem_.feats_wanted = (k.feats_mask & ((1u << k.S) - 1)) != 0;
@@ -140,20 +138,18 @@ std::string Experiment::compare(
   }
   // The units of f16 are no smaller than those of its smallest normal number.
   const double least = f.dtype == Dtype::f16 ? std::ldexp(1, -14) : 0;
-  const double limit = unit(f.dtype) * std::max(largest, least) +
-      8 * 2 * unit(case_.acc()) * size;
+  const double limit = unit(f.dtype) * std::max(largest, least) + 8 * 2 * unit(case_.acc()) * size;
   for (size_t i = 0; i < expected.size(); ++i) {
     if (f.buffer[i] < 0) {
       continue;
     }
-    const double x =
-        decode(f.dtype, &after[f.buffer[i]][f.index[i] * f.bytes()]);
+    const double x = decode(f.dtype, &after[f.buffer[i]][f.index[i] * f.bytes()]);
     const double error = std::fabs(x - expected[i].value);
     if (!(error <= limit)) {
       char text[200];
       std::snprintf(
-          text, sizeof text, "wrong result: %s[%zu] is %g, expected %g",
-          kNames[f.tensor], i, x, expected[i].value);
+          text, sizeof text, "wrong result: %s[%zu] is %g, expected %g", kNames[f.tensor], i, x,
+          expected[i].value);
       return text;
     }
     error_ = std::max(error_, limit > 0 ? error / limit : 0);

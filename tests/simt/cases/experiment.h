@@ -29,8 +29,7 @@ class Experiment {
   void add_maps(Tensor t, bool output, bool slots, Maps& maps);
   void set_bytes(Field& f);
   void set_problem(Pass pass);
-  std::string compare(
-      const Field& f, const std::vector<std::vector<unsigned char>>& after);
+  std::string compare(const Field& f, const std::vector<std::vector<unsigned char>>& after);
 
   Case case_;
   Values values_;  // inputs and expected results

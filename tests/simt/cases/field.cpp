@@ -11,13 +11,10 @@ Field dense(Tensor tensor, Dtype dtype, bool output, size_t elements) {
   return f;
 }
 
-Field fields_of_maps(
-    const Case& k, Tensor tensor, bool output, bool slots, Maps& maps) {
+Field fields_of_maps(const Case& k, Tensor tensor, bool output, bool slots, Maps& maps) {
   const bool one = slots || k.storage == Storage::chunks;
   // Whole vectors of any type, or a part of one.
-  const int begin = k.storage == Storage::gaps ? 8
-      : k.storage == Storage::sliced           ? 1
-                                               : 0;
+  const int begin = k.storage == Storage::gaps ? 8 : k.storage == Storage::sliced ? 1 : 0;
   const auto channels = [&](int s) {  // a different number for each tensor
     const int gap = k.storage == Storage::sliced ? 3 : begin;
     return one ? k.S * k.C + gap : k.C + gap * (s + 1);

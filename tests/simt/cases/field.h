@@ -20,9 +20,7 @@ class Buffer {
         written(bytes, false),
         memory_(allocate(std::max<size_t>(bytes, 1)), release) {}
 
-  unsigned char* data() const {
-    return static_cast<unsigned char*>(memory_.get());
-  }
+  unsigned char* data() const { return static_cast<unsigned char*>(memory_.get()); }
   void upload() const { copy(data(), before.data(), before.size()); }
   std::vector<unsigned char> download() const {
     std::vector<unsigned char> bytes(before.size());
@@ -72,8 +70,7 @@ Field dense(Tensor tensor, Dtype dtype, bool output, size_t elements);
 
 // The maps of all branches, and the kernels' view of them. With `slots` they lie in
 // one tensor of the output's shape.
-Field fields_of_maps(
-    const Case& k, Tensor tensor, bool output, bool slots, Maps& maps);
+Field fields_of_maps(const Case& k, Tensor tensor, bool output, bool slots, Maps& maps);
 
 // Can every access to the maps have 16 bytes?
 bool aligned(const Case& k, const Maps& maps);

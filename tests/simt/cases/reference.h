@@ -30,19 +30,33 @@ inline Number operator*(Number x, Number y) {
 inline Number operator/(Number x, Number y) {
   return {x.value / y.value, x.size / std::fabs(y.value)};
 }
-inline void operator+=(Number& x, Number y) { x = x + y; }
+inline void operator+=(Number& x, Number y) {
+  x = x + y;
+}
 using Numbers = std::vector<Number>;
 
 enum Tensor {
-  kFeats, kPooled, kAttention, kOut, kGradOut, kGradAttention, kGradFeats,
-  kFc1, kFc1Bias, kFc2, kFc2Bias,
-  kGradFc1, kGradFc1Bias, kGradFc2, kGradFc2Bias,
+  kFeats,
+  kPooled,
+  kAttention,
+  kOut,
+  kGradOut,
+  kGradAttention,
+  kGradFeats,
+  kFc1,
+  kFc1Bias,
+  kFc2,
+  kFc2Bias,
+  kGradFc1,
+  kGradFc1Bias,
+  kGradFc2,
+  kGradFc2Bias,
   kTensors
 };
 inline const char* const kNames[] = {
-    "feats", "pooled", "attention", "out", "grad_out", "grad_attention",
-    "grad_feats", "fc1", "fc1_bias", "fc2", "fc2_bias", "grad_fc1",
-    "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
+    "feats",          "pooled",     "attention",     "out",      "grad_out",
+    "grad_attention", "grad_feats", "fc1",           "fc1_bias", "fc2",
+    "fc2_bias",       "grad_fc1",   "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
 
 // By tensor: [N, S, C, M], [N, S, C] or a weight's shape in params.h. Empty where a
 // case has no such tensor.

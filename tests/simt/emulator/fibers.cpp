@@ -35,8 +35,9 @@ Stack take_stack() {
     return stack;
   }
   const size_t page = sysconf(_SC_PAGESIZE);
-  void* memory = mmap(nullptr, page + kStack, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(
+      nullptr, page + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+      -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     std::perror("a fiber's stack");
     std::abort();
@@ -59,8 +60,7 @@ std::vector<Stack> used_stacks;
 
 void give_stack(const Stack& stack, bool left_in_order) {
   // Reuse saves time: TSan needs nearly a millisecond for a new one.
-  if (left_in_order &&
-      spare_stacks.size() + used_stacks.size() < size_t{kMostThreads}) {
+  if (left_in_order && spare_stacks.size() + used_stacks.size() < size_t{kMostThreads}) {
     used_stacks.push_back(stack);
   } else {
     const size_t page = sysconf(_SC_PAGESIZE);
@@ -70,14 +70,15 @@ void give_stack(const Stack& stack, bool left_in_order) {
 }
 
 void end_launch() {
-  spare_stacks.insert(spare_stacks.end(), used_stacks.begin(),
-                      used_stacks.end());
+  spare_stacks.insert(spare_stacks.end(), used_stacks.begin(), used_stacks.end());
   used_stacks.clear();
 }
 
 #else
 
-void give_stack(const Stack& stack, bool) { spare_stacks.push_back(stack); }
+void give_stack(const Stack& stack, bool) {
+  spare_stacks.push_back(stack);
+}
 void end_launch() {}
 
 #endif
@@ -94,14 +95,15 @@ void prepare(Context& context, char* stack, void (*entry)()) {
   makecontext(&context, entry, 0);
 }
 
-void jump(Context& from, Context& to) { swapcontext(&from, &to); }
+void jump(Context& from, Context& to) {
+  swapcontext(&from, &to);
+}
 
 #else
 
 // Saves the callee-saved registers on the caller's stack, then restores those of
 // the other stack. The floating-point modes are the same on both.
-extern "C" __attribute__((visibility("hidden"))) void epsa_switch_stacks(
-    void** from, void* to);
+extern "C" __attribute__((visibility("hidden"))) void epsa_switch_stacks(void** from, void* to);
 asm(R"(
 .text
 .hidden epsa_switch_stacks
@@ -134,7 +136,9 @@ void prepare(Context& context, char* stack, void (*entry)()) {
   context = top;
 }
 
-void jump(Context& from, Context& to) { epsa_switch_stacks(&from, to); }
+void jump(Context& from, Context& to) {
+  epsa_switch_stacks(&from, to);
+}
 
 #endif
 

@@ -21,8 +21,7 @@ void thread_main();
 
 // ---- the launches ----
 
-Machine::Machine(std::vector<Launch> launches)
-    : launches_(std::move(launches)) {
+Machine::Machine(std::vector<Launch> launches) : launches_(std::move(launches)) {
   const LaunchOptions& first = *launches_[0].options;
   random_ = first.seed * 0x9e3779b97f4a7c15u;  // odd: 0 for 0 alone
   int threads = 1;
@@ -103,8 +102,7 @@ void Machine::start_blocks() {
       turn = random(count);
     }
     Launch& launch = launches_[turn % count];
-    if (launch.waiting.empty() ||
-        (resident_ > 0 && resident_ + launch.size() > limit_)) {
+    if (launch.waiting.empty() || (resident_ > 0 && resident_ + launch.size() > limit_)) {
       ++idle;
       continue;
     }
@@ -137,8 +135,7 @@ void Machine::start_cluster(Launch& launch) {
   progress();
 }
 
-void Machine::start_block(
-    Block& block, int64_t number, const LaunchOptions& options) {
+void Machine::start_block(Block& block, int64_t number, const LaunchOptions& options) {
   block.shuffles.resize(options.threads / simt::kWarp);
   void* shared = nullptr;
   if (posix_memalign(&shared, 16, options.shared_bytes) != 0) {
@@ -241,8 +238,7 @@ void Machine::switch_to(Fiber& fiber) {
 #ifdef EPSA_ASAN
   before_switch = &from;
   __sanitizer_start_switch_fiber(
-      from.wait == Wait::exited ? nullptr : &from.fake_stack,
-      fiber.stack.base, fiber.stack.bytes);
+      from.wait == Wait::exited ? nullptr : &from.fake_stack, fiber.stack.base, fiber.stack.bytes);
 #endif
 #ifdef EPSA_TSAN
   __tsan_switch_to_fiber(fiber.stack.tsan, kNoSync);
@@ -355,8 +351,7 @@ std::string launch_together(
   return Machine(std::move(launches)).run();
 }
 
-std::string launch(const LaunchOptions& options,
-                   const std::function<void()>& kernel) {
+std::string launch(const LaunchOptions& options, const std::function<void()>& kernel) {
   return launch_together({{options, kernel}});
 }
 

@@ -30,7 +30,7 @@ struct Fiber : simt::detail::Place {
   int delay = 0;  // how often the random order passes it over
   // clusters
   bool arrived = false;  // true from cluster_arrive to cluster_wait
-  int64_t phases = 0;  // barriers passed
+  int64_t phases = 0;    // barriers passed
   // shuffles
   int mask = 0;
   uint64_t given = 0;
@@ -90,7 +90,7 @@ class Machine {
 
   void begin() { acquire(&begin_); }
   void preempt(bool always);  // lets the others go on, sometimes or always
-  void hand_over();  // the others go on; the caller has queued this one or waits
+  void hand_over();           // the others go on; the caller has queued this one or waits
   void polled();
   void progress() { polls_ = 0; }
   void wake(std::span<Fiber> fibers, Wait waiting);
@@ -112,7 +112,7 @@ class Machine {
 
   std::vector<Launch> launches_;
   std::list<Cluster> clusters_;  // the resident ones
-  int64_t resident_ = 0;  // blocks
+  int64_t resident_ = 0;         // blocks
   int64_t limit_ = 0;
   uint64_t random_ = 0;  // 0: no random order
   Fiber host_;
@@ -133,6 +133,8 @@ class Machine {
 extern Machine* machine;  // the one that runs
 
 // The running thread.
-inline Fiber& self() { return static_cast<Fiber&>(*simt::detail::here); }
+inline Fiber& self() {
+  return static_cast<Fiber&>(*simt::detail::here);
+}
 
 }  // namespace epsa::emulator

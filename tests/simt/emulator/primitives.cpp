@@ -54,16 +54,14 @@ void detail::step(Step kind) {
 }
 
 void detail::fail(const char* what) {
-  machine->fail(std::string(what) + ": block " + std::to_string(here->block) +
-                ", thread " + std::to_string(here->thread));
+  machine->fail(
+      std::string(what) + ": block " + std::to_string(here->block) + ", thread " +
+      std::to_string(here->thread));
 }
 
 bool detail::in_shared_memory(const void* begin, int64_t bytes) {
-  const int64_t offset =
-      static_cast<const unsigned char*>(begin) - here->shared;
-  return offset >= 0 &&
-         offset + bytes <=
-             self().owner->cluster->launch->options->shared_bytes;
+  const int64_t offset = static_cast<const unsigned char*>(begin) - here->shared;
+  return offset >= 0 && offset + bytes <= self().owner->cluster->launch->options->shared_bytes;
 }
 
 uint64_t detail::exchange(uint64_t bits, int mask) {
@@ -77,8 +75,7 @@ uint64_t detail::exchange(uint64_t bits, int mask) {
   }
   self().given = bits;
   self().mask = mask;
-  meet(block.shuffles[warp], Wait::shuffle,
-       std::span(block.fibers).subspan(warp * kWarp, kWarp));
+  meet(block.shuffles[warp], Wait::shuffle, std::span(block.fibers).subspan(warp * kWarp, kWarp));
   return self().taken;
 }
 
@@ -121,8 +118,7 @@ void cluster_arrive() {
   self().arrived = true;
   Meeting& meeting = cluster.barrier;
   release(meeting.order(meeting.phase));
-  if (++meeting.arrived ==
-      static_cast<int>(cluster.blocks.size()) * block_threads()) {
+  if (++meeting.arrived == static_cast<int>(cluster.blocks.size()) * block_threads()) {
     meeting.arrived = 0;
     ++meeting.phase;
     for (Block& block : cluster.blocks) {

@@ -34,8 +34,12 @@ namespace epsa::emulator {
 // For TSan: everything before a release of `order` is seen after its acquire.
 #ifdef EPSA_TSAN
 constexpr unsigned kNoSync = 1;
-inline void acquire(void* order) { __tsan_acquire(order); }
-inline void release(void* order) { __tsan_release(order); }
+inline void acquire(void* order) {
+  __tsan_acquire(order);
+}
+inline void release(void* order) {
+  __tsan_release(order);
+}
 #else
 inline void acquire(void*) {}
 inline void release(void*) {}

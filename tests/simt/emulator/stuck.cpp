@@ -8,8 +8,7 @@ namespace {
 
 constexpr int kWaits = 5;
 constexpr const char* kNames[kWaits] = {
-    "polling", "at a barrier", "at a shuffle", "at a cluster barrier",
-    "exited"};
+    "polling", "at a barrier", "at a shuffle", "at a cluster barrier", "exited"};
 
 // How many threads of a block wait for what.
 using Counts = std::array<int, kWaits>;
@@ -25,20 +24,15 @@ Counts counts_of(const Block& block) {
 // The mistake that a block's threads made, "" where none shows. `exits`: has any
 // thread of its cluster exited?
 std::string cause_of(const Counts& counts, bool exits) {
-  const auto some = [&](Wait wait) {
-    return counts[static_cast<int>(wait)] > 0;
-  };
-  const int kinds =
-      some(Wait::barrier) + some(Wait::shuffle) + some(Wait::cluster);
+  const auto some = [&](Wait wait) { return counts[static_cast<int>(wait)] > 0; };
+  const int kinds = some(Wait::barrier) + some(Wait::shuffle) + some(Wait::cluster);
   if (some(Wait::none) || kinds == 0) {
     return "";
   }
   if (kinds > 1) {
     return "divergent barriers";
   }
-  return some(Wait::exited) || (exits && some(Wait::cluster))
-             ? "exit before a barrier"
-             : "";
+  return some(Wait::exited) || (exits && some(Wait::cluster)) ? "exit before a barrier" : "";
 }
 
 std::string list(const Block& block, const Counts& counts) {
@@ -69,15 +63,13 @@ std::string Machine::stuck(const char* otherwise) const {
       }
       if (++blocks <= kMostListed) {
         listing += blocks > 1 ? "; " : "";
-        listing += launches_.size() > 1
-                       ? "launch " + std::to_string(cluster.number) + ", "
-                       : "";
+        listing += launches_.size() > 1 ? "launch " + std::to_string(cluster.number) + ", " : "";
         listing += list(block, counts);
       }
     }
   }
   return (cause.empty() ? otherwise : cause) + ": " + listing +
-         (blocks > kMostListed ? "; ..." : "");
+      (blocks > kMostListed ? "; ..." : "");
 }
 
 }  // namespace epsa::emulator

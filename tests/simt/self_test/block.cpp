@@ -44,13 +44,11 @@ block_sum(A* in, A* out) {
 
 template <Bug bug, class A>
 std::string sums() {
-  const LaunchOptions options{
-      .blocks = kBlocks, .threads = kThreads, .shared_bytes = 16};
+  const LaunchOptions options{.blocks = kBlocks, .threads = kThreads, .shared_bytes = 16};
   return over_schedules(options, [](const LaunchOptions& scheduled) {
     std::vector<A> in(kBlocks * kThreads), out(kBlocks);
     std::iota(in.begin(), in.end(), A{1});
-    const std::string report = launch(
-        scheduled, [&] { block_sum<bug>(in.data(), out.data()); });
+    const std::string report = launch(scheduled, [&] { block_sum<bug>(in.data(), out.data()); });
     bool right = true;
     for (int b = 0; b < kBlocks; ++b) {
       const A first = in[b * kThreads];
@@ -86,21 +84,17 @@ reverse(float* in, float* out) {
 
 template <Bug bug>
 std::string reversed() {
-  const LaunchOptions options{.blocks = kBlocks,
-                              .threads = kThreads,
-                              .shared_bytes = kThreads * sizeof(Four)};
+  const LaunchOptions options{
+      .blocks = kBlocks, .threads = kThreads, .shared_bytes = kThreads * sizeof(Four)};
   return over_schedules(options, [](const LaunchOptions& scheduled) {
     std::vector<Four> in(kBlocks * kThreads), out(kBlocks * kThreads);
     float* first = in[0].x;
     std::iota(first, first + 4 * in.size(), 1.f);
-    const std::string report = launch(
-        scheduled, [&] { reverse<bug>(in[0].x, out[0].x); });
+    const std::string report = launch(scheduled, [&] { reverse<bug>(in[0].x, out[0].x); });
     for (int b = 0; b < kBlocks; ++b) {
       std::reverse(first + 4 * b * kThreads, first + 4 * (b + 1) * kThreads);
     }
-    return report.empty()
-               ? expect(std::equal(first, first + 4 * in.size(), out[0].x))
-               : report;
+    return report.empty() ? expect(std::equal(first, first + 4 * in.size(), out[0].x)) : report;
   });
 }
 

@@ -40,15 +40,15 @@ cluster_sum(float* out) {
 
 template <Bug bug>
 std::string cluster_sums(int max_resident) {
-  const LaunchOptions options{.blocks = 4 * kCluster,
-                              .threads = kThreads,
-                              .cluster = kCluster,
-                              .shared_bytes = 16,
-                              .max_resident = max_resident};
+  const LaunchOptions options{
+      .blocks = 4 * kCluster,
+      .threads = kThreads,
+      .cluster = kCluster,
+      .shared_bytes = 16,
+      .max_resident = max_resident};
   return over_schedules(options, [](const LaunchOptions& scheduled) {
     std::vector<float> out(scheduled.blocks);
-    const std::string report =
-        launch(scheduled, [&] { cluster_sum<bug>(out.data()); });
+    const std::string report = launch(scheduled, [&] { cluster_sum<bug>(out.data()); });
     const auto right = [](float sum) { return sum == 6; };
     return report.empty() ? expect(std::ranges::all_of(out, right)) : report;
   });
@@ -72,11 +72,9 @@ late_read(unsigned* counter, float* out) {
 std::string late_reads() {
   unsigned counter = 0;
   std::vector<float> out(kThreads);
-  const std::string report = launch({.blocks = 2,
-                                     .threads = kThreads,
-                                     .cluster = 2,
-                                     .shared_bytes = 4 * kThreads},
-                                    [&] { late_read(&counter, out.data()); });
+  const std::string report = launch(
+      {.blocks = 2, .threads = kThreads, .cluster = 2, .shared_bytes = 4 * kThreads},
+      [&] { late_read(&counter, out.data()); });
   const auto one = [](float x) { return x == 1; };
   return report.empty() ? expect(std::ranges::all_of(out, one)) : report;
 }
@@ -100,9 +98,8 @@ last_block(EPSA_PARAMETER Parts args) {
   args.parts[block_id() * threads + thread_id()] = 1;
   barrier();
   if (thread_id() == 0) {
-    *before = bug == Bug::none
-                  ? arrive(args.counter)
-                  : __atomic_fetch_add(args.counter, 1u, __ATOMIC_RELAXED);
+    *before = bug == Bug::none ? arrive(args.counter)
+                               : __atomic_fetch_add(args.counter, 1u, __ATOMIC_RELAXED);
   }
   barrier();
   if (*before == args.blocks - 1) {
@@ -116,16 +113,13 @@ last_block(EPSA_PARAMETER Parts args) {
 
 template <Bug bug>
 std::string last_blocks(int max_resident) {
-  const LaunchOptions options{.blocks = kBlocks,
-                              .threads = kThreads,
-                              .shared_bytes = 16,
-                              .max_resident = max_resident};
+  const LaunchOptions options{
+      .blocks = kBlocks, .threads = kThreads, .shared_bytes = 16, .max_resident = max_resident};
   return over_schedules(options, [](const LaunchOptions& scheduled) {
     std::vector<float> parts(kBlocks * kThreads), out(kThreads);
     unsigned counter = 0;
-    const std::string report = launch(scheduled, [&] {
-      last_block<bug>({parts.data(), &counter, kBlocks, out.data()});
-    });
+    const std::string report =
+        launch(scheduled, [&] { last_block<bug>({parts.data(), &counter, kBlocks, out.data()}); });
     const auto all = [](float sum) { return sum == kBlocks; };
     return report.empty() ? expect(std::ranges::all_of(out, all)) : report;
   });
@@ -172,20 +166,14 @@ chain(Chain* all) {
 
 template <Bug bug>
 std::string chains(int max_resident) {
-  const LaunchOptions options{.blocks = kBlocks,
-                              .threads = kThreads,
-                              .shared_bytes = 16,
-                              .max_resident = max_resident};
+  const LaunchOptions options{
+      .blocks = kBlocks, .threads = kThreads, .shared_bytes = 16, .max_resident = max_resident};
   return over_schedules(options, [](const LaunchOptions& scheduled) {
     Chain first, second;
-    const std::string report =
-        launch_together({{scheduled, [&] { chain<bug>(&first); }},
-                         {scheduled, [&] { chain<bug>(&second); }}});
-    const float last =
-        first.values[bug == Bug::none ? (kBlocks - 1) * kThreads : 0];
-    return report.empty()
-               ? expect(last == kBlocks && first.values == second.values)
-               : report;
+    const std::string report = launch_together(
+        {{scheduled, [&] { chain<bug>(&first); }}, {scheduled, [&] { chain<bug>(&second); }}});
+    const float last = first.values[bug == Bug::none ? (kBlocks - 1) * kThreads : 0];
+    return report.empty() ? expect(last == kBlocks && first.values == second.values) : report;
   });
 }
 
@@ -195,8 +183,7 @@ Cases grid_cases() {
   return {
       {"clusters", [] { return cluster_sums<Bug::none>(0); }},
       {"clusters_two_resident", [] { return cluster_sums<Bug::none>(6); }},
-      {"clusters_larger_than_the_device",
-       [] { return cluster_sums<Bug::none>(2); }},
+      {"clusters_larger_than_the_device", [] { return cluster_sums<Bug::none>(2); }},
       {"last_block", [] { return last_blocks<Bug::none>(0); }},
       {"tickets", [] { return chains<Bug::none>(0); }},
       {"tickets_two_resident", [] { return chains<Bug::none>(2); }},
@@ -205,8 +192,7 @@ Cases grid_cases() {
       {"exit_before_peers_read", [] { return cluster_sums<Bug::second>(0); }},
       {"read_after_peers_exit", late_reads},
       {"relaxed_arrival", [] { return last_blocks<Bug::first>(0); }},
-      {"relaxed_arrival_one_resident",
-       [] { return last_blocks<Bug::first>(1); }},
+      {"relaxed_arrival_one_resident", [] { return last_blocks<Bug::first>(1); }},
       {"wait_for_a_later_block", [] { return chains<Bug::first>(1); }},
   };
 }

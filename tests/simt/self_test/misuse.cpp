@@ -7,13 +7,13 @@
 namespace epsa::cuda {
 namespace {
 
-float* shared_floats() { return reinterpret_cast<float*>(shared_memory()); }
+float* shared_floats() {
+  return reinterpret_cast<float*>(shared_memory());
+}
 
 const LaunchOptions kBlock{.threads = kThreads, .shared_bytes = 4 * kThreads};
-const LaunchOptions kPair{.blocks = 2,
-                          .threads = kThreads,
-                          .cluster = 2,
-                          .shared_bytes = 4 * kThreads};
+const LaunchOptions kPair{
+    .blocks = 2, .threads = kThreads, .cluster = 2, .shared_bytes = 4 * kThreads};
 
 std::string uninitialised() {
   float seen = 0;
@@ -28,9 +28,8 @@ std::string uninitialised() {
 std::string misaligned() {
   std::vector<float> data(8);
   float seen = 0;
-  const std::string report = launch({}, [&] {
-    seen = reinterpret_cast<const Four*>(data.data() + 1)->x[thread_id()];
-  });
+  const std::string report =
+      launch({}, [&] { seen = reinterpret_cast<const Four*>(data.data() + 1)->x[thread_id()]; });
   return report.empty() ? expect(seen == 0) : report;
 }
 
@@ -41,9 +40,7 @@ Cases misuse_cases() {
       {"uninitialised_shared", uninitialised},
       {"misaligned_vector", misaligned},
       {"shared_out_of_bounds",
-       [] {
-         return launch(kBlock, [] { shared_floats()[thread_id() + 1] = 1; });
-       }},
+       [] { return launch(kBlock, [] { shared_floats()[thread_id() + 1] = 1; }); }},
       {"peer_out_of_bounds",
        [] {
          return launch(kPair, [] {
@@ -55,19 +52,11 @@ Cases misuse_cases() {
            cluster_wait();
          });
        }},
-      {"peer_rank",
-       [] {
-         return launches(kPair, [] { cluster_peer(shared_floats(), 2); });
-       }},
+      {"peer_rank", [] { return launches(kPair, [] { cluster_peer(shared_floats(), 2); }); }},
       {"peer_address",
-       [] {
-         return launches(kPair,
-                         [] { cluster_peer(shared_floats() + kThreads, 1); });
-       }},
+       [] { return launches(kPair, [] { cluster_peer(shared_floats() + kThreads, 1); }); }},
       {"peer_before_cluster_barrier",
-       [] {
-         return launches(kPair, [] { cluster_peer(shared_floats(), 1); });
-       }},
+       [] { return launches(kPair, [] { cluster_peer(shared_floats(), 1); }); }},
       {"peer_after_exit",
        [] {
          return launch(kPair, [] {
@@ -81,10 +70,8 @@ Cases misuse_cases() {
            }
          });
        }},
-      {"cluster_in_plain_launch",
-       [] { return launches(kBlock, [] { cluster_arrive(); }); }},
-      {"cluster_wait_alone",
-       [] { return launches(kPair, [] { cluster_wait(); }); }},
+      {"cluster_in_plain_launch", [] { return launches(kBlock, [] { cluster_arrive(); }); }},
+      {"cluster_wait_alone", [] { return launches(kPair, [] { cluster_wait(); }); }},
       {"cluster_arrive_twice",
        [] {
          return launches(kPair, [] {
@@ -92,8 +79,7 @@ Cases misuse_cases() {
            cluster_arrive();
          });
        }},
-      {"exit_after_cluster_arrive",
-       [] { return launches(kPair, [] { cluster_arrive(); }); }},
+      {"exit_after_cluster_arrive", [] { return launches(kPair, [] { cluster_arrive(); }); }},
       {"exit_before_cluster_barrier",
        [] {
          return launches(kPair, [] {
@@ -104,9 +90,7 @@ Cases misuse_cases() {
          });
        }},
       {"shuffle_of_half_a_warp",
-       [] {
-         return launches({.threads = 48}, [] { shuffle_xor(1, 1); });
-       }},
+       [] { return launches({.threads = 48}, [] { shuffle_xor(1, 1); }); }},
       {"shuffle_of_some_lanes",
        [] {
          return launches(kBlock, [] {
@@ -123,8 +107,7 @@ Cases misuse_cases() {
       {"copy_out_of_shared",
        [] {
          alignas(16) static const float data[4] = {};
-         return launches(
-             kBlock, [] { copy_async16(shared_floats() + kThreads, data); });
+         return launches(kBlock, [] { copy_async16(shared_floats() + kThreads, data); });
        }},
       {"copy_of_a_changed_source",
        [] {
@@ -135,8 +118,7 @@ Cases misuse_cases() {
            copy_async_wait();
          });
        }},
-      {"odd_shared_bytes",
-       [] { return launches({.shared_bytes = 8}, [] {}); }},
+      {"odd_shared_bytes", [] { return launches({.shared_bytes = 8}, [] {}); }},
       {"wait_for_ever",
        [] {
          return launches(kBlock, [] {

@@ -20,11 +20,9 @@ std::string unlike_launches() {
     const LaunchOptions five{.blocks = 5};
     const LaunchOptions pairs{.blocks = 4, .cluster = 2};
     unsigned blocks[3] = {};
-    const auto count = [&](int i) {
-      return [counter = &blocks[i]] { arrive(counter); };
-    };
-    const std::string report = launch_together(
-        {{one, count(0)}, {five, count(1)}, {pairs, count(2)}});
+    const auto count = [&](int i) { return [counter = &blocks[i]] { arrive(counter); }; };
+    const std::string report =
+        launch_together({{one, count(0)}, {five, count(1)}, {pairs, count(2)}});
     if (!report.empty()) {
       return report;
     }
@@ -52,8 +50,7 @@ std::string schedule() {
       --running;
     });
     const bool again = orders.contains(scheduled.seed);
-    const bool right =
-        most == 3 && (!again || order == orders[scheduled.seed]);
+    const bool right = most == 3 && (!again || order == orders[scheduled.seed]);
     orders[scheduled.seed] = order;
     return report.empty() ? expect(right) : report;
   };
@@ -63,9 +60,9 @@ std::string schedule() {
   for (const auto& [seed, order] : orders) {
     ++different[order];
   }
-  return report.empty() ? expect(std::ranges::is_sorted(orders[0]) &&
-                                 different.size() == orders.size())
-                        : report;
+  return report.empty()
+      ? expect(std::ranges::is_sorted(orders[0]) && different.size() == orders.size())
+      : report;
 }
 
 // ---- 16-bit floats ----
@@ -82,34 +79,28 @@ float rounded(float x) {
 template <class Half>
 bool rounds_to_even(float unit, float smallest, float largest) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  bool right = rounded<Half>(kInfinity) == kInfinity &&
-               rounded<Half>(-kInfinity) == -kInfinity &&
-               std::isnan(rounded<Half>(std::nanf(""))) &&
-               std::signbit(rounded<Half>(-0.f)) &&
-               rounded<Half>(largest) == largest &&
-               rounded<Half>(std::nextafter(largest, kInfinity)) == largest;
+  bool right = rounded<Half>(kInfinity) == kInfinity && rounded<Half>(-kInfinity) == -kInfinity &&
+      std::isnan(rounded<Half>(std::nanf(""))) && std::signbit(rounded<Half>(-0.f)) &&
+      rounded<Half>(largest) == largest &&
+      rounded<Half>(std::nextafter(largest, kInfinity)) == largest;
   for (float low = smallest; low < largest;) {
-    const float place =
-        std::max(smallest, std::exp2(std::floor(std::log2(low))) * unit);
+    const float place = std::max(smallest, std::exp2(std::floor(std::log2(low))) * unit);
     const float high = low + place, middle = low + place / 2;
     const bool even = std::fmod(low / place, 2.f) == 0;
-    right = right && rounded<Half>(low) == low &&
-            rounded<Half>(-middle) == (even ? -low : -high) &&
-            rounded<Half>(std::nextafter(middle, low)) == low &&
-            rounded<Half>(std::nextafter(middle, high)) == high;
+    right = right && rounded<Half>(low) == low && rounded<Half>(-middle) == (even ? -low : -high) &&
+        rounded<Half>(std::nextafter(middle, low)) == low &&
+        rounded<Half>(std::nextafter(middle, high)) == high;
     low = high;
   }
   return right;
 }
 
 std::string halves() {
-  return expect(rounds_to_even<f16>(0x1p-10f, 0x1p-24f, 65504.f) &&
-                rounded<f16>(65519.f) == 65504.f &&
-                std::isinf(rounded<f16>(65520.f)) &&
-                rounded<f16>(0x1p-25f) == 0 &&
-                rounds_to_even<bf16>(0x1p-7f, 0x1p-133f, 0x1.fep127f) &&
-                rounded<bf16>(0x1p-134f) == 0 &&
-                std::isinf(rounded<bf16>(0x1.ffp127f)));
+  return expect(
+      rounds_to_even<f16>(0x1p-10f, 0x1p-24f, 65504.f) && rounded<f16>(65519.f) == 65504.f &&
+      std::isinf(rounded<f16>(65520.f)) && rounded<f16>(0x1p-25f) == 0 &&
+      rounds_to_even<bf16>(0x1p-7f, 0x1p-133f, 0x1.fep127f) && rounded<bf16>(0x1p-134f) == 0 &&
+      std::isinf(rounded<bf16>(0x1.ffp127f)));
 }
 
 }  // namespace

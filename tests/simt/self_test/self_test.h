@@ -31,7 +31,9 @@ struct alignas(16) Four {
   float x[4];
 };
 
-inline std::string expect(bool right) { return right ? "" : "wrong result"; }
+inline std::string expect(bool right) {
+  return right ? "" : "wrong result";
+}
 
 // The first complaint, over the orderly schedule and eight random ones.
 template <class Run>
@@ -47,9 +49,8 @@ std::string over_schedules(LaunchOptions options, Run run) {
 // One launch over all schedules, of a kernel that only reads what it is given.
 template <class Kernel>
 std::string launches(const LaunchOptions& options, Kernel kernel) {
-  return over_schedules(options, [&](const LaunchOptions& scheduled) {
-    return launch(scheduled, kernel);
-  });
+  return over_schedules(
+      options, [&](const LaunchOptions& scheduled) { return launch(scheduled, kernel); });
 }
 
 }  // namespace epsa::cuda
