@@ -1,7 +1,10 @@
 """Programs of tests/cpu_cases: the CPU kernels without torch, under the address and the
 undefined-behaviour sanitizers, over a table of cases."""
 
+import functools
+import os
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from epsa_fused import _C
 ISAS = _C.build_info()["cpu_isas"]
 CPU = build.ROOT / "csrc" / "cpu"
 CASES = TESTS / "cpu_cases"
-FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", f"-I{build.ROOT / 'csrc'}"]
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+WATCHED = build.SANITIZERS["asan"]
 # the bytes of a register, and what makes the compiler use it
 TARGETS = {
     "baseline": (16, []),
@@ -28,25 +33,35 @@ def programs(noun: str, directory: Path) -> dict[str, Path]:
     """A program for each instruction set that runs here. noun: attention or conv."""
     if reason := build.missing("asan"):
         pytest.skip(reason)
-    shared = [(CPU / f"{name}.cpp", directory / f"{name}.o") for name in ("isa", f"{noun}_plan")]
-    table = (CASES / f"{noun}_cases.cpp", directory / "table.o")
-    kernels = {isa: directory / f"{isa}.o" for isa in ISAS if runs_here(isa)}
-    with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(build.compile_objects, shared, "asan", flags=FLAGS)]
-        # Only the kernels are watched: the table's own loops would take most of the time.
-        jobs.append(pool.submit(build.compile_objects, [table], flags=["-O2"]))
-        for isa, made in kernels.items():
+    sources = [CPU / "isa.cpp", CPU / f"{noun}_plan.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        start = functools.partial(pool.submit, _object, directory)
+        kernels = {}
+        for isa in filter(runs_here, ISAS):  # these take the longest
             size, march = TARGETS[isa]
-            flags = [f"-DEPSA_CASES_{noun.upper()}", f"-DEPSA_VEC_BYTES={size}", *march, *FLAGS]
-            pair = (CASES / "one_isa.cpp", made)
-            jobs.append(pool.submit(build.compile_objects, [pair], "asan", flags=flags))
-        for job in jobs:
-            job.result()
-    objects = [table[1], *(made for _, made in shared)]
-    return {
-        isa: build.link([made, *objects], directory / f"{isa}_cases", "asan")
-        for isa, made in kernels.items()
-    }
+            flags = [f"-DEPSA_CASES_{noun.upper()}", f"-DEPSA_VEC_BYTES={size}", *march]
+            kernels[isa] = start(isa, CASES / "one_isa.cpp", [*WATCHED, *flags])
+        # Only the kernels are watched: the table's own loops would take most of the time.
+        shared = [start("table", CASES / f"{noun}_cases.cpp", ["-O2"])]
+        shared += [start(source.stem, source, WATCHED) for source in sources]
+    objects = [made.result() for made in shared]
+    result = {}
+    for isa, made in kernels.items():
+        result[isa] = directory / f"{isa}_cases"
+        _gxx(*WATCHED, made.result(), *objects, "-o", result[isa])
+    return result
+
+
+def _object(directory: Path, name: str, source: Path, flags: list[str]) -> Path:
+    out = directory / f"{name}.o"
+    _gxx(*FLAGS, *flags, "-c", source, "-o", out)
+    return out
+
+
+def _gxx(*args: str | Path) -> None:
+    result = subprocess.run(["g++", *map(str, args)], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr)
 
 
 def run(programs: dict[str, Path], isa: str, monkeypatch) -> tuple[int, str]:
