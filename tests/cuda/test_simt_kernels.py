@@ -39,7 +39,7 @@ def run_tests(library: Path, arguments: list[str], plan: str, seed: int, residen
     return int(re.search(r"(\d+) passed", summary)[1])
 
 
-EMULATED = ["tests/attention", "-m", "emulated"]
+EMULATED = ["tests/attention", "tests/test_autograd.py", "-m", "emulated"]
 QUICK = (
     "test_every_shape and (odd or branches_5) or test_every_layout and not_square"
     " or test_any_subset or test_output_mask or test_gradcheck and not every_kind"
