@@ -34,12 +34,12 @@ def _register(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.epsa_fused, name).default
     shapes = getattr(torch.ops.epsa_fused, f"_{name}_meta").default
 
-    @torch.library.register_fake(f"epsa_fused::{name}")
     def fake(*args: Any, **kwargs: Any) -> Any:
         _keep_whole(op)
         # A plain call would ask the fake tensors' mode, which has no kernel of this operator.
         return shapes.redispatch(_META, *args, **kwargs)
 
+    torch.library.register_fake(f"epsa_fused::{name}", fake)
     return fake
 
 
