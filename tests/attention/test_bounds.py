@@ -4,6 +4,7 @@ memory that cannot be read. Run as a script, since a mistake ends the process.""
 import ctypes
 import itertools
 import mmap
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from support import convolutions
 from support.cases import BY_NAME, CHANNELS_LAST, CONTIGUOUS, DTYPES, LAYOUTS, Case, make_inputs
+from support.paths import ROOT, TESTS
 from support.processes import python
 from support.tolerance import make_cotangents
 
@@ -28,6 +30,8 @@ CASES = (
 )
 CHUNKS = next(layout for layout in LAYOUTS if layout.name == "chunks_channels_last")
 KEPT = []  # keeps the mapped memory alive
+# pytest's paths, for this file as a script
+PATHS = os.pathsep.join((str(ROOT), str(TESTS)))
 
 
 def guarded(t: torch.Tensor, before: bool) -> torch.Tensor:
@@ -88,14 +92,19 @@ def convolve_with_guards() -> None:
 @pytest.mark.per_isa
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 def test_nothing_outside_of_the_inputs_is_read():
-    assert "every call stayed within its inputs" in python(__file__, "call")
+    assert "every call stayed within its inputs" in python(__file__, "call", PYTHONPATH=PATHS)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("side", ("before", "behind"))
 def test_the_guards_work(side):
     """One element too many ends the process."""
-    result = subprocess.run([sys.executable, __file__, side], capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, __file__, side],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        capture_output=True,
+        timeout=60,
+    )
     assert result.returncode in (-signal.SIGSEGV, -signal.SIGBUS)
 
 
