@@ -6,8 +6,8 @@
 Each case measures every contender: its time on the device, beside a copy of the features' bytes;
 the wall time of one call; the peak memory; the kernels and memsets of a call, from the profiler;
 the error against float64. A time on the device is that of a replayed CUDA graph over input sets
-that together exceed the L2 cache. Each stage then measures the module's four convolutions beside
-its attention step. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds
+that together exceed the L2 cache. The module's part measures its four convolutions beside its
+attention step, as they are and merged into fewer groups. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds
 for the same sources (csrc) are skipped.
 """
 
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -66,6 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after that")
+    parser.add_argument("--part", choices=("attention", "module", "all"), default="all")
     parser.add_argument("--repeats", type=int, default=15, help="timed replays of each graph")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
@@ -231,7 +233,43 @@ def largest_error(results: list[torch.Tensor], exact: list[torch.Tensor]) -> flo
     )
 
 
-def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
+def merged(convolution: torch.nn.Conv2d, groups: int) -> torch.nn.Conv2d:
+    """The same convolution in fewer groups, which cuDNN may compute on tensor cores.
+
+    Its weight [O, I / groups, k, k] holds the given one's groups as blocks on the diagonal, zeros
+    beside them. The results differ by the order of sums only.
+    """
+    c = convolution
+    within = c.groups // groups  # of the given groups, in one of the new
+    blocks = c.weight.detach().unflatten(0, (groups, within, -1))  # [groups, within, O, I, k, k]
+    wide = torch.diag_embed(blocks.permute(0, 2, 3, 4, 5, 1), dim1=1, dim2=3)
+    # diag_embed put the new group's two indices at 1 and 3: [groups, within, O, within, I, k, k]
+    result = torch.nn.Conv2d(
+        c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, groups=groups, bias=False
+    ).to(c.weight.device, c.weight.dtype)
+    result.weight = torch.nn.Parameter(wide.flatten(3, 4).flatten(0, 2), requires_grad=False)
+    return result
+
+
+def module_parts(
+    module: torch.nn.Module, images: list[torch.Tensor], merge: bool
+) -> dict[str, list[Callable]]:
+    """The calls of each convolution, one per input set; with `merge`, also in fewer groups."""
+    parts = {}
+    for i, c in enumerate((m for n, m in module.named_children() if n.startswith("conv")), 1):
+        kinds = {f"conv {i}": c}
+        for groups in [g for g in (8, 4, 2, 1) if merge and g < c.groups]:
+            kinds[f"conv {i} in {groups} groups"] = merged(c, groups).to(
+                memory_format=torch.channels_last
+                if images[0].is_contiguous(memory_format=torch.channels_last)
+                else torch.contiguous_format
+            )
+        for name, kind in kinds.items():
+            parts[name] = [lambda c=kind, x=x: c(x) for x in images]
+    return parts
+
+
+def module_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
     """The module's convolutions beside its attention step, in inference, N = 64."""
     for layout in LAYOUTS:
         for dtype in ("float32", "tf32", "bfloat16"):
@@ -247,11 +285,7 @@ def share_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
                 torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout])
                 for maps, _, _ in inputs
             ]
-            convolutions = [c for n, c in module.named_children() if n.startswith("conv")]
-            parts = {
-                f"conv {i}": [lambda c=c, x=x: c(x) for x in images]
-                for i, c in enumerate(convolutions, start=1)
-            }
+            parts = module_parts(module, images, merge=dtype != "float32")
             parts["attention"] = [
                 lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w)
                 for maps, weights, _ in inputs
@@ -350,6 +384,17 @@ def run_case(case: Case, names: tuple[str, ...], results: Results, repeats: int)
         )
 
 
+def run_stage(planes: int, size: int, results: Results, repeats: int) -> None:
+    for row in module_rows(planes, size, repeats):
+        if results.key(row) not in results.done:
+            results.add(row)
+            print(
+                f"{row['layout']} {row['dtype']} ({planes}, {size}): {row['contender']:<19}"
+                f"{row['device_us']:>10} us",
+                flush=True,
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_float32_matmul_precision("highest")
@@ -361,19 +406,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Autograd runs a backward on its forward's stream, and a graph can't capture the default one.
     torch.cuda.set_stream(torch.cuda.Stream())
-    for names in PASSES:
-        for case in cases():
-            if time.monotonic() > stop:
-                print("out of time: run again to go on")
-                return
-            run_case(case, names, results, options.repeats)
-    for planes, size in STAGES:
+    steps: list[Callable[[], object]] = []
+    if options.part != "attention":
+        steps += [partial(run_stage, *stage, results, options.repeats) for stage in STAGES]
+    if options.part != "module":
+        steps += [
+            partial(run_case, case, names, results, options.repeats)
+            for names in PASSES
+            for case in cases()
+        ]
+    for step in steps:
         if time.monotonic() > stop:
             print("out of time: run again to go on")
             return
-        for row in share_rows(planes, size, options.repeats):
-            if results.key(row) not in results.done:
-                results.add(row)
+        step()
     print(f"complete: {results.path}")
 
 

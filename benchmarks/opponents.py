@@ -170,12 +170,13 @@ class Runner:
 
 
 def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Maps (one map for a module), SE weights and grad_out, with the same values in every call."""
-    generator = torch.Generator().manual_seed(0)
+    """Maps (one map for a module), SE weights and grad_out: the same values in every call on a device."""
+    generator = torch.Generator(device).manual_seed(0)
     layout, dtype = LAYOUTS[case.layout], DTYPES[case.dtype]
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+        values = torch.randn(shape, generator=generator, device=device)
+        return (values * scale).to(dtype)
 
     if case.level == "network":
         images = random(case.n, 3, case.size, case.size).contiguous(memory_format=layout)

@@ -38,34 +38,47 @@ cudaLaunchConfig_t configuration(const Plan& plan, void* stream, cudaLaunchAttri
   return config;
 }
 
+// Was the kernel compiled for an architecture with clusters? The driver may have compiled it from
+// the PTX of an older one, whose cluster instructions are traps. Not so where it can't be asked.
+bool has_clusters(const void* function) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, function) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.ptxVersion >= 90;
+}
+
 }  // namespace
 
 int admit(const Problem& problem, Plan& plan, const Device& device) {
   const std::string what = "preparing the kernel of " + describe(plan);
   const auto* function = reinterpret_cast<const void*>(kernel_of(problem, plan));
+  if (plan.cluster > 1 && !has_clusters(function)) {
+    return 0;
+  }
   check(
       cudaFuncSetAttribute(
           function, cudaFuncAttributeMaxDynamicSharedMemorySize,
           static_cast<int>(device.shared_per_block)),
       what);
-  if (plan.cluster > 8) {
-    if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
-        cudaSuccess) {
-      cudaGetLastError();
-      return 0;
-    }
-  }
   int blocks = 0;
   if (plan.cluster > 1) {
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = configuration(plan, nullptr, cluster);
-    const cudaError_t found = cudaOccupancyMaxActiveClusters(&blocks, function, &config);
-    if (found == cudaErrorInvalidClusterSize || found == cudaErrorInvalidConfiguration ||
-        found == cudaErrorInvalidValue || found == cudaErrorLaunchOutOfResources) {
+    cudaError_t found = plan.cluster > 8
+        ? cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)
+        : cudaSuccess;
+    if (found == cudaSuccess) {
+      found = cudaOccupancyMaxActiveClusters(&blocks, function, &config);
+    }
+    // Drivers and partitioned devices refuse clusters by various errors. A broken context answers
+    // every call by its error.
+    if (found != cudaSuccess) {
       cudaGetLastError();
+      check(cudaPeekAtLastError(), what);
       return 0;
     }
-    check(found, what);
     return blocks * plan.cluster;
   }
   check(

@@ -28,6 +28,11 @@ Plan choose_plan(const Problem& problem, int) {
   return test_plan(problem, mode ? mode : "auto");
 }
 
+// The emulator holds any number of blocks at once.
+int admit(const Problem&, Plan& plan, const Device& device) {
+  return plan.cluster > 1 && device.compute_capability < 90 ? 0 : plan.blocks;
+}
+
 std::string describe(const Plan& plan) {
   return std::string(name_of(plan.variant)) + ", clusters of " + std::to_string(plan.cluster) +
       ", vectors of " + std::to_string(plan.vector);

@@ -44,13 +44,18 @@ std::vector<Schedule> schedules(const Options& options) {
   return all;
 }
 
+// The plans of a mode that the device admits. Admission also prepares a kernel: no other may start.
 std::vector<Plan> plans_of(const Problem& problem, const std::string& mode) {
-  std::vector<Plan> all = mode == "auto" ? std::vector{choose_plan(problem, 0)}
-      : mode == "plans"                  ? plans(problem, device())
-                                         : std::vector{test_plan(problem, mode)};
-  std::erase_if(
-      all, [](const Plan& plan) { return plan.cluster > 1 && device().compute_capability < 90; });
-  return all;
+  const std::vector<Plan> all = mode == "auto" ? std::vector{choose_plan(problem, 0)}
+      : mode == "plans"                        ? plans(problem, device())
+                                               : std::vector{test_plan(problem, mode)};
+  std::vector<Plan> admitted;
+  for (Plan plan : all) {
+    if (admit(problem, plan, device()) > 0) {
+      admitted.push_back(plan);
+    }
+  }
+  return admitted;
 }
 
 void run_together(const std::vector<Experiment*>& experiments, const Options& options) {
@@ -88,9 +93,11 @@ double run_pair(const Case& k, Pass pass, const Options& options) {
   Experiment one(k, pass);
   Experiment two(k, pass == Pass::forward ? Pass::backward : Pass::forward);
   for (const char* mode : {"streaming", "chunks", "cluster2"}) {
-    one.take(plans_of(one.problem(), mode).at(0));
-    two.take(plans_of(two.problem(), "streaming").at(0));
-    run_together({&one, &two}, options);
+    for (const Plan& plan : plans_of(one.problem(), mode)) {
+      one.take(plan);
+      two.take(plans_of(two.problem(), "streaming").at(0));
+      run_together({&one, &two}, options);
+    }
   }
   return std::max(one.error(), two.error());
 }
