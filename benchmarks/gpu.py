@@ -7,8 +7,8 @@ Each case measures every contender: its time on the device, beside a copy of the
 the wall time of one call; the peak memory; the kernels and memsets of a call, from the profiler;
 the error against float64. A time on the device is that of a replayed CUDA graph over input sets
 that together exceed the L2 cache. The module's part measures its four convolutions beside its
-attention step, as they are and merged into fewer groups. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds
-for the same sources (csrc) are skipped.
+attention step, as they are and merged into fewer groups. A finished row is appended to
+<out>/<device>-gpu.csv. Rows that the file holds for the same sources (csrc) are skipped.
 """
 
 from __future__ import annotations

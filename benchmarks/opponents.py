@@ -170,7 +170,10 @@ class Runner:
 
 
 def make_inputs(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Maps (one map for a module), SE weights and grad_out: the same values in every call on a device."""
+    """Maps (one map for a module), SE weights and grad_out.
+
+    Every call gives the same values on a device.
+    """
     generator = torch.Generator(device).manual_seed(0)
     layout, dtype = LAYOUTS[case.layout], DTYPES[case.dtype]
 

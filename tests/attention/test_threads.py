@@ -121,7 +121,9 @@ def test_the_memory_between_the_maps_does_not_matter(layout, device):
     case = BY_NAME["stage3"]
     inputs = make_inputs(case, layout=layout, device=device)
     expected = run(psa_attention, inputs)
-    for offset in (1, 2, 3, 7):
+    # A GPU reads aligned maps by 16 bytes and sums others element by element, in another order.
+    step = 1 if device == "cpu" else 4
+    for offset in (step, 2 * step, 3 * step, 7 * step):
 
         def moved(t, offset=offset):
             size = t.untyped_storage().nbytes() // t.element_size()
