@@ -23,7 +23,7 @@ struct Cast {
   }
 };
 
-SpcForward conv(
+ConvForward conv(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
   const Cast cast(x, weights);

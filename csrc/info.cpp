@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -22,20 +21,20 @@ namespace {
 using namespace epsa;
 using namespace epsa::cuda;
 
-template <class E, size_t n>
-using Names = std::array<std::pair<const char*, E>, n>;
+constexpr std::pair<const char*, Pass> kPasses[] = {
+    {"forward", Pass::forward}, {"backward", Pass::backward}};
+#define EPSA_ENTRY(entry, type, torch_name, python_name) std::pair(python_name, Dtype::entry),
+constexpr std::pair<const char*, Dtype> kDtypes[] = {EPSA_DTYPES(EPSA_ENTRY)};
+#undef EPSA_ENTRY
+constexpr std::pair<const char*, Layout> kLayouts[] = {
+    {"contiguous", Layout::contiguous}, {"channels_last", Layout::channels_last}};
+constexpr std::pair<const char*, epsa::cpu::Isa> kIsas[] = {
+    {"baseline", epsa::cpu::Isa::baseline},
+    {"avx2", epsa::cpu::Isa::avx2},
+    {"avx512", epsa::cpu::Isa::avx512}};
 
-constexpr Names<Pass, 2> kPasses{{{"forward", Pass::forward}, {"backward", Pass::backward}}};
-constexpr Names<Dtype, 4> kDtypes{
-    {{"float32", Dtype::f32},
-     {"float64", Dtype::f64},
-     {"bfloat16", Dtype::bf16},
-     {"float16", Dtype::f16}}};
-constexpr Names<Layout, 2> kLayouts{
-    {{"contiguous", Layout::contiguous}, {"channels_last", Layout::channels_last}}};
-
 template <class E, size_t n>
-E named(const char* what, const std::string& given, const Names<E, n>& names) {
+E named(const char* what, const std::string& given, const std::pair<const char*, E> (&names)[n]) {
   std::string all;
   for (const auto& [name, value] : names) {
     if (given == name) {
@@ -207,12 +206,7 @@ py::dict conv_plan(
       height, width);
   cpu::Isa wanted = cpu::isa_in_use();
   if (isa) {
-    wanted = named(
-        "isa", *isa,
-        Names<cpu::Isa, 3>{
-            {{"baseline", cpu::Isa::baseline},
-             {"avx2", cpu::Isa::avx2},
-             {"avx512", cpu::Isa::avx512}}});
+    wanted = named("isa", *isa, kIsas);
   }
   const cpu::ConvPlan plan =
       cpu::plan_conv(conv, named("dtype", dtype, kDtypes) == Dtype::f64, wanted);

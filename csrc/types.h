@@ -11,9 +11,6 @@ namespace epsa {
 // Limits of a PSA module's branches. Python reads them from _C.
 constexpr int kMinBranches = 2, kMaxBranches = 8;
 
-enum class Dtype { f32, f64, bf16, f16 };
-enum class Layout { contiguous, channels_last };
-
 // Storage types of the 16-bit floats. Arithmetic is always done in float.
 struct bf16 {
   uint16_t bits;
@@ -21,6 +18,19 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// Every element type: its entry in Dtype, its storage type, and torch's names for
+// it in C++ and in Python. Switches over dtypes are made of this list.
+#define EPSA_DTYPES(ENTRY)                \
+  ENTRY(f32, float, Float, "float32")     \
+  ENTRY(f64, double, Double, "float64")   \
+  ENTRY(bf16, bf16, BFloat16, "bfloat16") \
+  ENTRY(f16, f16, Half, "float16")
+
+#define EPSA_ENTRY(entry, type, torch_name, python_name) entry,
+enum class Dtype { EPSA_DTYPES(EPSA_ENTRY) };
+#undef EPSA_ENTRY
+enum class Layout { contiguous, channels_last };
 
 // The accumulation type is double for double, else float.
 template <class T>
@@ -32,13 +42,11 @@ constexpr Dtype accumulation_type(Dtype dtype) {
 // Bytes of one element.
 inline int64_t element_size(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f64:
-      return 8;
-    case Dtype::f32:
-      return 4;
-    case Dtype::bf16:
-    case Dtype::f16:
-      return 2;
+#define EPSA_ENTRY(entry, type, torch_name, python_name) \
+  case Dtype::entry:                                     \
+    return sizeof(type);
+    EPSA_DTYPES(EPSA_ENTRY)
+#undef EPSA_ENTRY
   }
   throw std::invalid_argument("unknown dtype");
 }

@@ -109,7 +109,7 @@ inline bool any_of(const c10::List<bool>& mask) {
 // The convolutions' settings in a Function's context.
 class SavedSettings {
  public:
-  static void save(AutogradContext* ctx, const SpcSettings& k) {
+  static void save(AutogradContext* ctx, const ConvSettings& k) {
     ctx->saved_data["groups"] = k.groups.vec();
     ctx->saved_data["stride"] = k.stride;
     ctx->saved_data["padding"] = k.padding.vec();
@@ -122,7 +122,7 @@ class SavedSettings {
         dilation_(ctx->saved_data["dilation"].toIntVector()),
         stride_(ctx->saved_data["stride"].toInt()) {}
 
-  SpcSettings view() const { return {groups_, stride_, padding_, dilation_}; }
+  ConvSettings view() const { return {groups_, stride_, padding_, dilation_}; }
 
  private:
   std::vector<int64_t> groups_, padding_, dilation_;

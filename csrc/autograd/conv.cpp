@@ -12,8 +12,8 @@ namespace {
 
 // spc_conv_backward in operators of ATen, whose derivatives are known: for second
 // derivatives.
-SpcBackward formula(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+ConvBackward formula(
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     const c10::List<bool>& output_mask) {
   Tensor grad_x;
   std::vector<Tensor> grad_weights;
@@ -37,7 +37,7 @@ SpcBackward formula(
 class Convolutions : public torch::autograd::Function<Convolutions> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const ConvSettings& k,
       Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [feats, pooled] = call_conv(x, weights, k);
@@ -70,10 +70,10 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
   }
 };
 
-SpcForward forward_autograd(
+ConvForward forward_autograd(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const SpcSettings k{groups, stride, padding, dilation};
+  const ConvSettings k{groups, stride, padding, dilation};
   refuse_forward_mode("spc_conv", has_tangent(x) || has_tangent(weights), kModuleReference);
   if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(weights))) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -86,19 +86,19 @@ SpcForward forward_autograd(
   return {std::move(feats), pooled};
 }
 
-SpcBackward backward_autograd(
+ConvBackward backward_autograd(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
     int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     c10::List<bool> output_mask) {
-  const SpcSettings k{groups, stride, padding, dilation};
+  const ConvSettings k{groups, stride, padding, dilation};
   refuse_forward_mode(
       "spc_conv_backward", has_tangent(x) || has_tangent(weights) || has_tangent(grad_feats),
       kModuleReference);
   if (at::GradMode::is_enabled() &&
       (needs_grad(x) || needs_grad(weights) || needs_grad(grad_feats))) {
     const char* op = "spc_conv_backward";
-    const auto p = check_spc_arguments<c10::SymInt>(op, x, weights, k);
-    check_spc_backward_arguments(op, grad_feats, x, p, output_mask);
+    const auto p = check_conv_arguments<c10::SymInt>(op, x, weights, k);
+    check_conv_backward_arguments(op, grad_feats, x, p, output_mask);
     return formula(grad_feats, x, weights, k, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

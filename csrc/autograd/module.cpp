@@ -27,7 +27,7 @@ Tensor forward_autograd(
     at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
     const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
     const OptTensor& packed) {
-  const SpcSettings k{groups, stride, padding, dilation};
+  const ConvSettings k{groups, stride, padding, dilation};
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_tangents("psa_forward", x, weights, se);
   if (any_needs_grad(x, weights, se)) {
@@ -45,7 +45,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, at::TensorList weights, const Tensor& fc1_weight,
       const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
-      const SpcSettings& k, bool reversed, Tensor* pooled_out, Tensor* attention_out) {
+      const ConvSettings& k, bool reversed, Tensor* pooled_out, Tensor* attention_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
     auto [out, pooled, attention] = call_save_output(x, weights, k, se, reversed);
@@ -66,7 +66,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
     const variable_list saved = ctx->get_saved_variables();
     const size_t inputs = saved.size() - 3;
     const SavedSettings settings(ctx);
-    const SpcSettings k = settings.view();
+    const ConvSettings k = settings.view();
     const bool reversed = ctx->saved_data["reversed"].toBool();
     const c10::List<bool> mask = mask_of(ctx, saved, inputs);
     // settings, reversed and the two outputs have none
@@ -87,7 +87,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
 
  private:
   static variable_list kernel(
-      const variable_list& saved, const SpcSettings& k, bool reversed, const Tensor& grad,
+      const variable_list& saved, const ConvSettings& k, bool reversed, const Tensor& grad,
       const c10::List<bool>& mask) {
     const size_t branches = k.groups.size();
     const SavedSEWeights se(&saved[branches + 1]);
@@ -105,7 +105,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
   // The same through the module's definition, computed anew, for second
   // derivatives.
   static variable_list formula(
-      const variable_list& saved, const SpcSettings& k, bool reversed, const Tensor& grad_out,
+      const variable_list& saved, const ConvSettings& k, bool reversed, const Tensor& grad_out,
       const c10::List<bool>& mask) {
     const size_t branches = k.groups.size();
     // A view of each input: a node of its own, also where two are one tensor.
@@ -143,7 +143,7 @@ Forward save_output_autograd(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
     const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  const SpcSettings k{groups, stride, padding, dilation};
+  const ConvSettings k{groups, stride, padding, dilation};
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_tangents("psa_save_output", x, weights, se);
   if (!any_needs_grad(x, weights, se)) {

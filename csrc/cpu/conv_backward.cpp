@@ -10,8 +10,8 @@ namespace {
 
 // torch's gradients of x and of the weight, in the accumulation type.
 std::pair<Tensor, Tensor> library_backward(
-    const SpcProblem& p, const Tensor& grad, const Tensor& x, const Tensor& weight,
-    const SpcSettings& k, int64_t s, bool input_wanted, bool weight_wanted) {
+    const ConvProblem& p, const Tensor& grad, const Tensor& x, const Tensor& weight,
+    const ConvSettings& k, int64_t s, bool input_wanted, bool weight_wanted) {
   auto [gx, gw, gb] = at::convolution_backward(
       in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
       {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
@@ -24,7 +24,7 @@ std::pair<Tensor, Tensor> library_backward(
 class InputGrad {
  public:
   InputGrad(
-      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings, Isa isa,
+      const ConvProblem& p, at::TensorList weights, const ConvSettings& settings, Isa isa,
       bool wanted)
       : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
     if (!wanted || p.dtype == at::kDouble) {
@@ -132,7 +132,7 @@ class InputGrad {
 
   // False where branch s has no kernel for this phase.
   bool add_branch(
-      Part& part, const Tensor& weight, const SpcSettings& settings, int64_t s, Isa isa) const {
+      Part& part, const Tensor& weight, const ConvSettings& settings, int64_t s, Isa isa) const {
     const Conv conv = conv_of(p_, weight, settings, s);
     const Phase phase = grad_input_phase(conv, part.first_row, part.first_column);
     part.rows = phase.conv.out_height;
@@ -193,7 +193,7 @@ class InputGrad {
     tasks_ += part.strips * part.ranges;
   }
 
-  SpcProblem p_;
+  ConvProblem p_;
   const ConvKernels& k_;
   int64_t stride_;
   std::vector<Part> parts_;
@@ -205,7 +205,7 @@ class InputGrad {
 class Backward {
  public:
   Backward(
-      const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
       const c10::List<bool>& output_mask)
       : p_(p),
         isa_(isa_in_use()),
@@ -280,7 +280,7 @@ class Backward {
   // One call's arguments, memory and steps.
   struct Call {
     const Backward& self;
-    const SpcProblem& p;
+    const ConvProblem& p;
     const ConvKernels& k;
     Tensors tensors;
     int64_t threads;
@@ -398,7 +398,7 @@ class Backward {
     }
   };
 
-  SpcProblem p_;
+  ConvProblem p_;
   Isa isa_;
   const ConvKernels& k_;
   InputGrad input_grad_;
@@ -414,14 +414,14 @@ class Backward {
 
 }  // namespace
 
-SpcBackward spc_backward(
+ConvBackward spc_backward(
     at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights, at::IntArrayRef groups,
     int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     c10::List<bool> output_mask) {
-  const SpcSettings settings{groups, stride, padding, dilation};
-  const SpcProblem p = check_spc_arguments("spc_conv_backward", x_, weights, settings);
-  check_spc_backward_arguments("spc_conv_backward", grad_feats_, x_, p, output_mask);
-  const at::MemoryFormat format = spc_layout(x_);
+  const ConvSettings settings{groups, stride, padding, dilation};
+  const ConvProblem p = check_conv_arguments("spc_conv_backward", x_, weights, settings);
+  check_conv_backward_arguments("spc_conv_backward", grad_feats_, x_, p, output_mask);
+  const at::MemoryFormat format = conv_layout(x_);
   Backward native(p, weights, settings, output_mask);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
   std::vector<Tensor> grad_feats, grad_weights;

@@ -8,7 +8,7 @@ namespace epsa::cpu {
 // ---- plans ----
 
 ForwardBank::ForwardBank(
-    const char* op, const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
     const std::optional<Tensor>& prepacked)
     : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
   for (int64_t s = 0; s < p.S; ++s) {
@@ -155,7 +155,7 @@ struct ForwardBank::Call {
   }
 
   void unpack(const Task& task, int64_t n, float* buffer, float* sums) const {
-    const SpcProblem& p = self.p_;
+    const ConvProblem& p = self.p_;
     const auto [begin, end] = rows(task);
     const Run run = unit_run(self.convs_[task.branch], self.plans_[task.branch], task.unit);
     const Tensor& feat = feats[task.branch];
@@ -361,7 +361,7 @@ void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) c
 namespace {
 
 Tensor library_forward(
-    const SpcProblem& p, const Tensor& x, const Tensor& weight, const SpcSettings& k, int64_t s) {
+    const ConvProblem& p, const Tensor& x, const Tensor& weight, const ConvSettings& k, int64_t s) {
   return at::convolution(
       in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
       {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
@@ -370,10 +370,10 @@ Tensor library_forward(
 
 }  // namespace
 
-SpcForward convolve(
-    const ForwardBank& native, const SpcProblem& p, const Tensor& x_, at::TensorList weights,
-    const SpcSettings& settings) {
-  const at::MemoryFormat format = spc_layout(x_);
+ConvForward convolve(
+    const ForwardBank& native, const ConvProblem& p, const Tensor& x_, at::TensorList weights,
+    const ConvSettings& settings) {
+  const at::MemoryFormat format = conv_layout(x_);
   Tensor pooled = at::detail::empty_cpu(
       {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
   const Tensor x = is_image(x_) ? x_ : x_.contiguous(format);
@@ -401,11 +401,11 @@ SpcForward convolve(
 
 namespace {
 
-SpcForward spc_forward(
+ConvForward spc_forward(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const SpcSettings settings{groups, stride, padding, dilation};
-  const SpcProblem p = check_spc_arguments("spc_conv", x, weights, settings);
+  const ConvSettings settings{groups, stride, padding, dilation};
+  const ConvProblem p = check_conv_arguments("spc_conv", x, weights, settings);
   const ForwardBank native("spc_conv", p, weights, settings);
   return convolve(native, p, x, weights, settings);
 }
@@ -413,8 +413,8 @@ SpcForward spc_forward(
 Tensor spc_prepack(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const SpcSettings settings{groups, stride, padding, dilation};
-  const SpcProblem p = check_spc_arguments("spc_prepack", x, weights, settings);
+  const ConvSettings settings{groups, stride, padding, dilation};
+  const ConvProblem p = check_conv_arguments("spc_prepack", x, weights, settings);
   const ForwardBank native("spc_prepack", p, weights, settings);
   TORCH_CHECK_VALUE(
       native.has_any(),

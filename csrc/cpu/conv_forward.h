@@ -12,7 +12,7 @@ class ForwardBank {
  public:
   // prepacked: the result of prepack() for such weights, or nothing.
   ForwardBank(
-      const char* op, const SpcProblem& p, at::TensorList weights, const SpcSettings& settings,
+      const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
       const std::optional<Tensor>& prepacked = std::nullopt);
 
   // The packed weights with their header, for a constructor's `prepacked`.
@@ -53,7 +53,7 @@ class ForwardBank {
   void shared(const Call&, int64_t first, int64_t threads, const Done&) const;
   void by_unit(const Call&, int64_t threads, const Done&) const;
 
-  SpcProblem p_;
+  ConvProblem p_;
   Isa isa_;
   const ConvKernels& k_;
   std::vector<Conv> convs_;
@@ -72,8 +72,8 @@ class ForwardBank {
 };
 
 // All branches: `native` computes those that it has, torch's convolution the others.
-SpcForward convolve(
-    const ForwardBank& native, const SpcProblem& p, const Tensor& x, at::TensorList weights,
-    const SpcSettings& settings);
+ConvForward convolve(
+    const ForwardBank& native, const ConvProblem& p, const Tensor& x, at::TensorList weights,
+    const ConvSettings& settings);
 
 }  // namespace epsa::cpu

@@ -42,7 +42,7 @@ inline int64_t threads_for(double flops) {
   return flops < kSerialFlops ? 1 : usable_threads();
 }
 
-inline double flops_of(const SpcProblem& p, const Conv& conv) {
+inline double flops_of(const ConvProblem& p, const Conv& conv) {
   return 2.0 * static_cast<double>(p.N * p.C * conv.ic() * conv.taps()) *
       static_cast<double>(p.out_h * p.out_w);
 }
@@ -89,7 +89,8 @@ inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
           /*turned=*/true};
 }
 
-inline Conv conv_of(const SpcProblem& p, const Tensor& w, const SpcSettings& settings, int64_t s) {
+inline Conv conv_of(
+    const ConvProblem& p, const Tensor& w, const ConvSettings& settings, int64_t s) {
   return make_conv(
       p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3), settings.stride,
       settings.padding[s], settings.dilation[s], p.H, p.W);
@@ -99,7 +100,7 @@ inline Tensor evenly(const Tensor& w) {
   return evenly_spaced(w) ? w : w.contiguous();
 }
 
-inline const ConvKernels& kernels_for(const SpcProblem& p, Isa isa) {
+inline const ConvKernels& kernels_for(const ConvProblem& p, Isa isa) {
   // Double has no kernels, and its plans never call one: float's stand in.
   return conv_kernels(p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
 }
@@ -159,7 +160,7 @@ inline Packed pack_weights(
 // torch's convolutions get 16-bit tensors as float and their results are rounded once,
 // like the kernels'. In 16 bits they round more often, and they are slow on machines
 // without bfloat16 arithmetic.
-inline Tensor in_acc(const Tensor& t, const SpcProblem& p) {
+inline Tensor in_acc(const Tensor& t, const ConvProblem& p) {
   return t.scalar_type() == p.acc ? t : t.to(p.acc);
 }
 
@@ -172,7 +173,7 @@ inline Tensor settled(const Tensor& t, at::ScalarType dtype, at::MemoryFormat fo
 }
 
 // The operator spc_conv_backward: the gradients of x and of the weights.
-SpcBackward spc_backward(
+ConvBackward spc_backward(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
     int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, c10::List<bool> output_mask);
 

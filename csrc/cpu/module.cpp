@@ -22,16 +22,16 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
 // and each sample is reweighted in place while it is in the cache. A branch
 // without a kernel here makes a map of its own.
 epsa::Forward forward(
-    const char* op, const Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se, bool reversed, const OptTensor& packed) {
   const ModuleProblem problem = check_module_arguments(op, x, weights, settings, se);
-  const SpcProblem& p = problem.conv;
+  const ConvProblem& p = problem.conv;
   const ForwardBank native(op, p, weights, settings, packed);
   if (!native.has_all()) {
     const auto [feats, pooled] = convolve(native, p, x, weights, settings);
     return attention_forward(problem.attention, feats, se, reversed, pooled);
   }
-  const at::MemoryFormat format = spc_layout(x);
+  const at::MemoryFormat format = conv_layout(x);
   const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat layout) {
     return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, layout);
   };

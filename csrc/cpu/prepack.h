@@ -27,7 +27,8 @@ struct PrepackHeader {
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(
-      const SpcProblem& p, const std::vector<Conv>& convs, at::TensorList weights, Isa instructions)
+      const ConvProblem& p, const std::vector<Conv>& convs, at::TensorList weights,
+      Isa instructions)
       : PrepackHeader() {
     std::memcpy(magic, "EPSASPC2", sizeof(magic));
     isa = static_cast<int32_t>(instructions);

@@ -3,13 +3,15 @@
 
 #include <c10/util/Exception.h>
 
+#include <iterator>
 #include <string>
 
 namespace epsa {
 namespace {
 
+// Types below float take float weights too.
 bool is_half(at::ScalarType t) {
-  return t == at::kHalf || t == at::kBFloat16;
+  return c10::elementSize(t) < sizeof(float);
 }
 
 // The sizes of a 1x1 convolution's weight without its two trailing ones.
@@ -101,8 +103,7 @@ ProblemOf<Int> check_feats(const char* op, at::TensorList feats) {
   TORCH_CHECK_VALUE(
       first.dim() == 4, op, ": feats[0] has shape ", sizes, ", expected 4 dimensions [N, C, H, W]");
   TORCH_CHECK_TYPE(
-      is_supported(dtype), op, ": feats[0] has dtype ", dtype,
-      ", expected Float, Double, BFloat16 or Half");
+      is_supported(dtype), op, ": feats[0] has dtype ", dtype, ", expected ", supported_dtypes());
   for (size_t s = 1; s < feats.size(); ++s) {
     TORCH_CHECK_VALUE(
         sizes_of<Int>(feats[s]) == sizes, op, ": feats[", s, "] has shape ",
@@ -136,7 +137,26 @@ Caller caller_of(const char* op, at::TensorList feats) {
 }  // namespace
 
 bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || is_half(dtype);
+  switch (dtype) {
+#define EPSA_ENTRY(entry, type, torch_name, python_name) case at::ScalarType::torch_name:
+    EPSA_DTYPES(EPSA_ENTRY)
+#undef EPSA_ENTRY
+    return true;
+    default:
+      return false;
+  }
+}
+
+std::string supported_dtypes() {
+#define EPSA_ENTRY(entry, type, torch_name, python_name) #torch_name,
+  const char* const names[] = {EPSA_DTYPES(EPSA_ENTRY)};
+#undef EPSA_ENTRY
+  std::string all;
+  for (const char* const& name : names) {
+    all += &name == std::begin(names) ? "" : &name == std::end(names) - 1 ? " or " : ", ";
+    all += name;
+  }
+  return all;
 }
 
 void check_device(const Caller& caller, const char* name, const at::Tensor& t) {

@@ -10,6 +10,7 @@
 #include <c10/core/MemoryFormat.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -61,6 +62,7 @@ inline at::ScalarType accumulation_type(at::ScalarType dtype) {
 }
 
 bool is_supported(at::ScalarType dtype);
+std::string supported_dtypes();  // for messages: "Float, Double, ... or Half"
 
 // The SE MLP's weights, as one call was given them.
 struct SEWeights {

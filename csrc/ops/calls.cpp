@@ -35,24 +35,24 @@ Backward call_attention_backward(
       se.fc2_bias, grads.pooled, grads.attention, reversed, output_mask);
 }
 
-SpcForward call_conv(const Tensor& x, at::TensorList weights, const SpcSettings& k) {
-  static const auto op = find<SpcForward(
+ConvForward call_conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+  static const auto op = find<ConvForward(
       const Tensor&, at::TensorList, at::IntArrayRef, int64_t, at::IntArrayRef, at::IntArrayRef)>(
       "epsa_fused::spc_conv");
   return op.call(x, weights, k.groups, k.stride, k.padding, k.dilation);
 }
 
-SpcBackward call_conv_backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+ConvBackward call_conv_backward(
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     const c10::List<bool>& output_mask) {
-  static const auto op = find<SpcBackward(
+  static const auto op = find<ConvBackward(
       at::TensorList, const Tensor&, at::TensorList, at::IntArrayRef, int64_t, at::IntArrayRef,
       at::IntArrayRef, c10::List<bool>)>("epsa_fused::spc_conv_backward");
   return op.call(grad_feats, x, weights, k.groups, k.stride, k.padding, k.dilation, output_mask);
 }
 
 Tensor call_module(
-    const Tensor& x, at::TensorList weights, const SpcSettings& k, const SEWeights& se,
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed, const OptTensor& packed) {
   static const auto op = find<Tensor(
       const Tensor&, at::TensorList, at::IntArrayRef, int64_t, at::IntArrayRef, at::IntArrayRef,
@@ -64,7 +64,7 @@ Tensor call_module(
 }
 
 Forward call_save_output(
-    const Tensor& x, at::TensorList weights, const SpcSettings& k, const SEWeights& se,
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed) {
   static const auto op = find<Forward(
       const Tensor&, at::TensorList, at::IntArrayRef, int64_t, at::IntArrayRef, at::IntArrayRef,
@@ -76,7 +76,7 @@ Forward call_save_output(
 }
 
 ModuleBackward call_save_output_backward(
-    const GradArguments& grads, const Tensor& x, at::TensorList weights, const SpcSettings& k,
+    const GradArguments& grads, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     const SEWeights& se, const Tensor& out, bool reversed, const c10::List<bool>& output_mask) {
   static const auto op = find<ModuleBackward(
       const Tensor&, const Tensor&, at::TensorList, at::IntArrayRef, int64_t, at::IntArrayRef,

@@ -24,7 +24,7 @@ void check_range(const char* op, const char* name, int64_t s, int64_t given, int
       given <= kMost, op, ": ", name, "[", s, "] is ", given, ", expected at most ", kMost);
 }
 
-void check_settings(const char* op, int64_t S, const SpcSettings& settings) {
+void check_settings(const char* op, int64_t S, const ConvSettings& settings) {
   TORCH_CHECK_VALUE(
       S >= 1 && S <= kMaxBranches, op, ": weights has ", S, " branches, expected 1 to ",
       kMaxBranches);
@@ -42,18 +42,18 @@ Int out_size(
 
 // Checks x alone.
 template <class Int>
-SpcProblemOf<Int> check_x(const char* op, const at::Tensor& x) {
+ConvProblemOf<Int> check_x(const char* op, const at::Tensor& x) {
   const auto sizes = sizes_of<Int>(x);
   TORCH_CHECK_VALUE(
       x.dim() == 4, op, ": x has shape ", sizes, ", expected 4 dimensions [N, C, H, W]");
   TORCH_CHECK_TYPE(
-      is_supported(x.scalar_type()), op, ": x has dtype ", x.scalar_type(),
-      ", expected Float, Double, BFloat16 or Half");
+      is_supported(x.scalar_type()), op, ": x has dtype ", x.scalar_type(), ", expected ",
+      supported_dtypes());
   TORCH_CHECK_VALUE(
       sizes[1] >= 1 && sizes[2] >= 1 && sizes[3] >= 1, op, ": x has shape ", sizes,
       ", expected at least one channel and a spatial size of at least 1 x 1 "
       "(only the batch may be empty)");
-  SpcProblemOf<Int> p;
+  ConvProblemOf<Int> p;
   p.N = sizes[0];
   p.in_channels = sizes[1];
   p.H = sizes[2];
@@ -67,7 +67,7 @@ SpcProblemOf<Int> check_x(const char* op, const at::Tensor& x) {
 template <class Int>
 void check_weight(
     const char* op, const at::Tensor& x, at::TensorList weights, int64_t s, int64_t groups,
-    const SpcProblemOf<Int>& p) {
+    const ConvProblemOf<Int>& p) {
   const at::Tensor& w = weights[s];
   const auto sizes = sizes_of<Int>(w);
   TORCH_CHECK_VALUE(
@@ -100,8 +100,8 @@ void check_weight(
 // Checks the output of branch s; the first branch's sizes become p's.
 template <class Int>
 void check_output(
-    const char* op, const at::Tensor& weight, const SpcSettings& settings, int64_t s,
-    SpcProblemOf<Int>& p) {
+    const char* op, const at::Tensor& weight, const ConvSettings& settings, int64_t s,
+    ConvProblemOf<Int>& p) {
   const auto sizes = sizes_of<Int>(weight);
   const int64_t padding = settings.padding[s], dilation = settings.dilation[s];
   const Int h = out_size(p.H, sizes[2], settings.stride, padding, dilation);
@@ -123,11 +123,11 @@ void check_output(
 }  // namespace
 
 template <class Int>
-SpcProblemOf<Int> check_spc_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings) {
+ConvProblemOf<Int> check_conv_arguments(
+    const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings) {
   const int64_t S = static_cast<int64_t>(weights.size());
   check_settings(op, S, settings);
-  SpcProblemOf<Int> p = check_x<Int>(op, x);
+  ConvProblemOf<Int> p = check_x<Int>(op, x);
   TORCH_CHECK_VALUE(
       settings.stride >= 1, op, ": stride is ", settings.stride, ", expected at least 1");
   p.S = S;
@@ -142,8 +142,8 @@ SpcProblemOf<Int> check_spc_arguments(
 }
 
 template <class Int>
-void check_spc_backward_arguments(
-    const char* op, at::TensorList grad_feats, const at::Tensor& x, const SpcProblemOf<Int>& p,
+void check_conv_backward_arguments(
+    const char* op, at::TensorList grad_feats, const at::Tensor& x, const ConvProblemOf<Int>& p,
     const c10::List<bool>& output_mask) {
   check_count(op, "grad_feats", grad_feats.size(), p.S);
   TORCH_CHECK_VALUE(
@@ -165,11 +165,11 @@ void check_spc_backward_arguments(
   }
 }
 
-#define EPSA_INSTANTIATE(Int)                                                   \
-  template SpcProblemOf<Int> check_spc_arguments(                               \
-      const char*, const at::Tensor&, at::TensorList, const SpcSettings&);      \
-  template void check_spc_backward_arguments(                                   \
-      const char*, at::TensorList, const at::Tensor&, const SpcProblemOf<Int>&, \
+#define EPSA_INSTANTIATE(Int)                                                    \
+  template ConvProblemOf<Int> check_conv_arguments(                              \
+      const char*, const at::Tensor&, at::TensorList, const ConvSettings&);      \
+  template void check_conv_backward_arguments(                                   \
+      const char*, at::TensorList, const at::Tensor&, const ConvProblemOf<Int>&, \
       const c10::List<bool>&);
 EPSA_INSTANTIATE(int64_t)
 EPSA_INSTANTIATE(c10::SymInt)

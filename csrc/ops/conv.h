@@ -8,7 +8,7 @@
 namespace epsa {
 
 // The convolutions' parameters: one entry a branch, and one stride.
-struct SpcSettings {
+struct ConvSettings {
   at::IntArrayRef groups;
   int64_t stride;
   at::IntArrayRef padding, dilation;
@@ -16,7 +16,7 @@ struct SpcSettings {
 
 // Sizes and types of one checked call.
 template <class Int>
-struct SpcProblemOf {
+struct ConvProblemOf {
   Int N{}, in_channels{}, H{}, W{};
   int64_t S{};  // branches
   Int C{};      // output channels of each
@@ -24,28 +24,28 @@ struct SpcProblemOf {
   at::ScalarType dtype{};
   at::ScalarType acc{};  // accumulation type
 };
-using SpcProblem = SpcProblemOf<int64_t>;
+using ConvProblem = ConvProblemOf<int64_t>;
 
 // Checks one call's arguments; every error names the argument and states what
 // was expected and what was given.
 template <class Int = int64_t>
-SpcProblemOf<Int> check_spc_arguments(
+ConvProblemOf<Int> check_conv_arguments(
     const char* op,
     const at::Tensor& x,     // [N, in_channels, H, W]
     at::TensorList weights,  // S x [C, in_channels / groups, kh, kw]
-    const SpcSettings& settings);
+    const ConvSettings& settings);
 
 template <class Int>
-void check_spc_backward_arguments(
+void check_conv_backward_arguments(
     const char* op,
     at::TensorList grad_feats,  // S x [N, C, out_h, out_w]
-    const at::Tensor& x, const SpcProblemOf<Int>& p,
+    const at::Tensor& x, const ConvProblemOf<Int>& p,
     const c10::List<bool>& output_mask);  // x, then the S weights
 
 // The layout of the feature maps: x's, contiguous where x has both. Where x has
 // neither, the one that at::conv2d would choose.
 template <class Int = int64_t>
-at::MemoryFormat spc_layout(const at::Tensor& x) {
+at::MemoryFormat conv_layout(const at::Tensor& x) {
   for (const at::MemoryFormat format :
        {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
     if (is_native<Int>(x, format)) {
@@ -57,9 +57,9 @@ at::MemoryFormat spc_layout(const at::Tensor& x) {
 
 // spc_conv: (S feats [N, C, out_h, out_w], pooled [N, S, C] in the accumulation
 // type)
-using SpcForward = std::tuple<std::vector<at::Tensor>, at::Tensor>;
+using ConvForward = std::tuple<std::vector<at::Tensor>, at::Tensor>;
 // spc_conv_backward: gradients of x and of the S weights; an empty tensor [0]
 // where output_mask is false.
-using SpcBackward = std::tuple<at::Tensor, std::vector<at::Tensor>>;
+using ConvBackward = std::tuple<at::Tensor, std::vector<at::Tensor>>;
 
 }  // namespace epsa

@@ -11,14 +11,11 @@ namespace glue {
 
 inline Dtype dtype_of(at::ScalarType t) {
   switch (t) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
+#define EPSA_ENTRY(entry, type, torch_name, python_name) \
+  case at::ScalarType::torch_name:                       \
+    return Dtype::entry;
+    EPSA_DTYPES(EPSA_ENTRY)
+#undef EPSA_ENTRY
     default:
       TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t);
   }

@@ -71,12 +71,12 @@ Backward attention_backward(
 
 // ---- the convolutions ----
 
-SpcForward conv(
+ConvForward conv(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto p =
-      check_spc_arguments<SymInt>("spc_conv", x, weights, {groups, stride, padding, dilation});
-  const at::MemoryFormat format = spc_layout<SymInt>(x);
+      check_conv_arguments<SymInt>("spc_conv", x, weights, {groups, stride, padding, dilation});
+  const at::MemoryFormat format = conv_layout<SymInt>(x);
   std::vector<Tensor> feats;
   for (int64_t s = 0; s < p.S; ++s) {
     feats.push_back(empty({p.N, p.C, p.out_h, p.out_w}, x, p.dtype, format));
@@ -84,7 +84,7 @@ SpcForward conv(
   return {std::move(feats), branch_vector(p, x)};
 }
 
-SpcBackward conv_grads(
+ConvBackward conv_grads(
     const Tensor& x, at::TensorList weights, const c10::List<bool>& output_mask) {
   std::vector<Tensor> grad_weights;
   for (size_t s = 0; s < weights.size(); ++s) {
@@ -92,16 +92,16 @@ SpcBackward conv_grads(
         output_mask.get(s + 1) ? at::empty_like(weights[s])
                                : grad_of(weights[s], false, at::MemoryFormat::Contiguous));
   }
-  return {grad_of(x, output_mask.get(0), spc_layout<SymInt>(x)), std::move(grad_weights)};
+  return {grad_of(x, output_mask.get(0), conv_layout<SymInt>(x)), std::move(grad_weights)};
 }
 
-SpcBackward conv_backward(
+ConvBackward conv_backward(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
     int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     c10::List<bool> output_mask) {
   const char* op = "spc_conv_backward";
-  const auto p = check_spc_arguments<SymInt>(op, x, weights, {groups, stride, padding, dilation});
-  check_spc_backward_arguments(op, grad_feats, x, p, output_mask);
+  const auto p = check_conv_arguments<SymInt>(op, x, weights, {groups, stride, padding, dilation});
+  check_conv_backward_arguments(op, grad_feats, x, p, output_mask);
   return conv_grads(x, weights, output_mask);
 }
 
@@ -109,7 +109,7 @@ SpcBackward conv_backward(
 
 template <class Problem>
 Tensor module_output(const Problem& p, const Tensor& x) {
-  return empty({p.N, p.C * p.S, p.out_h, p.out_w}, x, p.dtype, spc_layout<SymInt>(x));
+  return empty({p.N, p.C * p.S, p.out_h, p.out_w}, x, p.dtype, conv_layout<SymInt>(x));
 }
 
 Tensor module_forward(

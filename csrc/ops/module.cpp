@@ -7,10 +7,10 @@ namespace epsa {
 
 template <class Int>
 ModuleProblemOf<Int> check_module_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se) {
   ModuleProblemOf<Int> p;
-  p.conv = check_spc_arguments<Int>(op, x, weights, settings);
+  p.conv = check_conv_arguments<Int>(op, x, weights, settings);
   check_branches(op, "weights", p.conv.S);
   p.attention.N = p.conv.N;
   p.attention.S = p.conv.S;
@@ -25,7 +25,7 @@ ModuleProblemOf<Int> check_module_arguments(
 
 template <class Int>
 ModuleProblemOf<Int> check_module_backward_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se, const GradArguments& grads, const at::Tensor& out,
     const c10::List<bool>& output_mask) {
   const auto p = check_module_arguments<Int>(op, x, weights, settings, se);
@@ -47,11 +47,11 @@ ModuleProblemOf<Int> check_module_backward_arguments(
   return p;
 }
 
-#define EPSA_INSTANTIATE(Int)                                                                \
-  template ModuleProblemOf<Int> check_module_arguments(                                      \
-      const char*, const at::Tensor&, at::TensorList, const SpcSettings&, const SEWeights&); \
-  template ModuleProblemOf<Int> check_module_backward_arguments(                             \
-      const char*, const at::Tensor&, at::TensorList, const SpcSettings&, const SEWeights&,  \
+#define EPSA_INSTANTIATE(Int)                                                                 \
+  template ModuleProblemOf<Int> check_module_arguments(                                       \
+      const char*, const at::Tensor&, at::TensorList, const ConvSettings&, const SEWeights&); \
+  template ModuleProblemOf<Int> check_module_backward_arguments(                              \
+      const char*, const at::Tensor&, at::TensorList, const ConvSettings&, const SEWeights&,  \
       const GradArguments&, const at::Tensor&, const c10::List<bool>&);
 EPSA_INSTANTIATE(int64_t)
 EPSA_INSTANTIATE(c10::SymInt)

@@ -9,7 +9,7 @@ namespace epsa {
 // step on their maps.
 template <class Int>
 struct ModuleProblemOf {
-  SpcProblemOf<Int> conv;
+  ConvProblemOf<Int> conv;
   ProblemOf<Int> attention;
 };
 using ModuleProblem = ModuleProblemOf<int64_t>;
@@ -17,13 +17,13 @@ using ModuleProblem = ModuleProblemOf<int64_t>;
 // Checks the arguments of psa_forward and psa_save_output.
 template <class Int = int64_t>
 ModuleProblemOf<Int> check_module_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se);
 
 // Checks the arguments of psa_save_output_backward.
 template <class Int = int64_t>
 ModuleProblemOf<Int> check_module_backward_arguments(
-    const char* op, const at::Tensor& x, at::TensorList weights, const SpcSettings& settings,
+    const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se, const GradArguments& grads,
     const at::Tensor& out,                // [N, S*C, out_h, out_w]
     const c10::List<bool>& output_mask);  // x, the S weights, the SE's four
