@@ -40,7 +40,7 @@ constexpr Dtype accumulation_type(Dtype dtype) {
 }
 
 // Bytes of one element.
-inline int64_t element_size(Dtype dtype) {
+constexpr int64_t element_size(Dtype dtype) {
   switch (dtype) {
 #define EPSA_ENTRY(entry, type, torch_name, python_name) \
   case Dtype::entry:                                     \

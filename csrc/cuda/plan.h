@@ -25,16 +25,7 @@ std::string kernel_name(Pass pass, Variant variant);  // such as forward_residen
 // Elements of one access of 16 bytes. double, which serves gradient checks, is
 // never packed.
 constexpr int full_vector(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f64:
-      return 1;
-    case Dtype::f32:
-      return 4;
-    case Dtype::bf16:
-    case Dtype::f16:
-      return 8;
-  }
-  throw std::invalid_argument("unknown dtype");
+  return dtype == Dtype::f64 ? 1 : static_cast<int>(16 / element_size(dtype));
 }
 
 // The kernels' launch bounds: the most threads of a block, and the threads of a
