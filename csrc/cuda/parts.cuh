@@ -127,12 +127,12 @@ EPSA_DEVICE Pixels<T, int> pixels_of(T* piece, const Columns<V>& deal, int pixel
 // ---- the first pass ----
 
 // Sums a thread's turns down one column: x, or x * y.
-template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
+template <bool kDot, Held held, class T, int V, class XStep, class YStep>
 EPSA_DEVICE void sum_column(
     Pixels<const T, XStep> x, Pixels<const T, YStep> y, int turns, Acc<T> (&sum)[V]) {
   // Batches as in sum_turns would spill here. So the last turns, fewer than a
   // batch, wait for each other.
-#pragma unroll(kSumTurns<V, kDot, kHeld>)
+#pragma unroll(kSumTurns<V, kDot, held>)
   for (int turn = 0; turn < turns; ++turn) {
     const Pack<T, V> pack_x = load<V>(x.at);
     x.at += x.step;
@@ -148,7 +148,7 @@ EPSA_DEVICE void sum_column(
 
 // Sums `pixels` pixels of each branch's channels: sums[s * C + c]. `meet` holds V
 // values for each thread.
-template <bool kDot, bool kHeld, class T, int V, class XStep, class YStep>
+template <bool kDot, Held held, class T, int V, class XStep, class YStep>
 EPSA_DEVICE void sum_pixels(
     const Params& p, const Columns<V>& deal, Pixels<const T, XStep> x, Pixels<const T, YStep> y,
     int pixels, Acc<T>* sums, Acc<T>* meet) {
@@ -158,7 +158,7 @@ EPSA_DEVICE void sum_pixels(
   for (int first = 0; first < deal.vectors; first += deal.columns) {
     A sum[V] = {};
     if (first + deal.column < deal.vectors) {
-      sum_column<kDot, kHeld>(x, y, turns, sum);
+      sum_column<kDot, held>(x, y, turns, sum);
       x.at += width;
       y.at += width;
     }
@@ -183,21 +183,21 @@ EPSA_DEVICE void sum_pixels(
 }
 
 // Sums x, or x * y, over the rows of a segment.
-template <class T, int V, bool kDot, bool kHeld>
+template <class T, int V, bool kDot, Held held>
 EPSA_DEVICE void sum_segment(
     const Params& p, const T* x, const T* y, const Segment& g, Acc<T>* sums, Acc<T>* meet) {
   // Planes of 49 or 196 pixels do not all begin at a multiple of V.
   if (p.pixels % V == 0) {
-    sum_rows<T, V, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+    sum_rows<T, V, kDot, held>(x, y, g.rows, g.pixels, sums, meet);
     return;
   }
   if constexpr (V == 8) {
     if (p.pixels % 4 == 0) {
-      sum_rows<T, 4, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+      sum_rows<T, 4, kDot, held>(x, y, g.rows, g.pixels, sums, meet);
       return;
     }
   }
-  sum_rows<T, 1, kDot, kHeld>(x, y, g.rows, g.pixels, sums, meet);
+  sum_rows<T, 1, kDot, held>(x, y, g.rows, g.pixels, sums, meet);
 }
 
 // ---- the second pass: out = F * a, dF = G * a + dp / M ----

@@ -289,6 +289,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   const int64_t hidden = int64_t{p.samples} * p.branches * p.hidden * acc;
   const int64_t weight_elements =
       p.weight_sets() * (int64_t{2} * p.hidden * p.channels + p.hidden + p.channels);
+  const int64_t weight_row = round_up(weight_elements * acc, 16);  // read by 16 bytes
 
   w.ticket = take(streaming, 8);
   w.arrived = take(streaming, int64_t{p.samples} * 4);
@@ -301,7 +302,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   w.grad_v = take(backward && (streaming || weights), vectors);
   w.grad_u = take(backward && (streaming || weights), hidden);
   w.grad_pooled = take(backward && streaming, vectors);
-  w.group_sums = take(weights && groups > 1, groups * weight_elements * acc);
+  w.group_sums = take(weights && groups > 1, groups * weight_row);
   w.bytes = next;
   return w;
 }

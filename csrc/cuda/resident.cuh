@@ -78,20 +78,21 @@ template <class T, int V, bool kLast, bool kDot, bool kBoth>
 EPSA_DEVICE void sum_piece(
     const Params& p, int n, int part, const T* piece, const T* y, const Maps& from, Acc<T>* sums,
     Acc<T>* meet) {
+  constexpr Held held = kDot && !kBoth ? Held::x : Held::all;
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
     const auto x = pixels_of<const T>(piece, deal, pixels, p.channels);
     if constexpr (kBoth) {
-      sum_pixels<kDot, true>(
+      sum_pixels<kDot, held>(
           p, deal, x, pixels_of<const T>(y, deal, pixels, p.channels), pixels, sums, meet);
     } else {
-      sum_pixels<kDot, true>(
+      sum_pixels<kDot, held>(
           p, deal, x, pixels_of<const T>(from, deal, n, first), pixels, sums, meet);
     }
   } else {
     for_segments<false>(p, part, [&](const Segment& g) {
-      sum_segment<T, V, kDot, true>(
+      sum_segment<T, V, kDot, held>(
           p, piece,
           kBoth      ? y
               : kDot ? segment_of<const T>(p, from, n, g)

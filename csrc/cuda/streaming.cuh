@@ -20,14 +20,14 @@ EPSA_DEVICE void sum_part(
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
-    sum_pixels<kDot, false>(
+    sum_pixels<kDot, Held::none>(
         p, deal, pixels_of<const T>(x, deal, n, first), pixels_of<const T>(y, deal, n, first),
         pixels, sums, meet);
   } else {
     for_segments<true>(p, part, [&](const Segment& g) {
       const int row = (g.s * p.channels + g.c) * p.split.chunks +
           (p.split.chunks > 1 ? g.m / p.split.chunk : 0);
-      sum_segment<T, V, kDot, false>(
+      sum_segment<T, V, kDot, Held::none>(
           p, segment_of<const T>(p, x, n, g), kDot ? segment_of<const T>(p, y, n, g) : nullptr, g,
           sums + row, meet);
     });

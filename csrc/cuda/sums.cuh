@@ -5,12 +5,14 @@
 
 namespace epsa::cuda {
 
+// Which factors of the terms lie in shared memory; the others come from device memory.
+enum class Held { none, x, all };
+
 // The turns of a batch, whose loads are under way together. A multiprocessor needs
-// them to keep its share of the memory busy; 64 registers hold no more. With kHeld,
-// x comes from shared memory.
-template <int V, bool kDot, bool kHeld>
-constexpr int kSumTurns = kDot ? (kHeld && V < 8 ? 3 : 2)
-    : kHeld                    ? 2
+// them to keep its share of the memory busy; 64 registers hold no more.
+template <int V, bool kDot, Held held>
+constexpr int kSumTurns = kDot ? (held != Held::none && V < 8 ? 3 : 2)
+    : held != Held::none       ? 2
     : V == 8                   ? 3
                                : 4;
 
@@ -90,10 +92,9 @@ EPSA_DEVICE void add_terms(const Pack<T, V>& x, const Pack<T, V>& y, Acc<T> (&su
 }
 
 // Sums a thread's turns over one row: x, or x * y, every `step` elements.
-template <class T, int V, bool kDot, bool kHeld>
+template <class T, int V, bool kDot, int kTurns>
 EPSA_DEVICE Acc<T> sum_turns(const T* x, const T* y, int turns, int step) {
   using A = Acc<T>;
-  constexpr int kTurns = kSumTurns<V, kDot, kHeld>;
   A sum[V] = {};
 #pragma unroll 1
   for (int turn = 0; turn < turns; turn += kTurns) {
@@ -117,13 +118,48 @@ EPSA_DEVICE Acc<T> sum_turns(const T* x, const T* y, int turns, int step) {
   return total;
 }
 
+// Sums dense rows in shared memory, of which there are more than warps: neighbouring
+// lanes share a row. A warp that takes a row alone waits longer for its shuffles than
+// for a short row's elements.
+template <class T, int V, bool kDot>
+EPSA_DEVICE void sum_short_rows(const T* x, const T* y, int rows, int pixels, Acc<T>* sums) {
+  // Packs of 128 bytes together meet no bank twice. A row of single elements has one lane.
+  constexpr int kFewest = V == 1 ? 1 : 128 / static_cast<int>(sizeof(T) * V);
+  constexpr int kTurns = V == 1 ? (kDot ? 4 : 8) : kSumTurns<V, kDot, Held::all>;
+  int lanes = kWarp;
+  while (lanes > kFewest && rows > block_threads() / lanes) {
+    lanes /= 2;
+  }
+  const int lane = thread_id() % lanes;
+  const int step = lanes * V;
+  const int turns = turns_of(lane * V, pixels, step);
+  // The shuffles need all lanes of a warp to take the same turns.
+  for (int first = 0; first < rows; first += block_threads() / lanes) {
+    const int row = first + thread_id() / lanes;
+    const int at = row * pixels + lane * V;
+    const Acc<T> total = sum_lanes(
+        sum_turns<T, V, kDot, kTurns>(
+            x + at, kDot ? y + at : nullptr, row < rows ? turns : 0, step),
+        lanes);
+    if (row < rows && lane == 0) {
+      sums[row] = total;
+    }
+  }
+}
+
 // All threads sum dense rows of `pixels` elements each: sums[row]. With fewer rows
 // than warps, several warps share a row and add up their sums in `meet`.
-template <class T, int V, bool kDot, bool kHeld>
+template <class T, int V, bool kDot, Held held>
 EPSA_DEVICE void sum_rows(
     const T* x, const T* y, int rows, int pixels, Acc<T>* sums, Acc<T>* meet) {
   using A = Acc<T>;
   const int warps = block_threads() / kWarp;
+  if constexpr (held == Held::all) {
+    if (rows > warps) {
+      sum_short_rows<T, V, kDot>(x, y, rows, pixels, sums);
+      return;
+    }
+  }
   const int warp = thread_id() / kWarp, lane = thread_id() % kWarp;
   const int sharing = rows < warps ? warps / rows : 1;
   const int first = (warp % sharing * kWarp + lane) * V;
@@ -132,7 +168,7 @@ EPSA_DEVICE void sum_rows(
   for (int row = warp / sharing; row < rows; row += warps / sharing) {
     const T* px = x + row * pixels + first;
     const T* py = kDot ? y + row * pixels + first : nullptr;
-    const A total = warp_sum(sum_turns<T, V, kDot, kHeld>(px, py, turns, step));
+    const A total = warp_sum(sum_turns<T, V, kDot, kSumTurns<V, kDot, held>>(px, py, turns, step));
     if (lane == 0) {
       (sharing == 1 ? sums[row] : meet[warp]) = total;
     }

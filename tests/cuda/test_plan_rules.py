@@ -147,7 +147,7 @@ def check_workspace(problem: Problem, plan: dict) -> None:
         "grad_v": vectors * (backward and (streaming or weights)),
         "grad_u": hidden * (backward and (streaming or weights)),
         "grad_pooled": vectors * (backward and streaming),
-        "group_sums": groups * elements * acc * (weights and groups > 1),
+        "group_sums": groups * ceil(elements * acc / 16) * 16 * (weights and groups > 1),
     }
     end = 0
     for name, size in pieces.items():

@@ -52,7 +52,7 @@ BUGS = [
         RESIDENT,
         "  simt::copy_async_wait();\n  barrier();\n",
         "  simt::copy_async_wait();\n",
-        "--mode resident vectors/",
+        "--mode resident chunks/",
         {"native": WRONG, "tsan": RACE},
     ),
     Bug(
@@ -69,7 +69,7 @@ BUGS = [
         ELEMENTS,
         "  barrier();\n  if (thread_id() == 0) {\n    message->last",
         "  if (thread_id() == 0) {\n    message->last",
-        "--mode streaming odd/",
+        "--mode streaming per_branch/",
         {"native": APART, "tsan": RACE},
     ),
     Bug(
@@ -100,18 +100,19 @@ BUGS = [
     Bug(
         "groups_arrive_without_release",
         WEIGHT_GRADS,
-        "  if (groups == 1 || !last_to_arrive(&p.groups_arrived[0], groups, message)) {\n",
+        "  if (groups > 1 && last_to_arrive(&p.groups_arrived[0], groups, message)) {\n",
         """\
-  if (groups == 1) {
-    return;
+  bool last = false;
+  if (groups > 1) {
+    barrier();
+    if (thread_id() == 0) {
+      message->last = __atomic_fetch_add(&p.groups_arrived[0], 1u, __ATOMIC_RELAXED) + 1u ==
+          static_cast<unsigned>(groups);
+    }
+    barrier();
+    last = message->last;
   }
-  barrier();
-  if (thread_id() == 0) {
-    message->last = __atomic_fetch_add(&p.groups_arrived[0], 1u, __ATOMIC_RELAXED) + 1u ==
-        static_cast<unsigned>(groups);
-  }
-  barrier();
-  if (!message->last) {
+  if (last) {
 """,
         "--mode cluster2 odd/f32/contiguous/backward",
         {"tsan": RACE},
@@ -212,9 +213,33 @@ BUGS = [
     Bug(
         "last_row_of_weight_sums_left_out",
         WEIGHT_GRADS,
-        "      first, last, [&](int row) { return in_units[",
-        "      first, last - 1, [&](int row) { return in_units[",
+        "const int last_row = first_row + run < rows ? first_row + run : rows;",
+        "const int last_row = first_row + run < rows ? first_row + run : rows - 1;",
         "--mode streaming odd/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "last_row_of_bias_sums_left_out",
+        WEIGHT_GRADS,
+        "sum_terms<A, 8>(first, last, [&]",
+        "sum_terms<A, 8>(first, last - 1, [&]",
+        "--mode streaming batch_of_17/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "hidden_units_beyond_whole_chunks_left_out",
+        WEIGHT_GRADS,
+        "const int chunks = (r + kUnits - 1) / kUnits;",
+        "const int chunks = r / kUnits;",
+        "--mode resident vectors/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "lanes_that_share_a_short_row_not_added_up",
+        SUMS,
+        "        lanes);\n    if (row < rows && lane == 0) {",
+        "        1);\n    if (row < rows && lane == 0) {",
+        "--mode resident vectors/",
         {"native": WRONG},
     ),
     Bug(
@@ -316,8 +341,8 @@ BUGS = [
     Bug(
         "sums_of_the_last_group_left_out",
         WEIGHT_GRADS,
-        "return sum_terms<A, 8>(first, last, [&](int k)",
-        "return sum_terms<A, 8>(first, last - 1, [&](int k)",
+        "        if (first + k < groups) {",
+        "        if (first + k < groups - 1) {",
         "--mode resident odd/",
         {"native": WRONG},
     ),
