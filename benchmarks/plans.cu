@@ -176,10 +176,10 @@ void time_plans(
     std::FILE* csv) {
   const int64_t map_bytes = int64_t{p.samples} * p.vector() * p.pixels * element_size(p.dtype);
   const int sets = static_cast<int>(std::clamp<int64_t>(4 * device.l2 / map_bytes + 1, 2, 64));
-  const std::vector<Plan> candidates = plans(p, device);
+  const std::vector<Candidate> candidates = admitted_plans(p, device);
   int64_t workspace_bytes = 0;
-  for (const Plan& plan : candidates) {
-    workspace_bytes = std::max(workspace_bytes, workspace(p, plan).bytes);
+  for (const Candidate& candidate : candidates) {
+    workspace_bytes = std::max(workspace_bytes, workspace(p, candidate.plan).bytes);
   }
   std::vector<Set> memory;
   for (int i = 0; i < sets; ++i) {
@@ -197,12 +197,8 @@ void time_plans(
       std::to_string(stage.planes) + "," + std::to_string(stage.size);
   std::printf("%s: copy %.2f us\n", name.c_str(), copy.median);
   for (size_t rank = 0; rank < candidates.size(); ++rank) {
-    Plan plan = candidates[rank];
-    const int resident = admit(p, plan, device);
-    if (resident == 0) {
-      std::printf("  %zu %s: no room\n", rank, describe(plan).c_str());
-      continue;
-    }
+    const Plan& plan = candidates[rank].plan;
+    const int resident = static_cast<int>(candidates[rank].resident);
     const Times t = time_calls(sets, stream, [&](int i) {
       Params params = memory[i].params(p);
       launch(p, plan, params, memory[i].workspace.data(), stream);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -78,7 +79,8 @@ Device make_device(
   return d;
 }
 
-py::dict to_dict(const Problem& problem, const Plan& plan) {
+py::dict to_dict(const Problem& problem, const Candidate& candidate) {
+  const Plan& plan = candidate.plan;
   const Workspace w = workspace(problem, plan);
   py::dict split, space, result;
   split["parts"] = plan.split.parts;
@@ -105,6 +107,7 @@ py::dict to_dict(const Problem& problem, const Plan& plan) {
   result["pieces"] = plan.pieces;
   result["threads"] = plan.threads;
   result["blocks"] = plan.blocks;
+  result["resident"] = candidate.resident;
   result["shared_bytes"] = plan.shared_bytes;
   result["vector"] = plan.vector;
   result["split"] = split;
@@ -118,7 +121,8 @@ std::vector<py::dict> cuda_plans(
     const Device& device, const std::string& pass, int64_t samples, int64_t branches,
     int64_t channels, int64_t pixels, int64_t hidden, bool shared, const std::string& dtype,
     const std::string& layout, std::optional<bool> aligned, bool pooled_given, bool grad_out_given,
-    bool feats_wanted, bool weights_wanted) {
+    bool feats_wanted, bool weights_wanted,
+    const std::map<std::pair<int, int>, int64_t>& resident) {
   at_least(1, "samples", samples);
   if (branches < kMinBranches || branches > kMaxBranches) {
     throw py::value_error(
@@ -155,8 +159,14 @@ std::vector<py::dict> cuda_plans(
   p.feats_wanted = feats_wanted;
   p.weights_wanted = weights_wanted;
   std::vector<py::dict> result;
-  for (const Plan& plan : plans(p, device)) {
-    result.push_back(to_dict(p, plan));
+  std::vector<Candidate> candidates = plans(p, device);
+  for (Candidate& c : candidates) {
+    const auto known = resident.find({c.plan.cluster, c.plan.pieces});
+    c.resident = known == resident.end() ? c.resident : at_least(1, "resident", known->second);
+  }
+  rank(p, device, candidates);
+  for (const Candidate& c : candidates) {
+    result.push_back(to_dict(p, c));
   }
   return result;
 }
@@ -300,7 +310,9 @@ void define_cuda_plans(py::module_& m) {
       "How the attention step of these sizes is laid out on a GPU: the "
       "candidates, best first, of which a launch takes the first that the "
       "device has room for. A pure function: no GPU is asked. `aligned`: may "
-      "all maps be accessed by 16 bytes? None: as far as their sizes say. The "
+      "all maps be accessed by 16 bytes? None: as far as their sizes say. "
+      "`resident`: the blocks that the device holds at once, by (cluster, pieces); "
+      "an estimate stands for those that it does not name. The "
       "offsets in `workspace` are bytes, and its first `cleared` bytes are set "
       "to zero before the kernel.",
       py::arg("device"), py::kw_only(), py::arg("pass_"), py::arg("samples"), py::arg("branches"),
@@ -308,7 +320,8 @@ void define_cuda_plans(py::module_& m) {
       py::arg("dtype") = "float32", py::arg("layout") = "contiguous",
       py::arg("aligned") = py::none(), py::arg("pooled_given") = false,
       py::arg("grad_out_given") = true, py::arg("feats_wanted") = true,
-      py::arg("weights_wanted") = true);
+      py::arg("weights_wanted") = true,
+      py::arg("resident") = std::map<std::pair<int, int>, int64_t>());
 }
 
 }  // namespace

@@ -53,4 +53,5 @@ def cuda_plans(
     grad_out_given: bool = ...,
     feats_wanted: bool = ...,
     weights_wanted: bool = ...,
+    resident: dict[tuple[int, int], int] = ...,
 ) -> list[dict[str, Any]]: ...

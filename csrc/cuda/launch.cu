@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cuda/kernels.cuh"
 
@@ -93,19 +94,18 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
   return blocks;
 }
 
-namespace {
-
-Plan first_admitted(const Problem& problem, int number, const Device& device) {
-  const std::string what = "device " + std::to_string(number) + " (" + device.name + ", sm_" +
-      std::to_string(device.compute_capability) + ")";
+std::vector<Candidate> admitted_plans(const Problem& problem, const Device& device) {
+  const std::string what =
+      "device " + device.name + " (sm_" + std::to_string(device.compute_capability) + ")";
   if (device.compute_capability < 80) {
     throw std::runtime_error(
         "epsa_fused: " + what + " is too old, expected compute capability 8.0 or more");
   }
   cudaFuncAttributes attributes;
-  for (Plan plan : plans(problem, device)) {
-    const cudaError_t found =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel_of(problem, plan)));
+  std::vector<Candidate> admitted;
+  for (Candidate candidate : plans(problem, device)) {
+    const cudaError_t found = cudaFuncGetAttributes(
+        &attributes, reinterpret_cast<const void*>(kernel_of(problem, candidate.plan)));
     if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
       cudaGetLastError();
       throw std::runtime_error(
@@ -113,14 +113,17 @@ Plan first_admitted(const Problem& problem, int number, const Device& device) {
           "; build it with TORCH_CUDA_ARCH_LIST naming that architecture");
     }
     check(found, "reading the kernels for " + what);
-    if (admit(problem, plan, device) > 0) {
-      return plan;
+    candidate.resident = admit(problem, candidate.plan, device);
+    if (candidate.resident > 0) {
+      admitted.push_back(candidate);
     }
   }
-  throw std::runtime_error("epsa_fused: no kernel fits " + what);
+  if (admitted.empty()) {
+    throw std::runtime_error("epsa_fused: no kernel fits " + what);
+  }
+  rank(problem, device, admitted);
+  return admitted;
 }
-
-}  // namespace
 
 Device device_properties(int device) {
   Device d;
@@ -155,7 +158,7 @@ Plan choose_plan(const Problem& p, int device) {
   const Device& properties = known != devices.end()
       ? known->second
       : devices.emplace(device, device_properties(device)).first->second;
-  const Plan plan = first_admitted(p, device, properties);
+  const Plan plan = admitted_plans(p, properties).front().plan;
   constexpr size_t kMost = 4096;  // bounds the memory of a program with ever new shapes
   if (chosen.size() >= kMost) {
     chosen.clear();

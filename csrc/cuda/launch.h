@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "cuda/params.h"
 #include "cuda/plan.h"
@@ -12,11 +13,14 @@ namespace epsa::cuda {
 // Throws std::runtime_error where CUDA does.
 Device device_properties(int device);
 
-// The first of plans() that fits on the current device, whose number is `device`.
-// Its occupancy decides: partitioned and shared devices have less room. The choice
-// is remembered. Throws std::runtime_error for a device older than sm_80, or one
-// that this library has no kernels for.
+// The first of admitted_plans() on the current device, whose number is `device`. The choice is
+// remembered.
 Plan choose_plan(const Problem& problem, int device);
+
+// Prepares the kernels of plans() and ranks those that fit on the current device by the blocks
+// that it holds: partitioned and shared devices have less room. Throws std::runtime_error for a
+// device older than sm_80, or one that this library has no kernels for.
+std::vector<Candidate> admitted_plans(const Problem& problem, const Device& device);
 
 // Prepares the kernel for the plan. Returns how many blocks the current device
 // holds at once; 0: the plan does not fit. A streaming plan is cut down to that

@@ -6,7 +6,6 @@
 #include <initializer_list>
 #include <limits>
 #include <numeric>
-#include <tuple>
 
 #include "cuda/params.h"
 
@@ -21,9 +20,6 @@ constexpr int64_t kLargePiece = 56 * 1024;
 constexpr int64_t kPartBytes = 32 * 1024;
 // The shared memory that the system takes from each block.
 constexpr int64_t kSystemShared = 1024;
-// The blocks that keep a multiprocessor's share of the memory busy: some read while
-// others write or wait for their cluster.
-constexpr int kOverlap = 3;
 // The maximum of CUDA's grids.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
@@ -154,6 +150,24 @@ Plan resident_plan(const Problem& p, int cluster, int pieces) {
   return plan;
 }
 
+// Does a resident plan read single elements from device memory? Maps that are not held are summed
+// as they come, and their rows may begin between vectors.
+bool has_short_loads(const Problem& p, const Plan& plan) {
+  return p.pass == Pass::backward && plan.pieces == 1 && p.layout == Layout::contiguous &&
+      p.pixels % plan.vector != 0;
+}
+
+// Do a resident plan's blocks keep the memory busy? Else streaming is faster.
+bool is_busy(const Problem& p, const Plan& plan, const Device& device) {
+  const int blocks = blocks_on_multiprocessor(p, plan, device);
+  // Short loads need all threads that a multiprocessor can have.
+  if (has_short_loads(p, plan) && blocks * plan.threads < threads_by_registers(p.dtype)) {
+    return false;
+  }
+  // A block alone on its multiprocessor leaves the memory idle while it waits for its cluster.
+  return blocks > 1 || (blocks == 1 && plan.blocks <= device.multiprocessors);
+}
+
 }  // namespace
 
 const char* name_of(Variant variant) {
@@ -202,14 +216,36 @@ bool may_align(Dtype dtype, Layout layout, int channels, int pixels) {
   return dtype != Dtype::f64 && run * element_size(dtype) % 16 == 0;
 }
 
-std::vector<Plan> plans(const Problem& p, const Device& device) {
-  struct Candidate {
-    Plan plan;
-    int busy;     // multiprocessors with work
-    int overlap;  // blocks on one multiprocessor; more than kOverlap count as that
-    bool short_loads;
+void rank(const Problem& p, const Device& device, std::vector<Candidate>& candidates) {
+  // Microseconds, as measured on an H200 for EPSANet's stages (docs/cuda.md). A multiprocessor's
+  // blocks come in rounds. A round waits for its first loads and barriers; then no other block
+  // hides the time in which a block moves its own maps; and each block computes the whole gate.
+  constexpr double kRound = 3, kPerByte = 2e-5, kPerChannel = 3.0 / 256, kShortLoads = 1.3;
+  const int maps = p.pass == Pass::forward ? 1 : 2;
+  const auto cost = [&](const Candidate& c) {
+    if (c.plan.variant == Variant::streaming) {
+      return std::numeric_limits<double>::infinity();
+    }
+    const auto rounds = static_cast<double>(ceil_div(c.plan.blocks, c.resident));
+    const double bytes = static_cast<double>(sample_elements(p)) * element_size(p.dtype) * maps;
+    const auto gates = static_cast<double>(ceil_div(c.plan.blocks, device.multiprocessors));
+    return (has_short_loads(p, c.plan) ? kShortLoads : 1) *
+        (rounds * (kRound + kPerByte * bytes / c.plan.cluster) + gates * kPerChannel * p.vector());
   };
-  std::vector<Candidate> resident;
+  // Among equals the first holds more maps and has more loads under way.
+  std::stable_sort(candidates.begin(), candidates.end(), [&](const auto& a, const auto& b) {
+    return cost(a) < cost(b);
+  });
+}
+
+std::vector<Candidate> plans(const Problem& p, const Device& device) {
+  std::vector<Candidate> result;
+  const auto add = [&](const Plan& plan) {
+    const int64_t blocks = blocks_on_multiprocessor(p, plan, device);
+    // Clusters fill a device up to less than one cluster, or more where parts of it are odd.
+    const int64_t resident = blocks * device.multiprocessors / plan.cluster * plan.cluster;
+    result.push_back({plan, std::max<int64_t>(resident, 1)});
+  };
   const bool possible = p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given;
   const int most_pieces = p.pass == Pass::forward ? 1 : 2;
   for (int k = 1; possible && k <= largest_cluster(device); k *= 2) {
@@ -218,40 +254,14 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     }
     for (int pieces = most_pieces; pieces >= 1; --pieces) {
       const Plan plan = resident_plan(p, k, pieces);
-      if (k > plan.split.units || plan.shared_bytes > device.shared_per_block) {
-        continue;
-      }
-      const int blocks = blocks_on_multiprocessor(p, plan, device);
-      if (blocks >= 1) {
-        // Maps that are not held are summed as they come from device memory. Rows
-        // that begin between vectors need short loads there.
-        const bool whole = p.layout == Layout::channels_last || p.pixels % plan.vector == 0;
-        // If all blocks fit at once, smaller blocks would not overlap more.
-        const bool one_wave = plan.blocks <= int64_t{blocks} * device.multiprocessors;
-        resident.push_back(
-            {plan, std::min(plan.blocks, device.multiprocessors),
-             one_wave ? kOverlap : std::min(blocks, kOverlap), pieces < most_pieces && !whole});
+      if (k <= plan.split.units && plan.shared_bytes <= device.shared_per_block &&
+          is_busy(p, plan, device)) {
+        add(plan);
       }
     }
   }
-  // Among equals the first holds more maps and has more loads under way.
-  std::stable_sort(resident.begin(), resident.end(), [](const Candidate& a, const Candidate& b) {
-    return std::tuple(-a.busy, a.short_loads, -a.overlap, a.plan.cluster) <
-        std::tuple(-b.busy, b.short_loads, -b.overlap, b.plan.cluster);
-  });
-  // A block alone on its multiprocessor leaves the memory idle while it waits for
-  // its cluster. Several waves of such blocks are slower than streaming.
-  std::vector<Plan> result;
-  for (const Candidate& c : resident) {
-    // Short loads need all threads that a multiprocessor can have.
-    const bool enough = !c.short_loads ||
-        blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads >=
-            threads_by_registers(p.dtype);
-    if (enough && (c.overlap > 1 || c.plan.blocks <= device.multiprocessors)) {
-      result.push_back(c.plan);
-    }
-  }
-  result.push_back(streaming_plan(p, device));
+  add(streaming_plan(p, device));
+  rank(p, device, result);
   return result;
 }
 

@@ -106,9 +106,17 @@ struct Plan {
   int group;  // backward: samples whose weight gradients one block sums
 };
 
-// The candidates, best first. The last is a streaming plan, which any device of
-// compute capability 8.0 or more can run.
-std::vector<Plan> plans(const Problem& problem, const Device& device);
+struct Candidate {
+  Plan plan;
+  int64_t resident;  // the blocks that the device holds at once
+};
+
+// Sorts candidates, best first; a streaming plan comes last.
+void rank(const Problem& problem, const Device& device, std::vector<Candidate>& candidates);
+
+// The candidates in that order. How many blocks are resident is an estimate: only the driver knows
+// where clusters have room. Any device of compute capability 8.0 or more can run the last one.
+std::vector<Candidate> plans(const Problem& problem, const Device& device);
 
 // ---- shared memory and workspace of a plan, in bytes ----
 

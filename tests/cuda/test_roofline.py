@@ -52,14 +52,14 @@ def test_streaming_reads_the_features_again():
 
 
 def test_large_blocks_are_few_on_a_multiprocessor():
-    """A sample has 802 816 bytes. Each of 16 blocks in a cluster holds 50 176, and 2064 bytes of
+    """A sample has 802 816 bytes. Each of 8 blocks in a cluster holds 100 352, and 3088 bytes of
     sums and small vectors. A multiprocessor has 233 472 bytes; the system takes 1024 a block."""
     row = roofline.row(
         roofline.DEVICES["h100"], 3350, "forward", "contiguous", "float32", 64, 64, 56
     )
-    assert (row["cluster"], row["shared_bytes"], row["blocks"]) == (16, 52240, 1024)
-    assert row["blocks_per_sm"] == 233472 // (52240 + 1024) == 4
-    assert row["waves"] == 2  # 1024 blocks, 528 at once
+    assert (row["cluster"], row["shared_bytes"], row["blocks"]) == (8, 103440, 512)
+    assert row["blocks_per_sm"] == 233472 // (103440 + 1024) == 2
+    assert row["waves"] == 2  # 512 blocks, 264 at once
 
 
 @pytest.mark.parametrize(

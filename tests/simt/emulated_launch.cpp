@@ -33,6 +33,10 @@ int admit(const Problem&, Plan& plan, const Device& device) {
   return plan.cluster > 1 && device.compute_capability < 90 ? 0 : plan.blocks;
 }
 
+std::vector<Candidate> admitted_plans(const Problem& problem, const Device& device) {
+  return plans(problem, device);
+}
+
 std::string describe(const Plan& plan) {
   return std::string(name_of(plan.variant)) + ", clusters of " + std::to_string(plan.cluster) +
       ", vectors of " + std::to_string(plan.vector);

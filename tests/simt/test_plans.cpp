@@ -44,13 +44,13 @@ Plan test_plan(const Problem& p, const std::string& mode) {
   if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
     throw std::runtime_error("unknown test plan " + mode);
   }
-  const std::vector<Plan> ranked = plans(p, kH100);
+  const std::vector<Candidate> ranked = plans(p, kH100);
   if (mode == "auto") {
-    return ranked.front();
+    return ranked.front().plan;
   }
   const bool resident = mode != "streaming" && mode != "chunks" &&
       (p.pass == Pass::forward ? !p.pooled_given : p.grad_out_given);
-  Plan plan = ranked.back();
+  Plan plan = ranked.back().plan;
   if (plan.split.chunks > 1) {  // start from whole planes
     Split& split = plan.split;
     split.planes = plan.vector / std::gcd(p.pixels, plan.vector);

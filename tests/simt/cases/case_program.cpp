@@ -46,11 +46,13 @@ std::vector<Schedule> schedules(const Options& options) {
 
 // The plans of a mode that the device admits. Admission also prepares a kernel: no other may start.
 std::vector<Plan> plans_of(const Problem& problem, const std::string& mode) {
-  const std::vector<Plan> all = mode == "auto" ? std::vector{choose_plan(problem, 0)}
-      : mode == "plans"                        ? plans(problem, device())
-                                               : std::vector{test_plan(problem, mode)};
   std::vector<Plan> admitted;
-  for (Plan plan : all) {
+  if (mode == "plans") {
+    for (const Candidate& candidate : admitted_plans(problem, device())) {
+      admitted.push_back(candidate.plan);
+    }
+  } else {
+    Plan plan = mode == "auto" ? choose_plan(problem, 0) : test_plan(problem, mode);
     if (admit(problem, plan, device()) > 0) {
       admitted.push_back(plan);
     }
