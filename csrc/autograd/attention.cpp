@@ -10,12 +10,11 @@ namespace epsa {
 namespace {
 #include "ops/attention_math.inc"
 
-constexpr size_t kWeights = 4;  // of the SE, in every saved list
-
 // ---- the step in differentiable ATen operators, for second derivatives ----
 
 // out [N, S*C, H, W] and attention [N, S, C]
-std::pair<Tensor, Tensor> formula(at::TensorList feats, const SEWeights& se, bool reversed) {
+std::pair<Tensor, Tensor> attention_formula(
+    at::TensorList feats, const SEWeights& se, bool reversed) {
   const auto dtype = feats[0].scalar_type();
   const auto acc = accumulation_type(dtype);
   const int branches = static_cast<int>(feats.size());
@@ -119,7 +118,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
 
     const variable_list nodes = nodes_of(saved);
     const SavedSEWeights se(&nodes[2 + branches]);
-    const auto [out, attention] = formula(
+    const auto [out, attention] = attention_formula(
         at::TensorList(nodes).slice(2, branches), se.view(), ctx->saved_data["reversed"].toBool());
     variable_list outputs, grad_outputs;
     for (const auto& [output, grad] : {std::pair(out, nodes[0]), std::pair(attention, nodes[1])}) {
@@ -154,7 +153,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
   }
 };
 
-Backward backward_autograd(
+Backward attention_backward_autograd(
     const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
     const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
     const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool reversed,
@@ -228,7 +227,7 @@ class Attention : public torch::autograd::Function<Attention> {
   }
 };
 
-Forward forward_autograd(
+Forward attention_autograd(
     at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
     const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled) {
   const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
@@ -248,8 +247,8 @@ Forward forward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("psa_attention", forward_autograd);
-  m.impl("psa_attention_backward", backward_autograd);
+  m.impl("psa_attention", attention_autograd);
+  m.impl("psa_attention_backward", attention_backward_autograd);
 }
 
 }  // namespace epsa

@@ -18,6 +18,8 @@ using OptTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+constexpr size_t kWeights = 4;  // of the SE, in every saved list
+
 inline OptTensor optional(const Tensor& t) {
   return t.defined() ? OptTensor(t) : std::nullopt;
 }

@@ -12,7 +12,7 @@ namespace {
 
 // spc_conv_backward in operators of ATen, whose derivatives are known: for second
 // derivatives.
-ConvBackward formula(
+ConvBackward conv_formula(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     const c10::List<bool>& output_mask) {
   Tensor grad_x;
@@ -59,7 +59,7 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
     if (!any_of(mask)) {
       return result;
     }
-    auto [grad_x, grad_weights] = (at::GradMode::is_enabled() ? formula : call_conv_backward)(
+    auto [grad_x, grad_weights] = (at::GradMode::is_enabled() ? conv_formula : call_conv_backward)(
         grads, x, weights, settings.view(), mask);
     for (size_t i = 0; i < saved.size(); ++i) {
       if (mask.get(i)) {
@@ -70,7 +70,7 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
   }
 };
 
-ConvForward forward_autograd(
+ConvForward conv_autograd(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation) {
   const ConvSettings k{groups, stride, padding, dilation};
@@ -86,7 +86,7 @@ ConvForward forward_autograd(
   return {std::move(feats), pooled};
 }
 
-ConvBackward backward_autograd(
+ConvBackward conv_backward_autograd(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
     int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     c10::List<bool> output_mask) {
@@ -99,7 +99,7 @@ ConvBackward backward_autograd(
     const char* op = "spc_conv_backward";
     const auto p = check_conv_arguments<c10::SymInt>(op, x, weights, k);
     check_conv_backward_arguments(op, grad_feats, x, p, output_mask);
-    return formula(grad_feats, x, weights, k, output_mask);
+    return conv_formula(grad_feats, x, weights, k, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return call_conv_backward(grad_feats, x, weights, k, output_mask);
@@ -108,8 +108,8 @@ ConvBackward backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("spc_conv", forward_autograd);
-  m.impl("spc_conv_backward", backward_autograd);
+  m.impl("spc_conv", conv_autograd);
+  m.impl("spc_conv_backward", conv_backward_autograd);
   m.impl("spc_prepack", torch::autograd::autogradNotImplementedFallback());
 }
 

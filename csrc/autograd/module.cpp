@@ -8,8 +8,6 @@
 namespace epsa {
 namespace {
 
-constexpr size_t kWeights = 4;  // of the SE, in every saved list
-
 bool any_needs_grad(const Tensor& x, at::TensorList weights, const SEWeights& se) {
   return at::GradMode::is_enabled() && (needs_grad(x) || needs_grad(weights) || needs_grad(se));
 }
@@ -22,7 +20,7 @@ void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, co
 // ---- psa_forward: two operators where a gradient may be asked for, since they keep
 // its inputs ----
 
-Tensor forward_autograd(
+Tensor module_autograd(
     const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
     at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
     const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
@@ -178,7 +176,7 @@ ModuleBackward save_output_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("psa_forward", forward_autograd);
+  m.impl("psa_forward", module_autograd);
   m.impl("psa_save_output", save_output_autograd);
   m.impl("psa_save_output_backward", save_output_backward_autograd);
 }

@@ -55,7 +55,7 @@ class Workspace {
 
 // ---- SE weights in the form that the kernels read ----
 
-Tensor in_acc(const Tensor& t, at::ScalarType acc) {
+Tensor cast_to(const Tensor& t, at::ScalarType acc) {
   return (t.scalar_type() == acc ? t : t.to(acc)).contiguous();
 }
 
@@ -81,10 +81,10 @@ struct PackedWeights {
   }
 
   PackedWeights(const Problem& p, const SEWeights& se, Workspace& workspace)
-      : fc1(in_acc(se.fc1_weight, p.acc)),
-        fc1_bias(se.fc1_bias ? in_acc(*se.fc1_bias, p.acc) : Tensor()),
-        fc2(in_acc(se.fc2_weight, p.acc)),
-        fc2_bias(se.fc2_bias ? in_acc(*se.fc2_bias, p.acc) : Tensor()) {
+      : fc1(cast_to(se.fc1_weight, p.acc)),
+        fc1_bias(se.fc1_bias ? cast_to(*se.fc1_bias, p.acc) : Tensor()),
+        fc2(cast_to(se.fc2_weight, p.acc)),
+        fc2_bias(se.fc2_bias ? cast_to(*se.fc2_bias, p.acc) : Tensor()) {
     view.fc1 = fc1.const_data_ptr();
     view.fc1_bias = se.fc1_bias ? fc1_bias.const_data_ptr() : nullptr;
     view.fc2_bias = se.fc2_bias ? fc2_bias.const_data_ptr() : nullptr;
