@@ -1,4 +1,8 @@
-"""Training by several processes of torchrun gives the result of one process."""
+"""Training by several processes gives the result of one process.
+
+torchrun starts them where it matters how it ends them. Its own import and that of each process take
+seconds, so elsewhere one process imports everything and becomes two.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +35,49 @@ from epsa_fused.train.processes import Processes
 from epsa_fused.train.training import Training
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN += ["-m", "epsa_fused.train"]
 GIVEN = {"epochs": 4}  # 24 steps
 TERMS = 9 * 128  # products in the longest sum of the network's layers
 ENDLESS = 10_000  # epochs, until a signal ends them, however late that comes
 
 
-def start(out, **given) -> subprocess.Popen:
+FORKS = """
+import multiprocessing, os, socket, sys
+from epsa_fused.train import training
+from epsa_fused.train.__main__ import main
+
+def trained(rank):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    sys.exit(main())
+
+with socket.socket() as any_port:
+    any_port.bind(("localhost", 0))
+    port = str(any_port.getsockname()[1])
+os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+fork = multiprocessing.get_context("fork")
+processes = [fork.Process(target=trained, args=(rank,)) for rank in (0, 1)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(any(process.exitcode for process in processes))
+"""
+
+
+def start(out, launcher=TORCHRUN, **given) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "epsa_fused.train", *command_line(out, **GIVEN | given)],
+        [*launcher, *command_line(out, **GIVEN | given)],
         # by default torchrun kills after 30 s, and a shared machine may stop for as long
         env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(LIMIT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def run(out, **given) -> tuple[str, int]:
+    """What two forks print, and their exit code."""
+    return ended(start(out, [sys.executable, "-c", FORKS], **given))
 
 
 def ended(process: subprocess.Popen) -> tuple[str, int]:
@@ -57,9 +90,8 @@ def ended(process: subprocess.Popen) -> tuple[str, int]:
 def pair(tmp_path_factory):
     """The run of two processes."""
     out = tmp_path_factory.mktemp("pair")
-    process = start(out)
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, output
+    output, code = run(out)
+    assert code == 0, output
     return out
 
 
@@ -107,11 +139,11 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
     assert "interrupted and saved after" in output, output
     assert 4 <= saved(cut)["steps_done"] == len(losses(cut))
     epochs = max(GIVEN["epochs"], saved(cut)["epoch"] + 1)
-    output, code = ended(start(cut, epochs=epochs, resume="yes"))
+    output, code = run(cut, epochs=epochs, resume="yes")
     assert code == 0, output
     shutil.copytree(pair, uncut)
     if epochs > GIVEN["epochs"]:  # the signal came late
-        output, code = ended(start(uncut, epochs=epochs, resume="yes"))
+        output, code = run(uncut, epochs=epochs, resume="yes")
         assert code == 0, output
     assert differences(saved(cut), saved(uncut)) == []
     assert losses(cut) == losses(uncut)
@@ -122,7 +154,7 @@ def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
 def test_micro_batches_of_several_processes_give_what_one_accumulates(tmp_path):
     """Gradients of all micro-batches are exchanged together, after the last one."""
     given = GIVEN | {"batch": 96}
-    output, code = ended(start(tmp_path / "two", **given, accumulate=2))
+    output, code = run(tmp_path / "two", **given, accumulate=2)
     assert code == 0, output
     train_alone_and_compare(tmp_path, tmp_path / "two", given | {"accumulate": 4})
 
@@ -149,9 +181,9 @@ def test_everything_at_once_is_ended_by_sigterm_and_goes_on_bitwise(tmp_path):
     steps = saved(cut)["steps_done"]
     assert 8 <= steps == len(losses(cut))
     given["epochs"] = max(GIVEN["epochs"], saved(cut)["epoch"] + 1)
-    output, code = ended(start(cut, **given, resume="auto"))
+    output, code = run(cut, **given, resume="auto")
     assert code == 0 and f"resumed after {steps:,} steps" in output, output
-    output, code = ended(start(uncut, **given))
+    output, code = run(uncut, **given)
     assert code == 0, output
     assert differences(saved(cut), saved(uncut)) == []
     assert differences(saved(cut, "best.pt"), saved(uncut, "best.pt")) == []
@@ -167,7 +199,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch(tmp_path, monkeypa
 
 def test_an_error_of_all_processes_is_said(tmp_path):
     """There is no traceback, and no process waits for ever."""
-    output, code = ended(start(tmp_path, batch=63))
+    output, code = run(tmp_path, batch=63)
     assert code != 0
     assert "error: --batch: expected a multiple of 2 (2 processes x 1 micro-batches" in output
 
