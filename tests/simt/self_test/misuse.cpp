@@ -33,9 +33,7 @@ std::string misaligned() {
   return report.empty() ? expect(seen == 0) : report;
 }
 
-}  // namespace
-
-Cases misuse_cases() {
+Cases memory_cases() {
   return {
       {"uninitialised_shared", uninitialised},
       {"misaligned_vector", misaligned},
@@ -52,6 +50,11 @@ Cases misuse_cases() {
            cluster_wait();
          });
        }},
+  };
+}
+
+Cases peer_cases() {
+  return {
       {"peer_rank", [] { return launches(kPair, [] { cluster_peer(shared_floats(), 2); }); }},
       {"peer_address",
        [] { return launches(kPair, [] { cluster_peer(shared_floats() + kThreads, 1); }); }},
@@ -70,6 +73,11 @@ Cases misuse_cases() {
            }
          });
        }},
+  };
+}
+
+Cases cluster_cases() {
+  return {
       {"cluster_in_plain_launch", [] { return launches(kBlock, [] { cluster_arrive(); }); }},
       {"cluster_wait_alone", [] { return launches(kPair, [] { cluster_wait(); }); }},
       {"cluster_arrive_twice",
@@ -89,6 +97,11 @@ Cases misuse_cases() {
            }
          });
        }},
+  };
+}
+
+Cases shuffle_cases() {
+  return {
       {"shuffle_of_half_a_warp",
        [] { return launches({.threads = 48}, [] { shuffle_xor(1, 1); }); }},
       {"shuffle_of_some_lanes",
@@ -99,6 +112,11 @@ Cases misuse_cases() {
            }
          });
        }},
+  };
+}
+
+Cases copy_cases() {
+  return {
       {"misaligned_copy",
        [] {
          alignas(16) static const float data[8] = {};
@@ -118,6 +136,11 @@ Cases misuse_cases() {
            copy_async_wait();
          });
        }},
+  };
+}
+
+Cases launch_cases() {
+  return {
       {"odd_shared_bytes", [] { return launches({.shared_bytes = 8}, [] {}); }},
       {"wait_for_ever",
        [] {
@@ -128,6 +151,17 @@ Cases misuse_cases() {
          });
        }},
   };
+}
+
+}  // namespace
+
+Cases misuse_cases() {
+  Cases all;
+  for (const auto& cases :
+       {memory_cases, peer_cases, cluster_cases, shuffle_cases, copy_cases, launch_cases}) {
+    all.merge(cases());
+  }
+  return all;
 }
 
 }  // namespace epsa::cuda
