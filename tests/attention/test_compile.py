@@ -18,11 +18,16 @@ from support.cases import (
     make_inputs,
     name_of,
 )
-from support.compiling import _no_caches, describe  # noqa: F401  (the fixture)
+from support.compiling import (
+    SIZES,
+    _no_caches,  # noqa: F401  (the fixture)
+    assert_fakes_look_real,
+    assert_one_graph_serves_every_size,
+    describe,
+)
 from support.paths import ROOT, TESTS
 from support.processes import python
 from support.tolerance import accumulation_type, assert_close, make_cotangents
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention, psa_attention_reference
@@ -120,28 +125,19 @@ def test_opcheck_double_backward(kind, layout, device):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", ("not_square", "one_pixel", "one_channel", "row", "empty_batch"))
 def test_fake_and_meta_tensors_look_like_real_ones(case, layout, dtype):
-    """Forward and backward; strides decide what torch.compile emits."""
+    """Forward and backward."""
     case = BY_NAME[case]
     inputs = make_inputs(case, dtype, layout)
     grad_out, grad_attention = make_cotangents(case, dtype, layout.out_format)
     mask = [True] * (case.branches - 1) + [False, True, True, False, True]
 
-    def outputs(inputs, grad_out, grad_attention):
-        out, pooled, attention = OP(*inputs.args, True)
-        grads, *weights = BACKWARD(
-            grad_out, grad_attention, *inputs.args, pooled, attention, True, mask
-        )
-        return describe([out, pooled, attention, *grads, *weights])
+    def outputs(change):
+        given, *cotangents = inputs.map(change), change(grad_out), change(grad_attention)
+        out, pooled, attention = OP(*given.args, True)
+        grads, *weights = BACKWARD(*cotangents, *given.args, pooled, attention, True, mask)
+        return [out, pooled, attention, *grads, *weights]
 
-    real = outputs(inputs, grad_out, grad_attention)
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor
-        assert outputs(inputs.map(fake), fake(grad_out), fake(grad_attention)) == real
-
-    def meta(t):
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-    assert outputs(inputs.map(meta), meta(grad_out), meta(grad_attention)) == real
+    assert_fakes_look_real(outputs)
 
 
 def test_a_module_without_data():
@@ -181,9 +177,6 @@ def test_compiled_function(backend, dynamic, layout, device):
             assert torch.equal(a, b)
 
 
-SIZES = ((2, 8, 9), (3, 10, 7), (5, 6, 6))
-
-
 def small_module(cls=FusedPSAModule) -> FusedPSAModule:
     return cls(16, 64, conv_groups=(1, 2, 4, 8))
 
@@ -211,21 +204,8 @@ def test_compiled_module(dynamic, memory_format, device):
 
 
 def test_one_dynamic_graph_serves_every_size(device):
-    """mark_dynamic raises where an operator's fake kernel fixes a size."""
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph
-
     module = small_module().to(device)
-    compiled = torch.compile(module, fullgraph=True, backend=count)
-    for n, h, w in SIZES:
-        x = torch.randn(n, 16, h, w, device=device)
-        for d in (0, 2, 3):
-            torch._dynamo.mark_dynamic(x, d)
-        assert torch.equal(compiled(x), module(x))
-    assert len(graphs) == 1
+    assert_one_graph_serves_every_size(lambda x: [module(x)], 16, device)
 
 
 def test_a_compiled_training_step(device):

@@ -115,17 +115,6 @@ def test_under_autocast():
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
 
 
-def test_errors_name_the_operator():
-    _, args = make("two_branches")
-    x, weights, groups, _, padding, dilation, *rest = args
-    with pytest.raises(ValueError, match=r"psa_forward: stride is 0, expected at least 1"):
-        OP(x, weights, groups, 0, padding, dilation, *rest)
-    with pytest.raises(ValueError, match=r"psa_forward: fc1_weight .*expected"):
-        OP(*args[:6], torch.randn(4, 15), *rest[1:])
-    with pytest.raises(TypeError, match=r"psa_forward: fc1_weight has dtype"):
-        OP(*args[:6], rest[0].double(), *rest[1:])
-
-
 def test_the_module_in_evaluation_equals_training():
     """The means come out of one epilogue in both."""
     module = FusedPSAModule(64, 64)

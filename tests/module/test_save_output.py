@@ -242,22 +242,3 @@ def test_layers_that_are_not_plain_are_refused():
         module(x)
     with torch.no_grad():  # nothing would be saved
         assert module(x).shape == (3, 64, 11, 56)
-
-
-def test_errors_name_the_operator():
-    module, x = make("two_branches"), make_x("two_branches").detach()
-    x, weights, *settings, reversed_ = arguments(module, x)
-    with pytest.raises(ValueError, match=r"psa_save_output: groups has 1 entries, expected 2"):
-        OP(x, weights, [1], *settings[1:], reversed_)
-    out, pooled, attention = OP(x, weights, *settings, reversed_)
-    saved = (out, pooled, attention)
-
-    def refused(message, grad_out=out, saved=saved, mask=(True,) * 7):
-        with pytest.raises((ValueError, TypeError), match=f"psa_save_output_backward: {message}"):
-            BACKWARD(grad_out, x, weights, *settings, *saved, True, list(mask))
-
-    refused(r"output_mask has 3 entries, expected 7", mask=(True,) * 3)
-    refused(r"out has shape \[5, 32, 6, 4\], expected", saved=(out[..., :4], pooled, attention))
-    refused(r"grad_out has shape", grad_out=out[:4])
-    refused(r"attention has shape", saved=(out, pooled, attention[:2]))
-    refused(r"pooled has dtype", saved=(out, pooled.double(), attention))
