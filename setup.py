@@ -83,11 +83,10 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
 
 
-def together(name: str, *patterns: str) -> str:
+def together(name: str, files: list[str]) -> str:
     """A source that includes others: torch's headers take most of a small file's time."""
     path = Path("build", "together", f"{name}.cpp")
-    files = [Path(file).relative_to(CSRC) for file in sources(*patterns)]
-    text = "".join(f'#include "{file.as_posix()}"\n' for file in files)
+    text = "".join(f'#include "{Path(file).relative_to(CSRC).as_posix()}"\n' for file in files)
     if not path.exists() or path.read_text() != text:  # a new time would compile it again
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -108,15 +107,19 @@ def extensions() -> list[Extension]:
         "extra_link_args": ["-s"],
         "language": "c++",
     }
+    longest, without_torch = (
+        sources("cpu/kernels/conv.cpp"),
+        sources("cpu/*plan.cpp", "cpu/isa.cpp"),
+    )
+    cpu = [file for file in sources("cpu/*.cpp") if file not in without_torch]
     # setuptools sorts sources by name. The first ones take the longest.
     ops_sources = [
-        together("1_conv_kernels", "cpu/kernels/conv.cpp"),
-        together("2_autograd", "autocast.cpp", "autograd/*.cpp"),
-        together(
-            "3_cpu", "cpu/attention.cpp", "cpu/*ward.cpp", "cpu/module.cpp", "cpu/threads.cpp"
-        ),
-        together("4_ops", "ops/*.cpp"),
-        *sources("cpu/*plan.cpp", "cpu/isa.cpp", "cpu/kernels/attention.cpp"),
+        together("1_conv_kernels", longest),
+        together("2_autograd", sources("autocast.cpp", "autograd/*.cpp")),
+        together("3_cpu", cpu),
+        together("4_ops", sources("ops/*.cpp")),
+        *(file for file in sources("cpu/kernels/*.cpp") if file not in longest),
+        *without_torch,
     ]
     if with_cuda:
         # where there is a GPU, torch takes its architecture
@@ -143,7 +146,7 @@ def extensions() -> list[Extension]:
             ("EPSA_TORCH_VERSION", f'"{torch.__version__}"'),
             ("EPSA_WITH_CUDA", str(int(with_cuda))),
         ],
-        extra_compile_args=[*ops_flags, "-O1", "-fvisibility=hidden"],  # nothing here takes time
+        extra_compile_args=[*ops_flags, "-O1", "-fvisibility=hidden"],  # nothing here is hot
         extra_link_args=["-s"],
         language="c++",
     )

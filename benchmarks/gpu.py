@@ -269,8 +269,11 @@ def module_parts(
     return parts
 
 
-def module_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
-    """The module's convolutions beside its attention step, in inference, N = 64."""
+def module_rows(planes: int, size: int, results: Results, repeats: int) -> Iterator[dict]:
+    """The missing rows of the module's convolutions beside its attention step.
+
+    In inference, N = 64.
+    """
     for layout in LAYOUTS:
         for dtype in ("float32", "tf32", "bfloat16"):
             torch.backends.cudnn.allow_tf32 = dtype == "tf32"
@@ -291,8 +294,7 @@ def module_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
                 for maps, weights, _ in inputs
             ]
             for name, calls in parts.items():
-                times, timing = device_times(calls, repeats)
-                yield {
+                row = {
                     "kind": "share",
                     "mode": "forward",
                     "layout": layout,
@@ -301,6 +303,11 @@ def module_rows(planes: int, size: int, repeats: int) -> Iterator[dict]:
                     "planes": planes,
                     "size": size,
                     "contender": name,
+                }
+                if results.key(row) in results.done:
+                    continue
+                times, timing = device_times(calls, repeats)
+                yield row | {
                     "device_us": round(statistics.median(times) * 1e6, 2),
                     "iqr_us": round(spread(times) * 1e6, 2),
                     "timing": timing,
@@ -385,14 +392,13 @@ def run_case(case: Case, names: tuple[str, ...], results: Results, repeats: int)
 
 
 def run_stage(planes: int, size: int, results: Results, repeats: int) -> None:
-    for row in module_rows(planes, size, repeats):
-        if results.key(row) not in results.done:
-            results.add(row)
-            print(
-                f"{row['layout']} {row['dtype']} ({planes}, {size}): {row['contender']:<19}"
-                f"{row['device_us']:>10} us",
-                flush=True,
-            )
+    for row in module_rows(planes, size, results, repeats):
+        results.add(row)
+        print(
+            f"{row['layout']} {row['dtype']} ({planes}, {size}): {row['contender']:<19}"
+            f"{row['device_us']:>10} us",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

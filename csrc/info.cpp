@@ -286,7 +286,7 @@ void define_conv_plan(py::module_& m) {
 void define_cuda_device(py::module_& m) {
   py::class_<Device>(
       m, "CudaDevice",
-      "What a launch plan depends on of a GPU. Sizes are bytes; "
+      "The properties of a GPU that a launch plan depends on. Sizes are bytes; "
       "compute_capability is 90 for sm_90; shared_per_block is the most that "
       "a launch may opt in to.")
       .def(
@@ -308,7 +308,7 @@ void define_cuda_plans(py::module_& m) {
   m.def(
       "cuda_plans", &cuda_plans,
       "How the attention step of these sizes is laid out on a GPU: the "
-      "candidates, best first, of which a launch takes the first that the "
+      "candidates, best first. A launch takes the first that the "
       "device has room for. A pure function: no GPU is asked. `aligned`: may "
       "all maps be accessed by 16 bytes? None: as far as their sizes say. "
       "`resident`: the blocks that the device holds at once, by (cluster, pieces); "

@@ -76,7 +76,7 @@ def _(grads: Sequence[Shape], x: Shape, weights: Sequence[Shape], *args: Any, **
 
 
 def _module_flops(arguments: Sequence[Any], out: Shape) -> int:
-    """Of psa_forward with these arguments (shapes), whose output has the shape `out`."""
+    """FLOPs of psa_forward, from the shapes of its arguments and of its output."""
     x, weights, fc1 = arguments[0], arguments[1], arguments[6]
     samples, channels = x[0], weights[0][0]
     convolutions = sum(_conv_flops(x, w, [samples, channels, *out[2:]]) for w in weights)

@@ -5,10 +5,11 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
 
-#define EPSA_FN inline
 namespace epsa {
 namespace {
+#define EPSA_FN inline
 #include "ops/attention_math.inc"
+#undef EPSA_FN
 
 // ---- the step in differentiable ATen operators, for second derivatives ----
 
@@ -236,8 +237,8 @@ Forward attention_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_attention(feats, se, reversed, pooled);
   }
-  // pooled is no output of the Function, since it is not differentiable: marked
-  // as such it would keep compiled autograd from tracing.
+  // pooled is not differentiable. Marking an output so would stop compiled autograd's
+  // tracing, so pooled is none.
   Tensor pooled_out;
   const variable_list results = Attention::apply(
       feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled, &pooled_out);

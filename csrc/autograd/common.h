@@ -35,7 +35,7 @@ struct SavedSEWeights {
   const Tensor& fc2_weight;
   OptTensor fc2_bias;
 
-  // Four tensors, of which the biases may be undefined.
+  // Takes four tensors. A bias may be undefined.
   explicit SavedSEWeights(const Tensor* four)
       : fc1_weight(four[0]),
         fc1_bias(optional(four[1])),

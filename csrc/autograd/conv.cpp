@@ -79,8 +79,8 @@ ConvForward conv_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_conv(x, weights, k);
   }
-  // pooled is no output of the Function, since it is not differentiable: marked
-  // as such it would keep compiled autograd from tracing.
+  // pooled is not differentiable. Marking an output so would stop compiled autograd's
+  // tracing, so pooled is none.
   Tensor pooled;
   variable_list feats = Convolutions::apply(x, weights, k, &pooled);
   return {std::move(feats), pooled};

@@ -148,7 +148,7 @@ Forward save_output_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_save_output(x, weights, k, se, reversed);
   }
-  // neither is an output of the Function: they are not differentiable
+  // Neither is differentiable, so neither is an output of the Function.
   Tensor pooled, attention;
   Tensor out = SaveOutput::apply(
       x, weights, fc1_weight, fc1_bias, fc2_weight, fc2_bias, k, reversed, &pooled, &attention);

@@ -108,10 +108,9 @@ struct PackedWeights {
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kSerialElements = 16384;
 
-// reduce(n, begin, end), then gate(n), then scale(n, begin, end), over all
-// samples and units. Samples are dealt out whole, so that one stays in a core's
-// cache between the two passes; those that do not divide by the number of
-// threads are split into units. Who computes what does not touch the results.
+// reduce(n, begin, end), then gate(n), then scale(n, begin, end), over all samples
+// and units. Each thread takes whole samples, which stay in its cache between the
+// passes. The remaining samples are split into units. The results are the same.
 template <class Reduce, class GateStep, class Scale>
 void for_samples(
     const Geometry& g, int64_t samples, const Reduce& reduce, const GateStep& gate,
@@ -425,7 +424,7 @@ AttentionStep::~AttentionStep() = default;
 void AttentionStep::run(int64_t n, const float* pooled, float* attention, int64_t threads) const {
   const State& s = *state_;
   std::vector<float> hidden(s.p.S * s.p.hidden);
-  // the means are not written where no partial sums are given
+  // Without partial sums, gate only reads the means.
   s.k.gate(s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(), attention);
   const auto scale = [&](int64_t begin, int64_t end) {
     s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);

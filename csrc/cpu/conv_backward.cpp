@@ -28,7 +28,7 @@ class InputGrad {
       bool wanted)
       : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
     if (!wanted || p.dtype == at::kDouble) {
-      return;  // a phase without taps has no plan that could say this
+      return;  // a phase without taps has no plan that could refuse float64
     }
     for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
       for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {

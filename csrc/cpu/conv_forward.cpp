@@ -79,7 +79,7 @@ std::vector<ConvWeights> ForwardBank::conv_weights() const {
 
 Tensor ForwardBank::prepack() const {
   Tensor bytes = at::detail::empty_cpu(
-      {PrepackHeader::kBytes + weight_floats_ * static_cast<int64_t>(sizeof(float))}, at::kByte,
+      {kPrepackHeaderBytes + weight_floats_ * static_cast<int64_t>(sizeof(float))}, at::kByte,
       /*pin_memory=*/false, at::MemoryFormat::Contiguous);
   char* data = static_cast<char*>(bytes.mutable_data_ptr());
   // Clears also the gaps that the kernels leave between the weights.
@@ -87,7 +87,7 @@ Tensor ForwardBank::prepack() const {
   std::memcpy(data, static_cast<const void*>(&header_), sizeof(header_));
   Packed(plans_).fill(
       k_, convs_, plans_, conv_weights(), usable_threads(),
-      reinterpret_cast<float*>(data + PrepackHeader::kBytes));
+      reinterpret_cast<float*>(data + kPrepackHeaderBytes));
   return bytes;
 }
 
@@ -216,7 +216,7 @@ void ForwardBank::run(
   Packed packed(plans_);
   if (prepacked_.defined()) {
     packed.data = reinterpret_cast<const float*>(
-        static_cast<const char*>(prepacked_.const_data_ptr()) + PrepackHeader::kBytes);
+        static_cast<const char*>(prepacked_.const_data_ptr()) + kPrepackHeaderBytes);
     call.packed = &packed;
   }
   // Weights that exceed the cache should be read once, rather than the images.

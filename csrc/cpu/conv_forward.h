@@ -71,7 +71,7 @@ class ForwardBank {
   double flops_ = 0;
 };
 
-// All branches: `native` computes those that it has, torch's convolution the others.
+// Computes all branches: `native` where it has a kernel, torch's convolution elsewhere.
 ConvForward convolve(
     const ForwardBank& native, const ConvProblem& p, const Tensor& x, at::TensorList weights,
     const ConvSettings& settings);

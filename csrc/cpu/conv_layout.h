@@ -81,8 +81,8 @@ inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
           tap_stride(w),    /*turned=*/false};
 }
 
-// The weights of a phase of the input's gradient, in which inputs and outputs of each
-// group change roles.
+// The weights of one phase of the input's gradient. Input and output channels of a
+// group swap roles.
 inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
   return {glue::data_of(w), phase.ic() * w.stride(0), w.size(1) == 1 ? 1 : w.stride(1), w.stride(0),
           tap_stride(w),

@@ -132,7 +132,7 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& pac
   }
   const bool dot = method == ConvMethod::dot;
   const bool winograd = method == ConvMethod::winograd;
-  // Of a group: output channels (dot) or vectors of them.
+  // A group's output channels (dot), or vectors of them.
   const int64_t outputs = dot ? conv.oc() : pieces(conv.oc(), lanes);
   int best_pixels = 0, best_block = 0;
   double best = 0;

@@ -157,8 +157,7 @@ constexpr int lanes_of(Isa isa) {  // floats of a register
   return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
 }
 
-// The floats of a core's own cache. More weights than that leave it before the next sample
-// needs them.
+// A core's own cache, in floats. Larger weights leave it before the next sample needs them.
 constexpr int64_t kCacheFloats = 1 << 18;
 
 constexpr int kMaxStride = 2;

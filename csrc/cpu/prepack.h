@@ -21,8 +21,6 @@ struct PrepackHeader {
     int64_t version;
   } source[kMaxBranches];
 
-  static constexpr int64_t kBytes = 320;  // padded to whole cache lines
-
   // Headers are compared as bytes, so their gaps must be zero too.
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
@@ -68,7 +66,9 @@ struct PrepackHeader {
     return out.str();
   }
 };
-static_assert(sizeof(PrepackHeader) <= PrepackHeader::kBytes);
+
+// What the header takes: whole cache lines.
+constexpr int64_t kPrepackHeaderBytes = (sizeof(PrepackHeader) + 63) / 64 * 64;
 
 // Reads the header of packed weights. Raises where they are not for the convolutions of
 // `expected`.
@@ -76,7 +76,7 @@ inline PrepackHeader read_prepacked(
     const char* op, const Tensor& packed, const PrepackHeader& expected) {
   TORCH_CHECK_VALUE(
       packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous() &&
-          packed.device().is_cpu() && packed.numel() >= PrepackHeader::kBytes,
+          packed.device().is_cpu() && packed.numel() >= kPrepackHeaderBytes,
       op, ": packed has dtype ", packed.scalar_type(), " and shape ", packed.sizes(), " on ",
       packed.device(), ", expected the bytes that spc_prepack returned");
   const void* data = packed.const_data_ptr();
@@ -95,7 +95,7 @@ inline PrepackHeader read_prepacked(
 }
 
 inline void check_prepacked_size(const char* op, const Tensor& packed, int64_t floats) {
-  const int64_t bytes = PrepackHeader::kBytes + floats * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = kPrepackHeaderBytes + floats * static_cast<int64_t>(sizeof(float));
   TORCH_CHECK_VALUE(
       packed.numel() == bytes, op, ": packed has ", packed.numel(), " bytes, expected ", bytes);
 }

@@ -40,7 +40,7 @@ cudaLaunchConfig_t configuration(const Plan& plan, void* stream, cudaLaunchAttri
 }
 
 // Was the kernel compiled for an architecture with clusters? The driver may have compiled it from
-// the PTX of an older one, whose cluster instructions are traps. Not so where it can't be asked.
+// the PTX of an older one, whose cluster instructions are traps. False if the driver cannot tell.
 bool has_clusters(const void* function) {
   cudaFuncAttributes attributes;
   if (cudaFuncGetAttributes(&attributes, function) != cudaSuccess) {
@@ -73,11 +73,12 @@ int admit(const Problem& problem, Plan& plan, const Device& device) {
     if (found == cudaSuccess) {
       found = cudaOccupancyMaxActiveClusters(&blocks, function, &config);
     }
-    // Drivers and partitioned devices refuse clusters by various errors. A broken context answers
-    // every call by its error.
+    // Drivers and partitioned devices refuse clusters by various errors. A broken context fails in
+    // every call.
     if (found != cudaSuccess) {
       cudaGetLastError();
-      check(cudaPeekAtLastError(), what);
+      cudaFuncAttributes attributes;
+      check(cudaFuncGetAttributes(&attributes, function), what);
       return 0;
     }
     return blocks * plan.cluster;

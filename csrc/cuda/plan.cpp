@@ -158,14 +158,17 @@ bool has_short_loads(const Problem& p, const Plan& plan) {
 }
 
 // Do a resident plan's blocks keep the memory busy? Else streaming is faster.
-bool is_busy(const Problem& p, const Plan& plan, const Device& device) {
-  const int blocks = blocks_on_multiprocessor(p, plan, device);
+bool is_busy(const Problem& p, const Device& device, const Candidate& c) {
+  if (c.plan.variant == Variant::streaming) {
+    return true;
+  }
   // Short loads need all threads that a multiprocessor can have.
-  if (has_short_loads(p, plan) && blocks * plan.threads < threads_by_registers(p.dtype)) {
+  const int threads = blocks_on_multiprocessor(p, c.plan, device) * c.plan.threads;
+  if (has_short_loads(p, c.plan) && threads < threads_by_registers(p.dtype)) {
     return false;
   }
   // A block alone on its multiprocessor leaves the memory idle while it waits for its cluster.
-  return blocks > 1 || (blocks == 1 && plan.blocks <= device.multiprocessors);
+  return c.resident > device.multiprocessors || c.plan.blocks <= c.resident;
 }
 
 }  // namespace
@@ -217,20 +220,22 @@ bool may_align(Dtype dtype, Layout layout, int channels, int pixels) {
 }
 
 void rank(const Problem& p, const Device& device, std::vector<Candidate>& candidates) {
-  // Microseconds, as measured on an H200 for EPSANet's stages (docs/cuda.md). A multiprocessor's
-  // blocks come in rounds. A round waits for its first loads and barriers; then no other block
-  // hides the time in which a block moves its own maps; and each block computes the whole gate.
+  std::erase_if(candidates, [&](const Candidate& c) { return !is_busy(p, device, c); });
+  // Microseconds, fitted to the times of all plans on an H200 (docs/cuda.md). A multiprocessor's
+  // blocks come in rounds, and each round waits for its first loads and its barriers. No other
+  // block hides the time in which a block moves its own maps. Each block computes the whole gate.
   constexpr double kRound = 3, kPerByte = 2e-5, kPerChannel = 3.0 / 256, kShortLoads = 1.3;
   const int maps = p.pass == Pass::forward ? 1 : 2;
+  const double bytes = static_cast<double>(sample_elements(p)) * element_size(p.dtype) * maps;
   const auto cost = [&](const Candidate& c) {
     if (c.plan.variant == Variant::streaming) {
       return std::numeric_limits<double>::infinity();
     }
     const auto rounds = static_cast<double>(ceil_div(c.plan.blocks, c.resident));
-    const double bytes = static_cast<double>(sample_elements(p)) * element_size(p.dtype) * maps;
     const auto gates = static_cast<double>(ceil_div(c.plan.blocks, device.multiprocessors));
-    return (has_short_loads(p, c.plan) ? kShortLoads : 1) *
-        (rounds * (kRound + kPerByte * bytes / c.plan.cluster) + gates * kPerChannel * p.vector());
+    const double time =
+        rounds * (kRound + kPerByte * bytes / c.plan.cluster) + gates * kPerChannel * p.vector();
+    return has_short_loads(p, c.plan) ? kShortLoads * time : time;
   };
   // Among equals the first holds more maps and has more loads under way.
   std::stable_sort(candidates.begin(), candidates.end(), [&](const auto& a, const auto& b) {
@@ -242,7 +247,7 @@ std::vector<Candidate> plans(const Problem& p, const Device& device) {
   std::vector<Candidate> result;
   const auto add = [&](const Plan& plan) {
     const int64_t blocks = blocks_on_multiprocessor(p, plan, device);
-    // Clusters fill a device up to less than one cluster, or more where parts of it are odd.
+    // Whole clusters only. Devices whose parts differ in size hold still fewer.
     const int64_t resident = blocks * device.multiprocessors / plan.cluster * plan.cluster;
     result.push_back({plan, std::max<int64_t>(resident, 1)});
   };
@@ -255,7 +260,7 @@ std::vector<Candidate> plans(const Problem& p, const Device& device) {
     for (int pieces = most_pieces; pieces >= 1; --pieces) {
       const Plan plan = resident_plan(p, k, pieces);
       if (k <= plan.split.units && plan.shared_bytes <= device.shared_per_block &&
-          is_busy(p, plan, device)) {
+          blocks_on_multiprocessor(p, plan, device) > 0) {
         add(plan);
       }
     }

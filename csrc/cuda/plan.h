@@ -111,7 +111,8 @@ struct Candidate {
   int64_t resident;  // the blocks that the device holds at once
 };
 
-// Sorts candidates, best first; a streaming plan comes last.
+// Sorts candidates, best first, and drops those that are slower than streaming. A streaming plan
+// comes last.
 void rank(const Problem& problem, const Device& device, std::vector<Candidate>& candidates);
 
 // The candidates in that order. How many blocks are resident is an estimate: only the driver knows

@@ -226,7 +226,7 @@ backward_resident(EPSA_PARAMETER Params p) {
     sum_piece<T, V, kLast, true, false>(p, n, rank, piece, nullptr, p.feats, sums, meet);
   }
 
-  // Taken after the sums: the addresses would occupy registers during them.
+  // These pieces are taken after the sums. Their addresses would occupy registers during them.
   A* da = shared.take<A>(vector);
   A* grad_v = shared.take<A>(vector);
   A* grad_pooled = shared.take<A>(vector);

@@ -118,12 +118,12 @@ EPSA_DEVICE Acc<T> sum_turns(const T* x, const T* y, int turns, int step) {
   return total;
 }
 
-// Sums dense rows in shared memory, of which there are more than warps: neighbouring
-// lanes share a row. A warp that takes a row alone waits longer for its shuffles than
-// for a short row's elements.
+// Sums dense rows in shared memory where rows outnumber warps. Neighbouring lanes
+// share a row: a whole warp would wait longer for its shuffles than for the elements
+// of a short row.
 template <class T, int V, bool kDot>
 EPSA_DEVICE void sum_short_rows(const T* x, const T* y, int rows, int pixels, Acc<T>* sums) {
-  // Packs of 128 bytes together meet no bank twice. A row of single elements has one lane.
+  // Packs of 128 bytes together meet no bank twice. Rows of single elements may have one lane.
   constexpr int kFewest = V == 1 ? 1 : 128 / static_cast<int>(sizeof(T) * V);
   constexpr int kTurns = V == 1 ? (kDot ? 4 : 8) : kSumTurns<V, kDot, Held::all>;
   int lanes = kWarp;

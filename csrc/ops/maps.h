@@ -58,8 +58,7 @@ inline Maps slots_of(
   return maps;
 }
 
-// Of the gradients [N, C, H, W] of the branches, those that are wanted; else
-// there is no map.
+// The maps of the branches' gradients [N, C, H, W]. An unwanted gradient has a null map.
 inline Maps wanted_maps(const std::vector<at::Tensor>& grads, const c10::List<bool>& output_mask) {
   Maps maps{};
   for (size_t s = 0; s < grads.size(); ++s) {

@@ -1,8 +1,9 @@
 """The models by name: the one list that timm, the training command and the docs' tables take.
 
-To add a model, write its builder in epsanet.py or small.py under :func:`register`, and name it in
-that file's `__all__`. With :class:`Figures` it is an ImageNet model: timm gets it, and the tests
-compare the figures with the network and with the docs' tables.
+To add a model, write its builder in epsanet.py or small.py under :func:`register`. Name it in
+epsanet.py's `__all__`, or for a small one in models/__init__.py. With :class:`Figures` it is an
+ImageNet model: timm gets it, and the tests compare the figures with the network and with the docs'
+tables.
 """
 
 from __future__ import annotations

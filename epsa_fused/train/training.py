@@ -442,7 +442,7 @@ class Training:
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, checked; None for a new run."""
         config = self.config
-        # If one process sees it, all try to read it, and those that cannot report that.
+        # All processes read the checkpoint if one sees it. A process that cannot reports it.
         exists = self.processes.any(self.path.exists())
         if config.resume == "yes" or (config.resume == "auto" and exists):
             saved = checkpoint.read(self.path)

@@ -44,8 +44,8 @@ def fill(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_more_than_2_to_the_31_elements(layout):
-    """Small results are compared whole. Of maps the first and last plane of each branch and sample
-    are."""
+    """Small results are compared whole. Maps are compared by the first and last plane of each
+    branch and sample."""
     free = available_memory()
     if free < NEEDED:
         pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of free memory, there are {free / 2**30:.0f}")

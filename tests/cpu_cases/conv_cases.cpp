@@ -503,7 +503,7 @@ void run_whole_rows(Isa isa) {
 
 // Each tile of winograd's products. The cases have channels of several calls, units that
 // lack some, an odd row and column, and more tiles in a row than one piece. The gradients
-// follow, of which x's is winograd's too.
+// follow; x's gradient is by winograd too.
 void run_winograd(Isa isa) {
   const int lanes = lanes_of(isa);
   constexpr int64_t kMaps[][2] = {{5, 7}, {1, 1}, {4, 2 * kWinogradTiles + 5}, {18, 14}};

@@ -44,6 +44,11 @@ std::vector<Schedule> schedules(const Options& options) {
   return all;
 }
 
+// Must the device admit a plan? Only clusters may be missing, on devices before 9.0.
+bool must_run(const Plan& plan) {
+  return plan.cluster == 1 || device().compute_capability >= 90;
+}
+
 // The plans of a mode that the device admits. Admission also prepares a kernel: no other may start.
 std::vector<Plan> plans_of(const Problem& problem, const std::string& mode) {
   std::vector<Plan> admitted;
@@ -55,6 +60,8 @@ std::vector<Plan> plans_of(const Problem& problem, const std::string& mode) {
     Plan plan = mode == "auto" ? choose_plan(problem, 0) : test_plan(problem, mode);
     if (admit(problem, plan, device()) > 0) {
       admitted.push_back(plan);
+    } else if (must_run(plan)) {
+      throw std::runtime_error("not admitted: " + describe(plan));
     }
   }
   return admitted;

@@ -128,7 +128,7 @@ class Sample {
  private:
   Number* map(Tensor t, int i) { return &v[t][(n * k.S * k.C + i) * k.M]; }
 
-  // The gradient of what the sigmoid is taken of, for each channel of a branch.
+  // The gradient of the sigmoid's input, for each channel of a branch.
   Numbers grad_excitation(int s) const {
     Numbers dv(k.C);
     for (int c = 0; c < k.C; ++c) {
