@@ -216,8 +216,8 @@ backward_resident(EPSA_PARAMETER Params p) {
     feats = shared.take<T>(piece_elements<kLast>(p));
     fetch<T, V, kLast>(p, p.feats, n, rank, feats);
   }
-  A* meet = shared.take<A>(block_threads() * (kLast ? V : 1));
   A* sums = shared.take<A>(vector);
+  A* meet = shared.take<A>(block_threads() * (kLast ? V : 1));
   fetch<T, V, kLast>(p, p.grad_out, n, rank, piece);
   fetched();
   if (p.pieces == 2) {
