@@ -210,13 +210,13 @@ backward_resident(EPSA_PARAMETER Params p) {
   const int vector = p.branches * p.channels;
   const int units = p.branches * p.hidden;
   Shared shared;
+  A* sums = shared.take<A>(vector);
   T* piece = shared.take<T>(piece_elements<kLast>(p));
   T* feats = piece;
   if (p.pieces == 2) {
     feats = shared.take<T>(piece_elements<kLast>(p));
     fetch<T, V, kLast>(p, p.feats, n, rank, feats);
   }
-  A* sums = shared.take<A>(vector);
   A* meet = shared.take<A>(block_threads() * (kLast ? V : 1));
   fetch<T, V, kLast>(p, p.grad_out, n, rank, piece);
   fetched();
