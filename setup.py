@@ -107,10 +107,8 @@ def extensions() -> list[Extension]:
         "extra_link_args": ["-s"],
         "language": "c++",
     }
-    longest, without_torch = (
-        sources("cpu/kernels/conv.cpp"),
-        sources("cpu/*plan.cpp", "cpu/isa.cpp"),
-    )
+    longest = sources("cpu/kernels/conv.cpp")
+    without_torch = sources("cpu/*plan.cpp", "cpu/isa.cpp")
     cpu = [file for file in sources("cpu/*.cpp") if file not in without_torch]
     # setuptools sorts sources by name. The first ones take the longest.
     ops_sources = [

@@ -94,6 +94,7 @@ class FusedPSAModule(PSAModule):
         )
         if x.device.type != "cpu" or plain is None:
             if save_output:
+                # The layers would keep the maps that save_output promises not to keep.
                 raise NotImplementedError(
                     "FusedPSAModule: save_output=True expects a CPU tensor and plain convolutions "
                     f"of one stride, got x on {x.device} and "

@@ -57,7 +57,7 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
     try:
         for module, size in sizes.items():
             module.prepack(*size)
-    except Exception:
+    except BaseException:  # an interruption too leaves no module packed; the error goes on
         unpack(model)
         raise
     return model

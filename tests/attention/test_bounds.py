@@ -90,12 +90,10 @@ def convolve_with_guards() -> None:
 
 
 @pytest.mark.per_isa
-@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 def test_nothing_outside_of_the_inputs_is_read():
     assert "every call stayed within its inputs" in python(__file__, "call", PYTHONPATH=PATHS)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("side", ("before", "behind"))
 def test_the_guards_work(side):
     """One element too many ends the process."""

@@ -120,10 +120,10 @@ def test_the_memory_between_the_maps_does_not_matter(layout, device):
     """The same maps in other places give the same bits: sums go by index, not by address."""
     case = BY_NAME["stage3"]
     inputs = make_inputs(case, layout=layout, device=device)
-    expected = run(psa_attention, inputs)
-    # A GPU reads aligned maps by 16 bytes and sums others element by element, in another order.
-    step = 1 if device == "cpu" else 4
-    for offset in (step, 2 * step, 3 * step, 7 * step):
+    expected = {True: run(psa_attention, inputs)}
+    for offset in (1, 2, 3, 7, 4, 8, 12, 28):
+        # A GPU reads aligned maps by 16 bytes and sums others element by element, in another order.
+        aligned = device == "cpu" or offset % 4 == 0
 
         def moved(t, offset=offset):
             size = t.untyped_storage().nbytes() // t.element_size()
@@ -132,7 +132,8 @@ def test_the_memory_between_the_maps_does_not_matter(layout, device):
             return view.copy_(t)
 
         results = run(psa_attention, inputs.map(moved))
-        assert all(torch.equal(results[name], expected[name]) for name in expected), offset
+        wanted = expected.setdefault(aligned, results)
+        assert all(torch.equal(results[name], wanted[name]) for name in wanted), offset
 
 
 def test_several_python_threads_at_once(device):
@@ -242,7 +243,7 @@ def test_a_forked_child_can_convolve():
         return torch.ops.epsa_fused.spc_conv(x, kernels, *args)[0][2]
     """
     )
-    run_code((setup + code).format(threads=2, batch=2, child="pass"))
+    assert AGREES in run_code((setup + code).format(threads=2, batch=2, child="pass"))
 
 
 @linux
@@ -268,7 +269,9 @@ FORK = """
         os.waitpid(child, 0)
         raise SystemExit("the child hangs")
     assert status == 0, status
+    print("the child agrees")
 """
+AGREES = "the child agrees"
 
 
 @linux
@@ -277,4 +280,4 @@ FORK = """
 )
 def test_a_forked_child_can_use_the_op(child):
     """Its parent has used the operator with two threads. DataLoader's workers set one thread."""
-    run_code((SETUP + FORK).format(threads=2, batch=2, child=child))
+    assert AGREES in run_code((SETUP + FORK).format(threads=2, batch=2, child=child))

@@ -51,13 +51,16 @@ def test_a_sample_is_read_once_where_a_cluster_can_hold_it(name):
 @pytest.mark.parametrize("name", ("h100", "h200", "b200"))
 def test_a_backward_reads_no_rows_between_vectors_from_device_memory(name):
     """With the features in shared memory, planes of 49 pixels are fetched by 16 bytes."""
-    for n, layout in itertools.product((1, 64), LAYOUTS):
+    for n, layout in itertools.product((1, 64, 256), LAYOUTS):
         for dtype in ("float32", "bfloat16"):
             best = plans(
                 DEVICES[name], stage(512, 7, 7, n, "backward", dtype=dtype, layout=layout)
             )[0]
             assert best["vector"] > 1
-            assert best["pieces"] == 2 or layout == "channels_last"
+            # One round of single blocks, which have no room for both maps, costs as much as four of
+            # pairs that have (81 and 79 us on an H200).
+            single = (n, layout, dtype) == (256, "contiguous", "float32") and best["cluster"] == 1
+            assert best["pieces"] == 2 or layout == "channels_last" or single
 
 
 def test_maps_are_held_twice_only_where_blocks_still_overlap():
@@ -75,7 +78,8 @@ def test_maps_are_held_twice_only_where_blocks_still_overlap():
 def test_stage_1_in_float_is_eight_blocks_of_a_hundred_kilobytes():
     """A sample has 802 816 bytes. In a cluster of 8, the portable size, a block holds 100 352."""
     found = plans(DEVICES["h100"], stage(64, 56, 56, 64, "forward"))
-    eight = next(plan for plan in found if plan["cluster"] == 8)
+    eight = found[0]
+    assert eight["cluster"] == 8
     assert piece_bytes(stage(64, 56, 56, 64, "forward"), eight["split"]) == 802816 // 8
     assert eight["blocks"] == 512
 

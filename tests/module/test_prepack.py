@@ -309,6 +309,20 @@ def test_a_model():
     assert model.first._packed is None and model.second._packed is None
 
 
+@pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt))
+def test_after_an_error_no_module_is_packed(error, monkeypatch):
+    model, x = Network().eval(), torch.randn(2, 16, 20, 14)
+
+    def fails(*size):
+        assert model.first._packed is not None
+        raise error
+
+    monkeypatch.setattr(model.second, "prepack", fails)
+    with pytest.raises(error):
+        epsa_fused.prepack(model, x)
+    assert model.first._packed is None
+
+
 def test_a_model_in_training_mode_is_not_called():
     model = nn.Sequential(nn.BatchNorm2d(16), FusedPSAModule(16, 64, conv_groups=(1, 2, 4, 8)))
     model[1].eval()
