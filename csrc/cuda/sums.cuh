@@ -59,18 +59,34 @@ EPSA_DEVICE A sum_terms(int begin, int end, const Term& term) {
   return sum;
 }
 
+// The neighbouring lanes of a warp that share an element where there are fewer elements than
+// threads; at least `fewest`, a power of two.
+EPSA_DEVICE int lanes_of(int elements, int fewest) {
+  int lanes = kWarp;
+  while (lanes > fewest && elements > block_threads() / lanes) {
+    lanes /= 2;
+  }
+  return lanes;
+}
+
+// The terms [begin, end) of `count` that this thread's lane sums.
+struct Run {
+  int begin, end;
+
+  EPSA_DEVICE Run(int count, int lanes) {
+    const int run = (count + lanes - 1) / lanes;
+    begin = thread_id() % lanes * run;
+    end = begin + run < count ? begin + run : count;
+  }
+};
+
 // Calls put(i, total) for each i < elements. sum(i, begin, end) adds up the terms
 // [begin, end) of an element's `count` terms. With fewer elements than threads,
 // neighbouring lanes share an element, and each sums a run of its terms.
 template <class A, class Sum, class Put>
 EPSA_DEVICE void for_sums(int elements, int count, const Sum& sum, const Put& put) {
-  int lanes = kWarp;
-  while (lanes > 1 && elements > block_threads() / lanes) {
-    lanes /= 2;
-  }
-  const int run = (count + lanes - 1) / lanes;
-  const int begin = thread_id() % lanes * run;
-  const int end = begin + run < count ? begin + run : count;
+  const int lanes = lanes_of(elements, 1);
+  const auto [begin, end] = Run(count, lanes);
   const int step = block_threads() / lanes;
   // The shuffles need all lanes of a warp to take the same turns.
   for (int first = 0; first < elements; first += step) {
@@ -126,10 +142,7 @@ EPSA_DEVICE void sum_short_rows(const T* x, const T* y, int rows, int pixels, Ac
   // Packs of 128 bytes together meet no bank twice. Rows of single elements may have one lane.
   constexpr int kFewest = V == 1 ? 1 : 128 / static_cast<int>(sizeof(T) * V);
   constexpr int kTurns = V == 1 ? (kDot ? 4 : 8) : kSumTurns<V, kDot, Held::all>;
-  int lanes = kWarp;
-  while (lanes > kFewest && rows > block_threads() / lanes) {
-    lanes /= 2;
-  }
+  const int lanes = lanes_of(rows, kFewest);
   const int lane = thread_id() % lanes;
   const int step = lanes * V;
   const int turns = turns_of(lane * V, pixels, step);

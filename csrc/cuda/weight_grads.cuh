@@ -82,13 +82,8 @@ EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Pu
   const int C = p.channels, r = p.hidden;
   const int chunks = (r + kUnits - 1) / kUnits;
   const int tasks = sets * chunks * C;  // of one matrix
-  int lanes = kWarp;
-  while (lanes > 1 && 2 * tasks > block_threads() / lanes) {
-    lanes /= 2;
-  }
-  const int run = (rows + lanes - 1) / lanes;
-  const int first_row = thread_id() % lanes * run;
-  const int last_row = first_row + run < rows ? first_row + run : rows;
+  const int lanes = lanes_of(2 * tasks, 1);
+  const auto [first_row, last_row] = Run(rows, lanes);
   const int step = block_threads() / lanes;
   // The shuffles need all lanes of a warp to take the same turns.
   for (int first = 0; first < 2 * tasks; first += step) {
