@@ -23,42 +23,33 @@ struct Cast {
   }
 };
 
-ConvForward conv(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
+ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
   const Cast cast(x, weights);
-  return call_conv(cast.x, cast.weights, {groups, stride, padding, dilation});
+  return call_conv(cast.x, cast.weights, k);
 }
 
 Tensor module(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& packed) {
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed, const OptTensor& packed) {
   const Cast cast(x, weights);
   // Packed weights hold the originals, so a cast leaves them unused.
   const bool same = weights.empty() || cast.weights[0].is_same(weights[0]);
-  return call_module(
-      cast.x, cast.weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, same ? packed : std::nullopt);
+  return call_module(cast.x, cast.weights, k, se, reversed, same ? packed : std::nullopt);
 }
 
 Forward save_output(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed) {
   const Cast cast(x, weights);
-  return call_save_output(
-      cast.x, cast.weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed);
+  return call_save_output(cast.x, cast.weights, k, se, reversed);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, AutocastCPU, m) {
-  m.impl("spc_conv", conv);
-  m.impl("psa_forward", module);
-  m.impl("psa_save_output", save_output);
+  m.impl("spc_conv", flat<conv>());
+  m.impl("psa_forward", flat<module>());
+  m.impl("psa_save_output", flat<save_output>());
 }
 
 }  // namespace epsa

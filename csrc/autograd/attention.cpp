@@ -91,8 +91,8 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
       const Tensor& attention, bool reversed, const c10::List<bool>& output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
-        {grad_out, grad_attention, pooled, attention}, feats,
-        {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, output_mask);
+        grad_out, grad_attention, feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, pooled,
+        attention, reversed, output_mask);
     variable_list saved{tensor(grad_out), tensor(grad_attention)};
     saved.insert(saved.end(), feats.begin(), feats.end());
     saved.insert(saved.end(), {fc1_weight, tensor(fc1_bias), fc2_weight, tensor(fc2_bias)});
@@ -156,10 +156,8 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
 
 Backward attention_backward_autograd(
     const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool reversed,
+    const SEWeights& se, const Tensor& pooled, const Tensor& attention, bool reversed,
     c10::List<bool> output_mask) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   refuse_forward_mode(
       "psa_attention_backward",
       has_tangent(feats) || has_tangent(se) || has_tangent(grad_out) || has_tangent(grad_attention),
@@ -169,11 +167,11 @@ Backward attention_backward_autograd(
         needs_grad(grad_attention))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_attention_backward(
-        {grad_out, grad_attention, pooled, attention}, feats, se, reversed, output_mask);
+        grad_out, grad_attention, feats, se, pooled, attention, reversed, output_mask);
   }
   variable_list grads = AttentionBackward::apply(
-      grad_out, grad_attention, feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, pooled,
-      attention, reversed, output_mask);
+      grad_out, grad_attention, feats, se.fc1_weight, se.fc1_bias, se.fc2_weight, se.fc2_bias,
+      pooled, attention, reversed, output_mask);
   const auto weights = grads.end() - 4;
   return {variable_list(grads.begin(), weights), weights[0], weights[1], weights[2], weights[3]};
 }
@@ -215,9 +213,8 @@ class Attention : public torch::autograd::Function<Attention> {
     const OptTensor grad_attention = optional(grads[1]);
     const SavedSEWeights se(&saved[branches]);
     auto [grad_feats, dw1, db1, dw2, db2] = call_attention_backward(
-        {grad_out, grad_attention, saved[inputs], saved[inputs + 1]},
-        at::TensorList(saved).slice(0, branches), se.view(), ctx->saved_data["reversed"].toBool(),
-        mask);
+        grad_out, grad_attention, at::TensorList(saved).slice(0, branches), se.view(),
+        saved[inputs], saved[inputs + 1], ctx->saved_data["reversed"].toBool(), mask);
     const Tensor weight_grads[] = {dw1, db1, dw2, db2};
     for (size_t i = 0; i < inputs; ++i) {
       if (mask.get(i)) {
@@ -229,9 +226,7 @@ class Attention : public torch::autograd::Function<Attention> {
 };
 
 Forward attention_autograd(
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled) {
   refuse_forward_mode("psa_attention", has_tangent(feats) || has_tangent(se), kAttentionReference);
   if (!at::GradMode::is_enabled() || !(needs_grad(feats) || needs_grad(se))) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -241,15 +236,15 @@ Forward attention_autograd(
   // tracing, so pooled is none.
   Tensor pooled_out;
   const variable_list results = Attention::apply(
-      feats, fc1_weight, fc1_bias, fc2_weight, fc2_bias, reversed, pooled, &pooled_out);
+      feats, se.fc1_weight, se.fc1_bias, se.fc2_weight, se.fc2_bias, reversed, pooled, &pooled_out);
   return {results[0], pooled_out, results[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("psa_attention", attention_autograd);
-  m.impl("psa_attention_backward", attention_backward_autograd);
+  m.impl("psa_attention", flat<attention_autograd>());
+  m.impl("psa_attention_backward", flat<attention_backward_autograd>());
 }
 
 }  // namespace epsa

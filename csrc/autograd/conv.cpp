@@ -14,7 +14,7 @@ namespace {
 // derivatives.
 ConvBackward conv_formula(
     at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
-    const c10::List<bool>& output_mask) {
+    c10::List<bool> output_mask) {
   Tensor grad_x;
   std::vector<Tensor> grad_weights;
   for (size_t s = 0; s < weights.size(); ++s) {
@@ -70,10 +70,7 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
   }
 };
 
-ConvForward conv_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const ConvSettings k{groups, stride, padding, dilation};
+ConvForward conv_autograd(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
   refuse_forward_mode("spc_conv", has_tangent(x) || has_tangent(weights), kModuleReference);
   if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(weights))) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -87,10 +84,8 @@ ConvForward conv_autograd(
 }
 
 ConvBackward conv_backward_autograd(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     c10::List<bool> output_mask) {
-  const ConvSettings k{groups, stride, padding, dilation};
   refuse_forward_mode(
       "spc_conv_backward", has_tangent(x) || has_tangent(weights) || has_tangent(grad_feats),
       kModuleReference);
@@ -108,8 +103,8 @@ ConvBackward conv_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("spc_conv", conv_autograd);
-  m.impl("spc_conv_backward", conv_backward_autograd);
+  m.impl("spc_conv", flat<conv_autograd>());
+  m.impl("spc_conv_backward", flat<conv_backward_autograd>());
   m.impl("spc_prepack", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -21,12 +21,8 @@ void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, co
 // its inputs ----
 
 Tensor module_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& packed) {
-  const ConvSettings k{groups, stride, padding, dilation};
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed, const OptTensor& packed) {
   refuse_tangents("psa_forward", x, weights, se);
   if (any_needs_grad(x, weights, se)) {
     const auto [feats, pooled] = call_conv(x, weights, k);
@@ -90,10 +86,9 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
     const size_t branches = k.groups.size();
     const SavedSEWeights se(&saved[branches + 1]);
     const Tensor* outputs = &saved[branches + 1 + kWeights];
-    const OptTensor grad_out(grad), no_grad;
     auto [grad_x, grad_weights, dw1, db1, dw2, db2] = call_save_output_backward(
-        {grad_out, no_grad, outputs[1], outputs[2]}, saved[0],
-        at::TensorList(saved).slice(1, branches), k, se.view(), outputs[0], reversed, mask);
+        grad, saved[0], at::TensorList(saved).slice(1, branches), k, se.view(), outputs[0],
+        outputs[1], outputs[2], reversed, mask);
     variable_list result{grad_x};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     result.insert(result.end(), {dw1, db1, dw2, db2});
@@ -138,11 +133,8 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
 };
 
 Forward save_output_autograd(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  const ConvSettings k{groups, stride, padding, dilation};
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed) {
   refuse_tangents("psa_save_output", x, weights, se);
   if (!any_needs_grad(x, weights, se)) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -151,34 +143,30 @@ Forward save_output_autograd(
   // Neither is differentiable, so neither is an output of the Function.
   Tensor pooled, attention;
   Tensor out = SaveOutput::apply(
-      x, weights, fc1_weight, fc1_bias, fc2_weight, fc2_bias, k, reversed, &pooled, &attention);
+      x, weights, se.fc1_weight, se.fc1_bias, se.fc2_weight, se.fc2_bias, k, reversed, &pooled,
+      &attention);
   return {out, pooled, attention};
 }
 
 ModuleBackward save_output_backward_autograd(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
-    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool reversed,
-    c10::List<bool> output_mask) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, const ConvSettings& k,
+    const SEWeights& se, const Tensor& out, const Tensor& pooled, const Tensor& attention,
+    bool reversed, c10::List<bool> output_mask) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !any_needs_grad(x, weights, se) && !(at::GradMode::is_enabled() && grad_out.requires_grad()),
       "psa_save_output_backward: its derivative is not supported, expected "
       "tensors that need no gradient; differentiate psa_save_output twice");
   at::AutoDispatchBelowADInplaceOrView guard;
-  const OptTensor grad(grad_out), no_grad;
   return call_save_output_backward(
-      {grad, no_grad, pooled, attention}, x, weights, {groups, stride, padding, dilation}, se, out,
-      reversed, output_mask);
+      grad_out, x, weights, k, se, out, pooled, attention, reversed, output_mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Autograd, m) {
-  m.impl("psa_forward", module_autograd);
-  m.impl("psa_save_output", save_output_autograd);
-  m.impl("psa_save_output_backward", save_output_backward_autograd);
+  m.impl("psa_forward", flat<module_autograd>());
+  m.impl("psa_save_output", flat<save_output_autograd>());
+  m.impl("psa_save_output_backward", flat<save_output_backward_autograd>());
 }
 
 }  // namespace epsa

@@ -1,6 +1,7 @@
 // The operators on the CPU: allocation, layouts and threads around the kernels.
 #include "cpu/attention.h"
 
+#include "ops/groups.h"
 #include "ops/maps.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/threads.h"
@@ -440,20 +441,15 @@ void AttentionStep::run(int64_t n, const float* pooled, float* attention, int64_
 
 namespace {
 
-Forward forward(
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed, const OptTensor& pooled) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+Forward forward(at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled) {
   const Problem p = check_arguments("psa_attention", feats, se, pooled);
   return attention_forward(p, feats, se, reversed, pooled);
 }
 
 Backward backward(
     const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool reversed,
+    const SEWeights& se, const Tensor& pooled, const Tensor& attention, bool reversed,
     c10::List<bool> output_mask) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const GradArguments grads{grad_out, grad_attention, pooled, attention};
   const Problem p =
       check_backward_arguments("psa_attention_backward", feats, se, grads, output_mask);
@@ -463,8 +459,8 @@ Backward backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
-  m.impl("psa_attention", forward);
-  m.impl("psa_attention_backward", backward);
+  m.impl("psa_attention", flat<forward>());
+  m.impl("psa_attention_backward", flat<backward>());
 }
 
 }  // namespace epsa::cpu

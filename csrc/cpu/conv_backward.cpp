@@ -1,5 +1,6 @@
 // The convolutions' gradients on the CPU: the operator spc_conv_backward.
 #include "cpu/conv_layout.h"
+#include "ops/groups.h"
 
 #include <torch/library.h>
 
@@ -414,11 +415,9 @@ class Backward {
 
 }  // namespace
 
-ConvBackward spc_backward(
-    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    c10::List<bool> output_mask) {
-  const ConvSettings settings{groups, stride, padding, dilation};
+ConvBackward conv_backward(
+    at::TensorList grad_feats_, const Tensor& x_, at::TensorList weights,
+    const ConvSettings& settings, c10::List<bool> output_mask) {
   const ConvProblem p = check_conv_arguments("spc_conv_backward", x_, weights, settings);
   check_conv_backward_arguments("spc_conv_backward", grad_feats_, x_, p, output_mask);
   const at::MemoryFormat format = conv_layout(x_);
@@ -473,7 +472,7 @@ ConvBackward spc_backward(
 }
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
-  m.impl("spc_conv_backward", spc_backward);
+  m.impl("spc_conv_backward", flat<conv_backward>());
 }
 
 }  // namespace epsa::cpu

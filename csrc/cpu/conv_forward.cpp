@@ -1,5 +1,6 @@
 // The convolutions forward on the CPU, and the operators spc_conv and spc_prepack.
 #include "cpu/conv_forward.h"
+#include "ops/groups.h"
 
 #include <torch/library.h>
 
@@ -401,34 +402,28 @@ ConvForward convolve(
 
 namespace {
 
-ConvForward spc_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const ConvSettings settings{groups, stride, padding, dilation};
+ConvForward conv_forward(const Tensor& x, at::TensorList weights, const ConvSettings& settings) {
   const ConvProblem p = check_conv_arguments("spc_conv", x, weights, settings);
   const ForwardBank native("spc_conv", p, weights, settings);
   return convolve(native, p, x, weights, settings);
 }
 
-Tensor spc_prepack(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const ConvSettings settings{groups, stride, padding, dilation};
+Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& settings) {
   const ConvProblem p = check_conv_arguments("spc_prepack", x, weights, settings);
   const ForwardBank native("spc_prepack", p, weights, settings);
   TORCH_CHECK_VALUE(
       native.has_any(),
       "spc_prepack: expected at least one convolution that has "
       "a kernel here, got none of ",
-      p.S, " (dtype ", p.dtype, ", stride ", stride, "): there is nothing to pack");
+      p.S, " (dtype ", p.dtype, ", stride ", settings.stride, "): there is nothing to pack");
   return native.prepack();
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
-  m.impl("spc_conv", spc_forward);
-  m.impl("spc_prepack", spc_prepack);
+  m.impl("spc_conv", flat<conv_forward>());
+  m.impl("spc_prepack", flat<prepack>());
 }
 
 }  // namespace epsa::cpu

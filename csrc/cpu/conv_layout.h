@@ -173,8 +173,8 @@ inline Tensor settled(const Tensor& t, at::ScalarType dtype, at::MemoryFormat fo
 }
 
 // The operator spc_conv_backward: the gradients of x and of the weights.
-ConvBackward spc_backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, c10::List<bool> output_mask);
+ConvBackward conv_backward(
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights,
+    const ConvSettings& settings, c10::List<bool> output_mask);
 
 }  // namespace epsa::cpu

@@ -1,7 +1,7 @@
 // A whole PSA module on the CPU: the convolutions and the attention step.
 #include "cpu/attention.h"
 #include "cpu/conv_forward.h"
-#include "ops/module.h"
+#include "ops/groups.h"
 
 #include <torch/library.h>
 
@@ -25,6 +25,7 @@ epsa::Forward forward(
     const char* op, const Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se, bool reversed, const OptTensor& packed) {
   const ModuleProblem problem = check_module_arguments(op, x, weights, settings, se);
+  check_packed(op, x, packed);
   const ConvProblem& p = problem.conv;
   const ForwardBank native(op, p, weights, settings, packed);
   if (!native.has_all()) {
@@ -52,54 +53,42 @@ epsa::Forward forward(
 }
 
 Tensor psa_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& packed) {
-  return std::get<0>(forward(
-      "psa_forward", x, weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, packed));
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed, const OptTensor& packed) {
+  return std::get<0>(forward("psa_forward", x, weights, k, se, reversed, packed));
 }
 
 epsa::Forward psa_save_output(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed) {
-  return forward(
-      "psa_save_output", x, weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, std::nullopt);
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool reversed) {
+  return forward("psa_save_output", x, weights, k, se, reversed, std::nullopt);
 }
 
 ModuleBackward psa_save_output_backward(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
-    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool reversed,
-    c10::List<bool> output_mask) {
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, const ConvSettings& k,
+    const SEWeights& se, const Tensor& out, const Tensor& pooled, const Tensor& attention,
+    bool reversed, c10::List<bool> output_mask) {
   const OptTensor grad(grad_out), no_grad;
   const GradArguments grads{grad, no_grad, pooled, attention};
   const ModuleProblem p = check_module_backward_arguments(
-      "psa_save_output_backward", x, weights, {groups, stride, padding, dilation}, se, grads, out,
-      output_mask);
+      "psa_save_output_backward", x, weights, k, se, grads, out, output_mask);
   const int64_t S = p.conv.S;
-  c10::List<bool> spc_mask, attention_mask;
-  bool spc = false;
+  c10::List<bool> conv_mask, attention_mask;
+  bool conv = false;
   for (int64_t i = 0; i < S + 1; ++i) {
-    spc_mask.push_back(output_mask.get(i));
-    spc |= output_mask.get(i);
+    conv_mask.push_back(output_mask.get(i));
+    conv |= output_mask.get(i);
   }
   for (int64_t i = 0; i < S + 4; ++i) {
-    attention_mask.push_back(i < S ? spc : output_mask.get(i + 1));
+    attention_mask.push_back(i < S ? conv : output_mask.get(i + 1));
   }
   auto [grad_feats, dw1, db1, dw2, db2] = attention_backward(
       p.attention, slots_of(out, S, reversed), se, grads, reversed, attention_mask,
       /*of_output=*/true);
   Tensor grad_x = at::empty({0}, x.options());
   std::vector<Tensor> grad_weights;
-  if (spc) {
-    std::tie(grad_x, grad_weights) =
-        spc_backward(grad_feats, x, weights, groups, stride, padding, dilation, spc_mask);
+  if (conv) {
+    std::tie(grad_x, grad_weights) = conv_backward(grad_feats, x, weights, k, conv_mask);
   } else {
     for (const Tensor& w : weights) {
       grad_weights.push_back(at::empty({0}, w.options()));
@@ -111,9 +100,9 @@ ModuleBackward psa_save_output_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
-  m.impl("psa_forward", psa_forward);
-  m.impl("psa_save_output", psa_save_output);
-  m.impl("psa_save_output_backward", psa_save_output_backward);
+  m.impl("psa_forward", flat<psa_forward>());
+  m.impl("psa_save_output", flat<psa_save_output>());
+  m.impl("psa_save_output_backward", flat<psa_save_output_backward>());
 }
 
 }  // namespace epsa::cpu

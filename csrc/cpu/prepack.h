@@ -75,10 +75,9 @@ constexpr int64_t kPrepackHeaderBytes = (sizeof(PrepackHeader) + 63) / 64 * 64;
 inline PrepackHeader read_prepacked(
     const char* op, const Tensor& packed, const PrepackHeader& expected) {
   TORCH_CHECK_VALUE(
-      packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous() &&
-          packed.device().is_cpu() && packed.numel() >= kPrepackHeaderBytes,
-      op, ": packed has dtype ", packed.scalar_type(), " and shape ", packed.sizes(), " on ",
-      packed.device(), ", expected the bytes that spc_prepack returned");
+      packed.is_contiguous() && packed.numel() >= kPrepackHeaderBytes, op, ": packed has shape ",
+      packed.sizes(), " and stride ", packed.strides(),
+      ", expected the bytes that spc_prepack returned");
   const void* data = packed.const_data_ptr();
   TORCH_CHECK_VALUE(
       reinterpret_cast<uintptr_t>(data) % 64 == 0, op, ": packed begins at an address that is ",

@@ -1,6 +1,7 @@
 // The operators on CUDA devices: allocation, layouts and the current stream around
 // the launches. A call never synchronises and uses PyTorch's memory only, so that
 // CUDA graphs can capture it.
+#include "ops/groups.h"
 #include "ops/maps.h"
 #include "cuda/launch.h"
 
@@ -86,11 +87,8 @@ c10::SmallVector<Tensor, kMaxBranches> feats_in_layout(
 }
 
 Forward forward(
-    at::TensorList feats_, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
-    const OptTensor& pooled_in) {
+    at::TensorList feats_, const SEWeights& se, bool reversed, const OptTensor& pooled_in) {
   const char* op = "psa_attention";
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const epsa::Problem p = check_arguments(op, feats_, se, pooled_in);
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
@@ -120,11 +118,9 @@ Forward forward(
 
 Backward backward(
     const OptTensor& grad_out_, const OptTensor& grad_attention_, at::TensorList feats_,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& pooled_, const Tensor& attention_, bool reversed,
+    const SEWeights& se, const Tensor& pooled_, const Tensor& attention_, bool reversed,
     c10::List<bool> output_mask) {
   const char* op = "psa_attention_backward";
-  const SEWeights se{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
   const GradArguments grads{grad_out_, grad_attention_, pooled_, attention_};
   const epsa::Problem p = check_backward_arguments(op, feats_, se, grads, output_mask);
   const c10::cuda::CUDAGuard guard(feats_[0].device());
@@ -144,7 +140,7 @@ Backward backward(
     any_feats |= wanted;
     grad_feats.push_back(grad(wanted, {p.N, p.C, p.H, p.W}, p.dtype, format));
   }
-  const OptTensor given[] = {fc1_weight, fc1_bias, fc2_weight, fc2_bias};
+  const OptTensor given[] = {se.fc1_weight, se.fc1_bias, se.fc2_weight, se.fc2_bias};
   Tensor grad_weights[4];
   void* grad_data[4] = {};
   for (int i = 0; i < 4; ++i) {
@@ -193,8 +189,8 @@ Backward backward(
 
 #ifndef EPSA_EMULATED
 TORCH_LIBRARY_IMPL(epsa_fused, CUDA, m) {
-  m.impl("psa_attention", forward);
-  m.impl("psa_attention_backward", backward);
+  m.impl("psa_attention", flat<forward>());
+  m.impl("psa_attention_backward", flat<backward>());
 }
 #endif
 

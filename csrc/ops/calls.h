@@ -1,7 +1,8 @@
-// The operators through the dispatcher, for the layers above the kernels.
+// The operators through the dispatcher, for the layers above the kernels. Their arguments
+// are the schemas' (ops/schemas.cpp), in groups.
 #pragma once
 
-#include "ops/module.h"
+#include "ops/groups.h"
 
 namespace epsa {
 
@@ -9,13 +10,14 @@ Forward call_attention(
     at::TensorList feats, const SEWeights& se, bool reversed,
     const std::optional<at::Tensor>& pooled);
 Backward call_attention_backward(
-    const GradArguments& grads, at::TensorList feats, const SEWeights& se, bool reversed,
-    const c10::List<bool>& output_mask);
+    const std::optional<at::Tensor>& grad_out, const std::optional<at::Tensor>& grad_attention,
+    at::TensorList feats, const SEWeights& se, const at::Tensor& pooled,
+    const at::Tensor& attention, bool reversed, c10::List<bool> output_mask);
 
 ConvForward call_conv(const at::Tensor& x, at::TensorList weights, const ConvSettings& k);
 ConvBackward call_conv_backward(
     at::TensorList grad_feats, const at::Tensor& x, at::TensorList weights, const ConvSettings& k,
-    const c10::List<bool>& output_mask);
+    c10::List<bool> output_mask);
 
 at::Tensor call_module(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
@@ -23,9 +25,9 @@ at::Tensor call_module(
 Forward call_save_output(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed);
-// grads: grad_out, and no grad_attention.
 ModuleBackward call_save_output_backward(
-    const GradArguments& grads, const at::Tensor& x, at::TensorList weights, const ConvSettings& k,
-    const SEWeights& se, const at::Tensor& out, bool reversed, const c10::List<bool>& output_mask);
+    const at::Tensor& grad_out, const at::Tensor& x, at::TensorList weights, const ConvSettings& k,
+    const SEWeights& se, const at::Tensor& out, const at::Tensor& pooled,
+    const at::Tensor& attention, bool reversed, c10::List<bool> output_mask);
 
 }  // namespace epsa

@@ -1,6 +1,6 @@
 // Results without data: what torch.compile, torch.export and meta tensors ask
 // for. The checks and layouts are the kernels' own, on symbolic sizes.
-#include "ops/module.h"
+#include "ops/groups.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -38,11 +38,8 @@ Tensor branch_vector(const Problem& p, const Tensor& like) {
 // ---- the attention step ----
 
 Forward attention(
-    at::TensorList feats, const Tensor& fc1_weight, const OptTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptTensor& fc2_bias, bool /*reversed*/,
-    const OptTensor& pooled) {
-  const auto p = check_arguments<SymInt>(
-      "psa_attention", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, pooled);
+    at::TensorList feats, const SEWeights& se, bool /*reversed*/, const OptTensor& pooled) {
+  const auto p = check_arguments<SymInt>("psa_attention", feats, se, pooled);
   return {
       empty({p.N, p.C * p.S, p.H, p.W}, feats[0], p.dtype, common_layout<SymInt>(feats)),
       branch_vector(p, feats[0]), branch_vector(p, feats[0])};
@@ -50,32 +47,28 @@ Forward attention(
 
 Backward attention_backward(
     const OptTensor& grad_out, const OptTensor& grad_attention, at::TensorList feats,
-    const Tensor& fc1_weight, const OptTensor& fc1_bias, const Tensor& fc2_weight,
-    const OptTensor& fc2_bias, const Tensor& pooled, const Tensor& attention, bool /*reversed*/,
+    const SEWeights& se, const Tensor& pooled, const Tensor& attention, bool /*reversed*/,
     c10::List<bool> output_mask) {
   const auto p = check_backward_arguments<SymInt>(
-      "psa_attention_backward", feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias},
-      {grad_out, grad_attention, pooled, attention}, output_mask);
+      "psa_attention_backward", feats, se, {grad_out, grad_attention, pooled, attention},
+      output_mask);
   const at::MemoryFormat format = common_layout<SymInt>(feats);
   std::vector<Tensor> grad_feats;
   for (int64_t s = 0; s < p.S; ++s) {
     grad_feats.push_back(grad_of(feats[s], output_mask.get(s), format));
   }
   const auto weight = [&](const OptTensor& w, int64_t i) {
-    return grad_of(w, output_mask.get(p.S + i), fc1_weight);
+    return grad_of(w, output_mask.get(p.S + i), se.fc1_weight);
   };
   return {
-      std::move(grad_feats), weight(fc1_weight, 0), weight(fc1_bias, 1), weight(fc2_weight, 2),
-      weight(fc2_bias, 3)};
+      std::move(grad_feats), weight(se.fc1_weight, 0), weight(se.fc1_bias, 1),
+      weight(se.fc2_weight, 2), weight(se.fc2_bias, 3)};
 }
 
 // ---- the convolutions ----
 
-ConvForward conv(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const auto p =
-      check_conv_arguments<SymInt>("spc_conv", x, weights, {groups, stride, padding, dilation});
+ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+  const auto p = check_conv_arguments<SymInt>("spc_conv", x, weights, k);
   const at::MemoryFormat format = conv_layout<SymInt>(x);
   std::vector<Tensor> feats;
   for (int64_t s = 0; s < p.S; ++s) {
@@ -96,11 +89,10 @@ ConvBackward conv_grads(
 }
 
 ConvBackward conv_backward(
-    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    at::TensorList grad_feats, const Tensor& x, at::TensorList weights, const ConvSettings& k,
     c10::List<bool> output_mask) {
   const char* op = "spc_conv_backward";
-  const auto p = check_conv_arguments<SymInt>(op, x, weights, {groups, stride, padding, dilation});
+  const auto p = check_conv_arguments<SymInt>(op, x, weights, k);
   check_conv_backward_arguments(op, grad_feats, x, p, output_mask);
   return conv_grads(x, weights, output_mask);
 }
@@ -113,61 +105,51 @@ Tensor module_output(const Problem& p, const Tensor& x) {
 }
 
 Tensor module_forward(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
-    bool /*reversed*/, const OptTensor& /*packed*/) {
-  const auto p = check_module_arguments<SymInt>(
-      "psa_forward", x, weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
+    bool /*reversed*/, const OptTensor& packed) {
+  const auto p = check_module_arguments<SymInt>("psa_forward", x, weights, k, se);
+  check_packed("psa_forward", x, packed);
   return module_output(p.conv, x);
 }
 
 Forward save_output(
-    const Tensor& x, at::TensorList weights, at::IntArrayRef groups, int64_t stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool /*reversed*/) {
-  const auto p = check_module_arguments<SymInt>(
-      "psa_save_output", x, weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias});
+  const auto p = check_module_arguments<SymInt>("psa_save_output", x, weights, k, se);
   return {module_output(p.conv, x), branch_vector(p.conv, x), branch_vector(p.conv, x)};
 }
 
 ModuleBackward save_output_backward(
-    const Tensor& grad_out, const Tensor& x, at::TensorList weights, at::IntArrayRef groups,
-    int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& fc1_weight,
-    const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias,
-    const Tensor& out, const Tensor& pooled, const Tensor& attention, bool /*reversed*/,
-    c10::List<bool> output_mask) {
+    const Tensor& grad_out, const Tensor& x, at::TensorList weights, const ConvSettings& k,
+    const SEWeights& se, const Tensor& out, const Tensor& pooled, const Tensor& attention,
+    bool /*reversed*/, c10::List<bool> output_mask) {
   const OptTensor grad(grad_out), no_grad;
   check_module_backward_arguments<SymInt>(
-      "psa_save_output_backward", x, weights, {groups, stride, padding, dilation},
-      {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, {grad, no_grad, pooled, attention}, out,
+      "psa_save_output_backward", x, weights, k, se, {grad, no_grad, pooled, attention}, out,
       output_mask);
   auto [grad_x, grad_weights] = conv_grads(x, weights, output_mask);
   const auto weight = [&](const OptTensor& w, size_t i) {
-    return grad_of(w, output_mask.get(weights.size() + 1 + i), fc1_weight);
+    return grad_of(w, output_mask.get(weights.size() + 1 + i), se.fc1_weight);
   };
   return {
       grad_x,
       std::move(grad_weights),
-      weight(fc1_weight, 0),
-      weight(fc1_bias, 1),
-      weight(fc2_weight, 2),
-      weight(fc2_bias, 3)};
+      weight(se.fc1_weight, 0),
+      weight(se.fc1_bias, 1),
+      weight(se.fc2_weight, 2),
+      weight(se.fc2_bias, 3)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(epsa_fused, Meta, m) {
-  m.impl("_psa_attention_meta", attention);
-  m.impl("_psa_attention_backward_meta", attention_backward);
-  m.impl("_spc_conv_meta", conv);
-  m.impl("_spc_conv_backward_meta", conv_backward);
-  m.impl("_psa_forward_meta", module_forward);
-  m.impl("_psa_save_output_meta", save_output);
-  m.impl("_psa_save_output_backward_meta", save_output_backward);
+  m.impl("_psa_attention_meta", flat<attention>());
+  m.impl("_psa_attention_backward_meta", flat<attention_backward>());
+  m.impl("_spc_conv_meta", flat<conv>());
+  m.impl("_spc_conv_backward_meta", flat<conv_backward>());
+  m.impl("_psa_forward_meta", flat<module_forward>());
+  m.impl("_psa_save_output_meta", flat<save_output>());
+  m.impl("_psa_save_output_backward_meta", flat<save_output_backward>());
 }
 
 }  // namespace epsa

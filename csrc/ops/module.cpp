@@ -9,9 +9,9 @@ template <class Int>
 ModuleProblemOf<Int> check_module_arguments(
     const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se) {
+  check_branches(op, "weights", static_cast<int64_t>(weights.size()));
   ModuleProblemOf<Int> p;
   p.conv = check_conv_arguments<Int>(op, x, weights, settings);
-  check_branches(op, "weights", p.conv.S);
   p.attention.N = p.conv.N;
   p.attention.S = p.conv.S;
   p.attention.C = p.conv.C;
@@ -21,6 +21,16 @@ ModuleProblemOf<Int> check_module_arguments(
   p.attention.acc = p.conv.acc;
   check_weights({op, x.device(), "x"}, se, p.attention);
   return p;
+}
+
+void check_packed(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& packed) {
+  if (packed) {
+    check_device({op, x.device(), "x"}, "packed", *packed);
+    TORCH_CHECK_VALUE(
+        packed->scalar_type() == at::kByte && packed->dim() == 1, op, ": packed has dtype ",
+        packed->scalar_type(), " and shape ", packed->sym_sizes(),
+        ", expected the bytes that spc_prepack returned");
+  }
 }
 
 template <class Int>

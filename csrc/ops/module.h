@@ -20,6 +20,9 @@ ModuleProblemOf<Int> check_module_arguments(
     const char* op, const at::Tensor& x, at::TensorList weights, const ConvSettings& settings,
     const SEWeights& se);
 
+// Checks what can be told of psa_forward's packed weights without their bytes.
+void check_packed(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& packed);
+
 // Checks the arguments of psa_save_output_backward.
 template <class Int = int64_t>
 ModuleProblemOf<Int> check_module_backward_arguments(

@@ -43,12 +43,20 @@ def first(name: str):
     return at(name, lambda given: given[:1])
 
 
+def packed(given: Tensor):
+    return lambda arguments: arguments | {"packed": given}
+
+
 ONE_BRANCH = both(*(first(name) for name in ("weights", "groups", "padding", "dilation")))
 
 BAD = raising(
     ValueError,
     {
         "one_branch": (ONE_BRANCH, r"weights has 1 branches, expected 2 to 8$"),
+        "nine_branches": (
+            at("weights", lambda given: [given[0]] * 9),
+            r"weights has 9 branches, expected 2 to 8$",
+        ),
         "stride_0": (put("stride", 0), r"stride is 0, expected at least 1"),
         "groups_short": (first("groups"), r"groups has 1 entries, expected 2"),
         "fc1_channels": (
@@ -99,22 +107,37 @@ BAD_BACKWARD = raising(
         "pooled_dtype": (at("pooled", Tensor.double), r"pooled has dtype Double, expected Float"),
     },
 )
+BAD_FORWARD = raising(
+    ValueError,
+    {
+        "packed_dtype": (
+            packed(torch.zeros(3)),
+            r"packed has dtype Float and shape \[3\], expected the bytes",
+        ),
+        "packed_shape": (
+            packed(torch.zeros(3, 1, dtype=torch.uint8)),
+            r"packed has dtype Byte and shape \[3, 1\], expected the bytes",
+        ),
+    },
+)
 OPERATORS = {"forward": (FORWARD, forward), "save_output": (SAVE_OUTPUT, forward)}
 OPERATORS["backward"] = (BACKWARD, backward)
 ROWS = [(operator, bad) for operator in OPERATORS for bad in BAD]
 ROWS += [("backward", bad) for bad in BAD_BACKWARD]
+ROWS += [("forward", bad) for bad in BAD_FORWARD]
+ALL_BAD = BAD | BAD_BACKWARD | BAD_FORWARD
 
 
 @pytest.mark.parametrize(("operator", "bad"), ROWS)
 def test_bad_arguments(operator, bad):
-    assert_raises(OPERATORS[operator][0], (BAD | BAD_BACKWARD)[bad], OPERATORS[operator][1])
+    call, good = OPERATORS[operator]
+    assert_raises(call, ALL_BAD[bad], good)
 
 
 @pytest.mark.parametrize(("operator", "bad"), ROWS)
 def test_meta_tensors_are_refused_with_the_same_words(operator, bad):
-    assert_same_words_on_meta(
-        OPERATORS[operator][0], (BAD | BAD_BACKWARD)[bad], OPERATORS[operator][1]
-    )
+    call, good = OPERATORS[operator]
+    assert_same_words_on_meta(call, ALL_BAD[bad], good)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -124,6 +147,13 @@ def test_tensors_on_different_devices(name, operator):
     wrong = at(name, lambda t: t.to("meta"))(good())
     with pytest.raises(RuntimeError, match=f"{name} is on meta, expected cpu, the device of x"):
         call(*wrong.values())
+
+
+def test_packed_weights_on_another_device():
+    """The dispatcher sends a call with any meta tensor to the kernel that only has shapes."""
+    wrong = packed(torch.zeros(64, dtype=torch.uint8, device="meta"))(forward())
+    with pytest.raises(RuntimeError, match="packed is on meta, expected cpu, the device of x"):
+        FORWARD(*wrong.values())
 
 
 def test_a_bias_is_none_in_no_row():
