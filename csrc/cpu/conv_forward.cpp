@@ -15,11 +15,12 @@ ForwardBank::ForwardBank(
   for (int64_t s = 0; s < p.S; ++s) {
     convs_.push_back(conv_of(p, weights[s], settings, s));
   }
-  header_ = PrepackHeader(p, convs_, weights, isa_);
+  header_ = PrepackHeader(p, convs_, isa_);
   // Packed weights are ignored where the weights were changed or replaced since.
   bool use_packed = false;
   if (prepacked) {
     const PrepackHeader given = read_prepacked(op, *prepacked, header_);
+    header_.sign(weights);
     use_packed = given.same_weights(header_);
     header_ = use_packed ? given : header_;
   }
@@ -78,14 +79,16 @@ std::vector<ConvWeights> ForwardBank::conv_weights() const {
   return weights;
 }
 
-Tensor ForwardBank::prepack() const {
+Tensor ForwardBank::prepack(at::TensorList weights) const {
   Tensor bytes = at::detail::empty_cpu(
       {kPrepackHeaderBytes + weight_floats_ * static_cast<int64_t>(sizeof(float))}, at::kByte,
       /*pin_memory=*/false, at::MemoryFormat::Contiguous);
+  PrepackHeader header = header_;
+  header.sign(weights);
   char* data = static_cast<char*>(bytes.mutable_data_ptr());
   // Clears also the gaps that the kernels leave between the weights.
   std::memset(data, 0, bytes.numel());
-  std::memcpy(data, static_cast<const void*>(&header_), sizeof(header_));
+  std::memcpy(data, static_cast<const void*>(&header), sizeof(header));
   Packed(plans_).fill(
       k_, convs_, plans_, conv_weights(), usable_threads(),
       reinterpret_cast<float*>(data + kPrepackHeaderBytes));
@@ -416,7 +419,7 @@ Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& sett
       "spc_prepack: expected at least one convolution that has "
       "a kernel here, got none of ",
       p.S, " (dtype ", p.dtype, ", stride ", settings.stride, "): there is nothing to pack");
-  return native.prepack();
+  return native.prepack(weights);
 }
 
 }  // namespace

@@ -15,8 +15,9 @@ class ForwardBank {
       const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
       const std::optional<Tensor>& prepacked = std::nullopt);
 
-  // The packed weights with their header, for a constructor's `prepacked`.
-  Tensor prepack() const;
+  // The packed weights with their header, for a constructor's `prepacked`. Takes the
+  // constructor's weights, which it may have copied to other strides.
+  Tensor prepack(at::TensorList weights) const;
 
   bool has(int64_t s) const { return plans_[s].method != ConvMethod::library; }
   bool has_any() const { return !units_.empty(); }

@@ -2,11 +2,30 @@
 // they were packed for, then the floats of all units.
 #pragma once
 
+#include "cpu/checksum.h"
 #include "cpu/conv_layout.h"
 
 #include <sstream>
 
 namespace epsa::cpu {
+
+// A checksum of a weight's values and layout.
+inline uint64_t checksum_of(const Tensor& weight) {
+  const Tensor w = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+  const char* data = static_cast<const char*>(w.const_data_ptr());
+  const int64_t bytes = w.nbytes();
+  // Pieces that a thread reads in some ten microseconds.
+  constexpr int64_t kPiece = 1 << 18;
+  std::vector<uint64_t> sums((bytes + kPiece - 1) / kPiece);
+  const int64_t pieces = static_cast<int64_t>(sums.size());
+  for_each(pieces, pieces > 1 ? usable_threads() : 1, [&](int64_t i) {
+    sums[i] = checksum(data + i * kPiece, std::min(kPiece, bytes - i * kPiece), i);
+  });
+  for (const int64_t stride : w.strides()) {
+    sums.push_back(stride);
+  }
+  return checksum(sums.data(), sums.size() * sizeof(uint64_t), pieces);
+}
 
 struct PrepackHeader {
   char magic[8];  // names the layout, too
@@ -15,20 +34,15 @@ struct PrepackHeader {
     int32_t groups, kernel_h, kernel_w;
     Packing packing;  // `library`: this branch has no packed weights
   } branch[kMaxBranches];
-  // Identifies the packed weights by their address and their count of changes.
-  struct Source {
-    const void* data;
-    int64_t version;
-  } source[kMaxBranches];
+  uint64_t source[kMaxBranches];  // checksums of the weights; 0 until sign()
 
   // Headers are compared as bytes, so their gaps must be zero too.
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(
-      const ConvProblem& p, const std::vector<Conv>& convs, at::TensorList weights,
-      Isa instructions)
+      const ConvProblem& p, const std::vector<Conv>& convs, Isa instructions)
       : PrepackHeader() {
-    std::memcpy(magic, "EPSASPC2", sizeof(magic));
+    std::memcpy(magic, "EPSASPC3", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
     dtype = static_cast<int32_t>(p.dtype);
     branches = static_cast<int32_t>(p.S);
@@ -38,8 +52,14 @@ struct PrepackHeader {
       branch[s].groups = static_cast<int32_t>(convs[s].groups);
       branch[s].kernel_h = static_cast<int32_t>(convs[s].kernel_h);
       branch[s].kernel_w = static_cast<int32_t>(convs[s].kernel_w);
-      source[s].data = weights[s].const_data_ptr();
-      source[s].version = weights[s].is_inference() ? -1 : weights[s]._version();
+    }
+  }
+
+  // Notes which weights were packed, by their bytes. Their addresses and versions would
+  // not do: optimizers, .data and numpy change weights without a new version.
+  void sign(at::TensorList weights) {
+    for (size_t s = 0; s < weights.size(); ++s) {
+      source[s] = checksum_of(weights[s]);
     }
   }
 

@@ -47,7 +47,6 @@ class FusedPSAModule(PSAModule):
     # The class has defaults too: modules pickled by an older version lack these attributes.
     save_output: bool = False
     _packed: Tensor | None = None
-    _packed_from: Sequence[Tensor] = ()  # keeps the packed weights alive, so no address is reused
 
     def __init__(
         self,
@@ -135,10 +134,9 @@ class FusedPSAModule(PSAModule):
         in float32, or twice that if output channels do not fill vectors.
 
         `train()`, `load_state_dict()`, :meth:`unpack`, moving and casting drop it. Copies, pickles
-        and exported programs have none. A call notices weights that were replaced or changed, and
-        packs them itself. It cannot notice changes that autograd does not count:
-        `weight.data.mul_(2)`, or in place in inference mode. Prepack again after those. Under
-        autocast, which casts the weights, every call packs.
+        and exported programs have none. Each call compares a 64-bit checksum of the weights, so no
+        way of changing them gives an old result. Where they differ, and under autocast, which
+        casts them, the call packs itself: prepack again then.
 
         Args:
             height, width: of the maps x that will be served; other sizes work, maybe more slowly.
@@ -170,12 +168,11 @@ class FusedPSAModule(PSAModule):
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
             self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_conv_arguments(plain))
-            self._packed_from = [conv.weight.detach() for conv in plain]
         return self
 
     def unpack(self) -> Self:
         """Undo :meth:`prepack`."""
-        self._packed, self._packed_from = None, ()
+        self._packed = None
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -193,7 +190,7 @@ class FusedPSAModule(PSAModule):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None, "_packed_from": ()}
+        return self.__dict__ | {"_packed": None}
 
     # ---- parts ----
 

@@ -9,6 +9,7 @@ from support.cases import FORMATS, name_of
 from support.modules import CASES, arguments, build, image
 from support.tolerance import assert_no_worse
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured, remove
 
 import epsa_fused
 from epsa_fused import FusedPSAModule
@@ -63,16 +64,12 @@ def test_maps_for_which_another_method_is_planned(packed_for, used_for):
 
 @torch.no_grad()
 def test_the_packed_weights_are_what_is_read():
-    """A change through .data is the one that cannot be noticed."""
     module, x = make()
     module.prepack(28, 28)
     before = module(x)
-    module.conv_1.weight.data.mul_(2)
-    assert torch.equal(module(x), before)
-    module.prepack(28, 28)
-    after = module(x)
-    assert not torch.allclose(after, before)
-    assert torch.equal(module.unpack()(x), after)
+    mark(module._packed)
+    assert not torch.allclose(module(x), before)
+    assert torch.equal(module.unpack()(x), before)
 
 
 @torch.no_grad()
@@ -109,8 +106,18 @@ def replace_parameter(module):
     module.conv_1.weight = nn.Parameter(module.conv_1.weight * 2)
 
 
+def replace_parameter_by_its_data(module):
+    """The same address. The version begins anew, and meets the old one after a change."""
+    module.conv_1.weight = nn.Parameter(module.conv_1.weight.data)
+    change_in_place(module)
+
+
 def replace_data(module):
     module.conv_1.weight.data = module.conv_1.weight.data * 2
+
+
+def swap_tensors(module):
+    torch.utils.swap_tensors(module.conv_1.weight, nn.Parameter(module.conv_1.weight * 2))
 
 
 def change_in_place(module):
@@ -118,14 +125,79 @@ def change_in_place(module):
         module.conv_1.weight.mul_(2)
 
 
+def change_in_inference_mode(module):
+    with torch.inference_mode():
+        module.conv_1.weight.mul_(2)
+
+
+def change_through_data(module):
+    module.conv_1.weight.data.mul_(2)
+
+
+def average_through_data(module):
+    """A mean teacher's step."""
+    for parameter in module.parameters():
+        parameter.data.mul_(0.9).add_(torch.ones_like(parameter), alpha=0.1)
+
+
+def change_one_bit_through_numpy(module):
+    bits = module.conv_1.weight.detach().numpy().reshape(-1).view("uint32")
+    bits[-1] ^= 1 << 30
+
+
+def swap_two_weights_through_numpy(module):
+    weights = module.conv_2.weight.detach().numpy().reshape(-1)
+    weights[[3, -5]] = weights[[-5, 3]]
+
+
+def turn_strides(module):
+    """The same bytes, read in another order."""
+    weight = module.conv_1.weight.data
+    turned = weight.transpose(2, 3)
+    module.conv_1.weight.data = turned
+
+
+def change_through_dlpack(module):
+    torch.from_dlpack(module.conv_1.weight.detach()).data.mul_(2)
+
+
+def copy_from_a_vector(module):
+    vector = nn.utils.parameters_to_vector(module.parameters())
+    nn.utils.vector_to_parameters(vector * 2, module.parameters())
+
+
 def load_the_layer(module):
     module.conv_1.load_state_dict({"weight": module.conv_1.weight.detach() * 2})
 
 
-def take_a_step(module):
-    for parameter in module.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(module.parameters(), lr=0.1).step()
+def load_the_layer_by_assignment(module):
+    state = {"weight": module.conv_1.weight.detach() * 2}
+    module.conv_1.load_state_dict(state, assign=True)
+
+
+def initialise(module):
+    nn.init.ones_(module.conv_1.weight)
+
+
+def step(optimizer, **options):
+    def take_a_step(module):
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer(module.parameters(), lr=0.1, **options).step()
+
+    take_a_step.__name__ = "_".join((optimizer.__name__, *options))
+    return take_a_step
+
+
+def average_the_model(module):
+    average = torch.optim.swa_utils.AveragedModel(module)
+    change_in_place(average.module)
+    module.conv_1.weight.data.copy_(average.module.conv_1.weight)
+
+
+def prune(module):
+    l1_unstructured(module.conv_1, "weight", 0.5)
+    remove(module.conv_1, "weight")
 
 
 def parametrize(module):
@@ -136,19 +208,37 @@ def parametrize(module):
     nn.utils.parametrize.register_parametrization(module.conv_1, "weight", Twice())
 
 
-@pytest.mark.parametrize(
-    "change",
-    (
-        replace_layer,
-        replace_parameter,
-        replace_data,
-        change_in_place,
-        load_the_layer,
-        take_a_step,
-        parametrize,
-    ),
-    ids=lambda f: f.__name__,
+CHANGES = (
+    replace_layer,
+    replace_parameter,
+    replace_parameter_by_its_data,
+    replace_data,
+    swap_tensors,
+    change_in_place,
+    change_in_inference_mode,
+    change_through_data,
+    average_through_data,
+    change_one_bit_through_numpy,
+    swap_two_weights_through_numpy,
+    turn_strides,
+    change_through_dlpack,
+    copy_from_a_vector,
+    load_the_layer,
+    load_the_layer_by_assignment,
+    initialise,
+    step(torch.optim.SGD),
+    step(torch.optim.SGD, fused=True),
+    step(torch.optim.Adam, fused=True),
+    step(torch.optim.AdamW, fused=True),
+    step(torch.optim.Adagrad, fused=True),
+    step(torch.optim.AdamW, foreach=True),
+    average_the_model,
+    prune,
+    parametrize,
 )
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_changed_weights_are_noticed(change):
     module, x = make()
     with torch.no_grad():
@@ -158,8 +248,66 @@ def test_changed_weights_are_noticed(change):
     with torch.no_grad():
         out = module(x)
         assert module._packed is not None
-        assert not torch.allclose(out, before)
+        assert not torch.equal(out, before)
         assert torch.equal(out, module.unpack()(x))
+
+
+def mark(packed):
+    """Change what packed weights compute, so that outputs tell whether they were used."""
+    packed.view(torch.float32)[-400:] *= 2
+
+
+@torch.no_grad()
+def test_equal_weights_are_served_wherever_they_are():
+    """A copy has the same bytes. A weight that is changed back needs no second packing."""
+    module, x = make()
+    mark(module.prepack(28, 28)._packed)
+    marked = module(x)
+    twin = copy.deepcopy(module)
+    twin._packed = module._packed
+    assert torch.equal(twin(x), marked)
+    module.conv_1.weight.data.neg_()
+    assert not torch.equal(module(x), marked)
+    module.conv_1.weight.data.neg_()
+    assert torch.equal(module(x), marked)
+
+
+@torch.no_grad()
+def test_a_bit_anywhere_is_noticed():
+    """Large weights are read in pieces, by several threads."""
+    module, x = make("stage4")
+    mark(module.prepack(7, 7)._packed)
+    marked = module(x)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        bits = getattr(module, f"conv_{i % 4 + 1}").weight.view(-1).view(torch.int32)
+        place = (
+            int(torch.randint(len(bits), (), generator=generator)) if i >= 8 else (0, -1)[i // 4]
+        )
+        bit = int(torch.randint(31, (), generator=generator))
+        bits[place] ^= 1 << bit
+        assert not torch.equal(module(x), marked), (i, place, bit)
+        bits[place] ^= 1 << bit
+        assert torch.equal(module(x), marked), (i, place, bit)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", (1, 2))
+def test_weights_of_any_strides(threads):
+    """Every second channel of a larger tensor, and channels last."""
+    module, x = make("stage4")
+    torch.set_num_threads(threads)
+    weight = module.conv_1.weight
+    weight.data = torch.randn(weight.shape[0], 2 * weight.shape[1], 3, 3)[:, ::2]
+    module.conv_2.weight.data = module.conv_2.weight.data.to(memory_format=torch.channels_last)
+    expected = module(x)
+    module.prepack(7, 7)
+    assert torch.equal(module(x), expected)
+    mark(module._packed)
+    marked = module(x)
+    assert not torch.equal(marked, expected)
+    weight.data[0, 0, 0, 0] += 1
+    assert not torch.equal(module(x), marked)
 
 
 @torch.no_grad()
