@@ -250,24 +250,34 @@ class EPSANet(nn.Module):
         The prefix "module." is dropped if every key has it.
 
         Raises:
-            RuntimeError: keys or shapes differ; the message lists them. Nothing is loaded then,
-                unlike with nn.Module. The exception is a model with load_state_dict_pre_hooks:
-                those may change the state_dict, so nn.Module checks it. With `strict=False` keys
-                may differ, shapes may not.
+            TypeError: a key is no string.
+            RuntimeError: keys or shapes differ, or a value cannot be copied: one without data (on
+                meta), a sparse or quantized one, integers for a weight. The message lists them.
+                Nothing is loaded then, unlike with nn.Module. The exception is a model with
+                load_state_dict_pre_hooks: those may change the state_dict, so nn.Module checks
+                it. With `strict=False` keys may differ, shapes may not.
         """
         if not isinstance(state_dict, Mapping):
             return super().load_state_dict(state_dict, strict, assign)  # raises its own error
+        for key in state_dict:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"EPSANet: expected strings as keys of the state_dict, got {key!r}, "
+                    "nothing was loaded"
+                )
         state_dict = _without_module_prefix(state_dict)
         # Hooks may rename keys or change shapes first.
         if not any(module._load_state_dict_pre_hooks for module in self.modules()):
-            self._check_state_dict(state_dict, strict)
+            self._check_state_dict(state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
         """Raise RuntimeError where nn.Module.load_state_dict would fail halfway."""
 
         def shape(value: Any) -> str:
-            return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor) or value.is_nested:  # a nested one has no shape
+                return type(value).__name__
+            return str(list(value.shape))
 
         own = self.state_dict()
         # BatchNorm adds num_batches_tracked to checkpoints older than that buffer. torchvision's
@@ -277,12 +287,15 @@ class EPSANet(nn.Module):
         unexpected = [
             k for k in state_dict if k not in own and k.removesuffix(count) + mean not in own
         ]
-        other = [k for k in own if k in state_dict and shape(own[k]) != shape(state_dict[k])]
+        both = [k for k in own if k in state_dict]
+        other = [k for k in both if shape(own[k]) != shape(state_dict[k])]
+        kinds = {k: _why_not_copied(state_dict[k], own[k], assign) for k in both if k not in other}
         problems = [
             _shortened(
                 "of another shape",
                 [f"{k} {shape(state_dict[k])}, expected {shape(own[k])}" for k in other],
             ),
+            _shortened("of another kind", [f"{k} {why}" for k, why in kinds.items() if why]),
         ]
         if strict:
             problems += [
@@ -355,6 +368,19 @@ def _without_module_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         stripped._metadata = OrderedDict(state_dict._metadata)
     consume_prefix_in_state_dict_if_present(stripped, "module.")
     return cast(Mapping[str, Any], stripped)
+
+
+def _why_not_copied(value: Tensor, own: Tensor, assign: bool) -> str | None:
+    """What keeps `value` from being loaded into `own`, a tensor of the same shape, or None."""
+    if value.is_meta and not own.is_meta and not assign:
+        return "without data (on meta)"
+    if value.is_quantized != own.is_quantized or value.layout != own.layout:
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        return f"{kind}, expected {own.dtype} in {own.layout}"
+    for kind in ("is_floating_point", "is_complex"):
+        if getattr(value, kind)() != getattr(own, kind)():
+            return f"{value.dtype}, expected {own.dtype}"
+    return None
 
 
 def _shortened(kind: str, keys: list[str]) -> str:

@@ -222,6 +222,65 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_nothing_loaded(wron
     assert unchanged(model, before)
 
 
+UNCOPYABLE = {
+    "meta": (lambda t: t.to("meta"), r"without data \(on meta\)"),
+    "sparse": (torch.Tensor.to_sparse, r"sparse_coo, expected torch\.float32 in torch\.strided"),
+    "mkldnn": (torch.Tensor.to_mkldnn, r"_mkldnn, expected torch\.float32"),
+    "quantized": (
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        r"quantized, expected torch\.float32",
+    ),
+    "complex": (lambda t: t.to(torch.complex64), r"torch\.complex64, expected torch\.float32"),
+    "integers": (torch.Tensor.int, r"torch\.int32, expected torch\.float32"),
+    "bool": (torch.Tensor.bool, r"torch\.bool, expected torch\.float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*:UserWarning")
+@pytest.mark.parametrize("kind", UNCOPYABLE)
+@pytest.mark.parametrize("options", ({}, {"strict": False}), ids=("strict", "not_strict"))
+def test_a_value_that_cannot_be_copied_is_refused_and_nothing_loaded(kind, options):
+    change, message = UNCOPYABLE[kind]
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    state = {k: torch.zeros_like(v) for k, v in before.items()}
+    last = "fc.weight"
+    state[last] = change(state[last])
+    with pytest.raises(RuntimeError, match=rf"1 of another kind: fc\.weight {message}") as error:
+        model.load_state_dict(state, **options)
+    assert "nothing was loaded" in str(error.value)
+    assert unchanged(model, before)
+
+
+def test_a_float_count_of_batches_is_refused():
+    model = tiny()
+    state = model.state_dict() | {"bn1.num_batches_tracked": torch.tensor(3.5)}
+    with pytest.raises(RuntimeError, match=r"bn1\.num_batches_tracked torch\.float32, expected"):
+        model.load_state_dict(state)
+
+
+def test_a_nested_value_is_of_another_shape():
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    nested = torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(RuntimeError, match=r"of another shape: fc\.bias Tensor, expected \[10\]"):
+        model.load_state_dict(before | {"fc.bias": nested})
+    assert unchanged(model, before)
+
+
+def test_a_key_that_is_no_string_is_named():
+    with pytest.raises(TypeError, match=r"expected strings as keys of the state_dict, got 3, "):
+        tiny().load_state_dict({3: torch.zeros(1)})
+
+
+def test_other_floating_types_are_taken():
+    model, other = tiny(), tiny()
+    model.load_state_dict(
+        {k: v.half() if v.is_floating_point() else v for k, v in other.state_dict().items()}
+    )
+    assert torch.equal(model.fc.weight, other.fc.weight.half().float())
+
+
 def test_a_whole_training_checkpoint_says_what_to_load():
     model = tiny()
     checkpoint = {"epoch": 3, "state_dict": model.state_dict()}
