@@ -1,8 +1,8 @@
 // The convolutions' autograd.
 #include "autograd/common.h"
+#include "ops/library.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -19,11 +19,8 @@ ConvBackward conv_formula(
   std::vector<Tensor> grad_weights;
   for (size_t s = 0; s < weights.size(); ++s) {
     const bool weight_wanted = output_mask.get(s + 1);
-    auto [gx, gw, gb] = at::convolution_backward(
-        grad_feats[s], x, weights[s], c10::nullopt, {k.stride, k.stride},
-        {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
-        /*transposed=*/false, /*output_padding=*/{0, 0}, k.groups[s],
-        {output_mask.get(0), weight_wanted, false});
+    const auto [gx, gw] = library_conv_backward(
+        grad_feats[s], x, weights[s], k, s, output_mask.get(0), weight_wanted);
     if (gx.defined()) {
       grad_x = grad_x.defined() ? grad_x + gx : gx;
     }

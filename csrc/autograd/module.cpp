@@ -1,7 +1,7 @@
 // The autograd of a whole PSA module.
 #include "autograd/common.h"
+#include "ops/library.h"
 
-#include <ATen/ops/conv2d.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
 
@@ -111,10 +111,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
     }
     std::vector<Tensor> feats;
     for (size_t s = 0; s < branches; ++s) {
-      feats.push_back(
-          at::conv2d(
-              inputs[0], inputs[1 + s], {}, {k.stride, k.stride}, {k.padding[s], k.padding[s]},
-              {k.dilation[s], k.dilation[s]}, k.groups[s]));
+      feats.push_back(library_conv(inputs[0], inputs[1 + s], k, s));
     }
     const SavedSEWeights se(&inputs[branches + 1]);
     const Tensor out = std::get<0>(call_attention(feats, se.view(), reversed, std::nullopt));

@@ -1,6 +1,7 @@
 // The convolutions' gradients on the CPU: the operator spc_conv_backward.
 #include "cpu/conv_layout.h"
 #include "ops/groups.h"
+#include "ops/library.h"
 
 #include <torch/library.h>
 
@@ -13,11 +14,8 @@ namespace {
 std::pair<Tensor, Tensor> library_backward(
     const ConvProblem& p, const Tensor& grad, const Tensor& x, const Tensor& weight,
     const ConvSettings& k, int64_t s, bool input_wanted, bool weight_wanted) {
-  auto [gx, gw, gb] = at::convolution_backward(
-      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
-      {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]}, /*transposed=*/false,
-      /*output_padding=*/{0, 0}, k.groups[s], {input_wanted, weight_wanted, false});
-  return {gx, gw};
+  return library_conv_backward(
+      in_acc(grad, p), in_acc(x, p), in_acc(weight, p), k, s, input_wanted, weight_wanted);
 }
 
 // The gradient of x, if every branch has a kernel for it. It is made in phases. Each phase

@@ -1,6 +1,7 @@
 // The convolutions forward on the CPU, and the operators spc_conv and spc_prepack.
 #include "cpu/conv_forward.h"
 #include "ops/groups.h"
+#include "ops/library.h"
 
 #include <torch/library.h>
 
@@ -362,18 +363,6 @@ void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) c
 
 // ---- with the branches that have no kernel here ----
 
-namespace {
-
-Tensor library_forward(
-    const ConvProblem& p, const Tensor& x, const Tensor& weight, const ConvSettings& k, int64_t s) {
-  return at::convolution(
-      in_acc(x, p), in_acc(weight, p), std::nullopt, {k.stride, k.stride},
-      {k.padding[s], k.padding[s]}, {k.dilation[s], k.dilation[s]},
-      /*transposed=*/false, /*output_padding=*/{0, 0}, k.groups[s]);
-}
-
-}  // namespace
-
 ConvForward convolve(
     const ForwardBank& native, const ConvProblem& p, const Tensor& x_, at::TensorList weights,
     const ConvSettings& settings) {
@@ -391,7 +380,7 @@ ConvForward convolve(
               {p.N, p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format));
       continue;
     }
-    const Tensor f = library_forward(p, x, weights[s], settings, s);
+    const Tensor f = library_conv(in_acc(x, p), in_acc(weights[s], p), settings, s);
     feats.push_back(settled(f, p.dtype, format));
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }

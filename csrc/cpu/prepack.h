@@ -39,8 +39,7 @@ struct PrepackHeader {
   // Headers are compared as bytes, so their gaps must be zero too.
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
-  PrepackHeader(
-      const ConvProblem& p, const std::vector<Conv>& convs, Isa instructions)
+  PrepackHeader(const ConvProblem& p, const std::vector<Conv>& convs, Isa instructions)
       : PrepackHeader() {
     std::memcpy(magic, "EPSASPC3", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
