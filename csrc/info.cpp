@@ -29,13 +29,17 @@ constexpr std::pair<const char*, Dtype> kDtypes[] = {EPSA_DTYPES(EPSA_ENTRY)};
 #undef EPSA_ENTRY
 constexpr std::pair<const char*, Layout> kLayouts[] = {
     {"contiguous", Layout::contiguous}, {"channels_last", Layout::channels_last}};
-constexpr std::pair<const char*, epsa::cpu::Isa> kIsas[] = {
-    {"baseline", epsa::cpu::Isa::baseline},
-    {"avx2", epsa::cpu::Isa::avx2},
-    {"avx512", epsa::cpu::Isa::avx512}};
 
-template <class E, size_t n>
-E named(const char* what, const std::string& given, const std::pair<const char*, E> (&names)[n]) {
+std::vector<std::pair<std::string, epsa::cpu::Isa>> isas() {
+  std::vector<std::pair<std::string, epsa::cpu::Isa>> names;
+  for (const epsa::cpu::Isa isa : epsa::cpu::kIsas) {
+    names.emplace_back(name(isa), isa);
+  }
+  return names;
+}
+
+template <class Names>
+auto named(const char* what, const std::string& given, const Names& names) {
   std::string all;
   for (const auto& [name, value] : names) {
     if (given == name) {
@@ -216,7 +220,7 @@ py::dict conv_plan(
       height, width);
   cpu::Isa wanted = cpu::isa_in_use();
   if (isa) {
-    wanted = named("isa", *isa, kIsas);
+    wanted = named("isa", *isa, isas());
   }
   const cpu::ConvPlan plan =
       cpu::plan_conv(conv, named("dtype", dtype, kDtypes) == Dtype::f64, wanted);

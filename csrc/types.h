@@ -51,6 +51,15 @@ constexpr int64_t element_size(Dtype dtype) {
   throw std::invalid_argument("unknown dtype");
 }
 
+// The size of a convolution's output, 0 where the kernel does not fit. Int: int64_t or
+// c10::SymInt.
+template <class Int>
+Int conv_out_size(
+    const Int& size, const Int& kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const Int room = size + 2 * padding - (kernel - 1) * dilation - 1;
+  return room < 0 ? Int(0) : room / stride + 1;
+}
+
 // S maps [N, C, H, W], strides in elements. In the contiguous layout the inner
 // three dimensions are dense; in channels_last a pixel's C channels are.
 // The S slots of an output are maps too: slices of one tensor.

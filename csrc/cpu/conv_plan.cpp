@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "types.h"
+
 namespace epsa::cpu {
 namespace {
 
@@ -88,9 +90,6 @@ ConvMethod choose_method(const Conv& conv, int lanes, const Packing& packed) {
 Conv make_conv(
     int64_t in_channels, int64_t out_channels, int64_t groups, int64_t kernel_h, int64_t kernel_w,
     int64_t stride, int64_t padding, int64_t dilation, int64_t height, int64_t width) {
-  const auto out_size = [&](int64_t size, int64_t kernel) {
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-  };
   return {
       in_channels,
       out_channels,
@@ -103,8 +102,8 @@ Conv make_conv(
       padding,
       height,
       width,
-      out_size(height, kernel_h),
-      out_size(width, kernel_w)};
+      conv_out_size(height, kernel_h, stride, padding, dilation),
+      conv_out_size(width, kernel_w, stride, padding, dilation)};
 }
 
 std::string name(ConvMethod method) {

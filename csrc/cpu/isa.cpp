@@ -1,6 +1,7 @@
 #include "cpu/isa.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/kernels/multi_isa.h"
@@ -62,7 +63,7 @@ Isa choose() {
 
 std::vector<Isa> built_isas() {
 #if EPSA_MULTI_ISA
-  return {Isa::baseline, Isa::avx2, Isa::avx512};
+  return {std::begin(kIsas), std::end(kIsas)};
 #else
   return {Isa::baseline};
 #endif

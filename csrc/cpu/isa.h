@@ -8,6 +8,7 @@ namespace epsa::cpu {
 
 // In rising order: each one includes those before it.
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
 
 // The instruction sets that this library has kernels for, in rising order.
 std::vector<Isa> built_isas();

@@ -2,6 +2,7 @@
 #include "cpu/attention.h"
 #include "cpu/conv_forward.h"
 #include "ops/groups.h"
+#include "ops/maps.h"
 
 #include <torch/library.h>
 
@@ -11,11 +12,12 @@ namespace {
 using OptTensor = std::optional<Tensor>;
 
 std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed) {
-  std::vector<Tensor> slots = out.chunk(branches, 1);
-  if (reversed) {
-    std::reverse(slots.begin(), slots.end());
+  const std::vector<Tensor> slots = out.chunk(branches, 1);
+  std::vector<Tensor> of_branches;
+  for (int64_t s = 0; s < branches; ++s) {
+    of_branches.push_back(slots[glue::slot_of_branch(s, branches, reversed)]);
   }
-  return slots;
+  return of_branches;
 }
 
 // The convolutions write into the output's slots, their epilogue has the means,

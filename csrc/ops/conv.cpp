@@ -33,13 +33,6 @@ void check_settings(const char* op, int64_t S, const ConvSettings& settings) {
   check_count(op, "dilation", settings.dilation.size(), S);
 }
 
-template <class Int>
-Int out_size(
-    const Int& size, const Int& kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const Int room = size + 2 * padding - (kernel - 1) * dilation - 1;
-  return room < 0 ? Int(0) : room / stride + 1;
-}
-
 // Checks x alone.
 template <class Int>
 ConvProblemOf<Int> check_x(const char* op, const at::Tensor& x) {
@@ -104,8 +97,8 @@ void check_output(
     ConvProblemOf<Int>& p) {
   const auto sizes = sizes_of<Int>(weight);
   const int64_t padding = settings.padding[s], dilation = settings.dilation[s];
-  const Int h = out_size(p.H, sizes[2], settings.stride, padding, dilation);
-  const Int w = out_size(p.W, sizes[3], settings.stride, padding, dilation);
+  const Int h = conv_out_size(p.H, sizes[2], settings.stride, padding, dilation);
+  const Int w = conv_out_size(p.W, sizes[3], settings.stride, padding, dilation);
   TORCH_CHECK_VALUE(
       h >= 1 && w >= 1, op, ": the output of branch ", s, " would be empty: x is ", p.H, " x ", p.W,
       " with padding ", padding, ", the kernel ", sizes[2], " x ", sizes[3], " with dilation ",
