@@ -117,14 +117,39 @@ inline float draw(uint64_t& state) {
   return static_cast<float>(static_cast<int>((state >> 33) % 63) - 31) / 16;
 }
 
-// ---- results ----
+// ---- errors ----
 
-inline int cases = 0, failed = 0;
+// A sum in double, and the size of its terms: what rounding errors are relative to.
+struct Sum {
+  double value = 0, size = 0;
+
+  void add(double factor, const Sum& x = {1, 1}) {
+    value += factor * x.value;
+    size += std::fabs(factor) * x.size;
+  }
+};
+using Expected = std::vector<Sum>;
 
 inline double worse(double a, double b) {  // NaN is worst
   constexpr double infinity = std::numeric_limits<double>::infinity();
   return std::isnan(b) ? infinity : std::max(a, b);
 }
+
+// The worst error of one array, in units of what is allowed.
+struct Error {
+  double rounding;  // of the result's type
+  double eps;       // of the sums
+  double worst = 0;
+
+  void see(double given, const Sum& expected) {
+    const double allowed = rounding * std::fabs(expected.value) + eps * expected.size + 1e-30;
+    worst = worse(worst, std::fabs(given - expected.value) / allowed);
+  }
+};
+
+// ---- results ----
+
+inline int cases = 0, failed = 0;
 
 // The exit status. The line is the last of a program's output.
 inline int summary() {

@@ -1,12 +1,15 @@
 // The convolutions' kernels over a table of cases.
-//
-// To test a new kernel, add a function like check_forward and call it from run_case.
+#include <array>
+#include <initializer_list>
+
 #include "cases.h"
 #include "cpu/kernels/conv.h"
 
 namespace {
 
 using namespace epsa::case_program;
+
+constexpr double kEps = 8 * 0x1p-23;  // of a sum
 
 // ---- cases ----
 
@@ -23,201 +26,226 @@ struct Case {
   int64_t more_border = 0;  // for a branch with more padding
 };
 
-// An image [channels, height, width] in memory that ends right behind it.
+// ---- tensors: images [channels, height, width], weights [out_channels, ic, taps] ----
+
+using Axes = std::array<int64_t, 3>;
+
+Axes input_axes(const Conv& c) {
+  return {c.in_channels, c.height, c.width};
+}
+Axes output_axes(const Conv& c) {
+  return {c.out_channels, c.out_height, c.out_width};
+}
+Axes weight_axes(const Conv& c) {
+  return {c.out_channels, c.ic(), c.taps()};
+}
+
+Axes strides_of(Order order, const Axes& image) {
+  const auto& [channels, height, width] = image;
+  const Axes strides[] = {
+      {height * width, width, 1},
+      {1, width * channels, channels},
+      {(height + 1) * (width + 3) + 1, width + 3, 1},    // part of larger planes
+      {1, (width + 2) * (channels + 3), channels + 3}};  // some channels of wider pixels, cropped
+  return strides[static_cast<int>(order)];
+}
+
+Axes strides_of(WeightOrder order, const Axes& weights) {
+  const auto& [outputs, ic, taps] = weights;
+  const Axes strides[] = {
+      {ic * taps, taps, 1},
+      {ic * taps, 1, ic},
+      {ic * (taps + 2) + 3, taps + 2, 1},
+      {taps * (ic + 1) + 2, 1, ic + 1}};
+  return strides[static_cast<int>(order)];
+}
+
+template <class Visit>
+void each(const Axes& sizes, const Visit& visit) {
+  for (int64_t i = 0; i < sizes[0]; ++i) {
+    for (int64_t j = 0; j < sizes[1]; ++j) {
+      for (int64_t k = 0; k < sizes[2]; ++k) {
+        visit(i, j, k);
+      }
+    }
+  }
+}
+
+// A tensor in memory that ends right behind it.
 template <class T>
 struct Stored {
-  int64_t channel, pixel, row, count;
-  Buffer<T> data;
+  using Type = typename T::Type;
+  Axes sizes, strides;
+  Buffer<Type> data;
 
-  Stored(Order order, int64_t channels, int64_t height, int64_t width)
-      : channel(1), pixel(1), row(0), count(0), data(nullptr, std::free) {
-    switch (order) {
-      case Order::planes:
-        row = width;
-        channel = height * width;
-        break;
-      case Order::rows_apart:  // part of larger planes
-        row = width + 3;
-        channel = (height + 1) * row + 1;
-        break;
-      case Order::pixels:
-        pixel = channels;
-        row = width * channels;
-        break;
-      case Order::pixels_apart:  // some channels of wider pixels, cropped
-        pixel = channels + 3;
-        row = (width + 2) * pixel;
-        break;
+  template <class AnyOrder>
+  Stored(AnyOrder order, const Axes& axes)
+      : sizes(axes), strides(strides_of(order, axes)), data(nullptr, std::free) {
+    int64_t count = 1;
+    for (int a = 0; a < 3; ++a) {
+      count += (sizes[a] - 1) * strides[a];
     }
-    count = 1 + (channels - 1) * channel + (width - 1) * pixel + (height - 1) * row;
-    data = allocate<T>(count);
+    data = allocate<Type>(count);
     // All ones are NaN in each of the dtypes.
-    std::memset(data.get(), 0xff, count * sizeof(T));
+    std::memset(data.get(), 0xff, count * sizeof(Type));
   }
-  T& at(int64_t c, int64_t h, int64_t w) const { return data[c * channel + h * row + w * pixel]; }
+  Type& at(int64_t i, int64_t j, int64_t k) const {
+    return data[i * strides[0] + j * strides[1] + k * strides[2]];
+  }
+  std::vector<double> values() const {
+    std::vector<double> result;
+    each(sizes, [&](auto... place) { result.push_back(T::value(at(place...))); });
+    return result;
+  }
+  double worst_error(const Expected& expected) const {
+    Error error{T::rounding, kEps};
+    const std::vector<double> given = values();
+    for (size_t i = 0; i < given.size(); ++i) {
+      error.see(given[i], expected[i]);
+    }
+    return error.worst;
+  }
   Image image(int64_t c = 0, int64_t h = 0) const {
-    return {data.get() + c * channel + h * row, channel, pixel, row};
+    return {&at(c, h, 0), strides[0], strides[2], strides[1]};
+  }
+  ConvWeights weights(const Conv& c) const {
+    return {data.get(), c.oc() * strides[0], strides[0], strides[1], strides[2], /*turned=*/false};
+  }
+  // The weights of a phase of stride 1.
+  ConvWeights turned(const Conv& c) const {
+    return {data.get(), c.oc() * strides[0], strides[1], strides[0], strides[2], /*turned=*/true};
   }
 };
 
-// Weights of a case: out_channels x ic x taps.
-template <class T>
-struct StoredWeights {
-  int64_t oc, out, in, tap;
-  Buffer<T> data;
+template <class T, class AnyOrder>
+Stored<T> drawn(AnyOrder order, const Axes& axes, uint64_t& state) {
+  Stored<T> result(order, axes);
+  each(axes, [&](auto... place) { result.at(place...) = T::of(draw(state)); });
+  return result;
+}
 
-  StoredWeights(const Conv& c, WeightOrder order)
-      : oc(c.oc()), out(0), in(1), tap(1), data(nullptr, std::free) {
-    const int64_t ic = c.ic(), taps = c.taps();
-    switch (order) {
-      case WeightOrder::taps_inside:
-        in = taps;
-        out = ic * taps;
-        break;
-      case WeightOrder::channels_inside:
-        tap = ic;
-        out = ic * taps;
-        break;
-      case WeightOrder::gaps:
-        in = taps + 2;
-        out = ic * in + 3;
-        break;
-      case WeightOrder::taps_apart:
-        tap = ic + 1;
-        out = taps * tap + 2;
-        break;
-    }
-    const int64_t count = 1 + (c.out_channels - 1) * out + (ic - 1) * in + (taps - 1) * tap;
-    data = allocate<T>(count);
-    std::memset(data.get(), 0xff, count * sizeof(T));
+// An image as the kernels read it.
+struct Packed {
+  Buffer<float> data;
+  Scratch scratch;
+
+  template <class T>
+  Packed(const ConvKernels& kernels, const Stored<T>& x, const ScratchSize& size)
+      : data(filled<float>(size.floats(x.sizes[0], x.sizes[1], kernels.lanes), kNan)),
+        scratch(size.scratch(data.get(), x.sizes[1])) {
+    const int64_t blocks = (x.sizes[0] + kernels.lanes - 1) / kernels.lanes;
+    kernels.pack_image(x.image(), x.sizes[0], x.sizes[2], scratch, 0, blocks / 2);
+    kernels.pack_image(x.image(), x.sizes[0], x.sizes[2], scratch, blocks / 2, blocks);
   }
-  T& at(int64_t o, int64_t i, int64_t t) const { return data[o * out + i * in + t * tap]; }
-  ConvWeights view() const { return {data.get(), oc * out, out, in, tap, /*turned=*/false}; }
-  // The weights of a phase of stride 1.
-  ConvWeights turned() const { return {data.get(), oc * out, in, out, tap, /*turned=*/true}; }
 };
 
 // ---- checks ----
 
-void fail(const Case& c, const ConvPlan& plan, const char* what, double error) {
-  ++failed;
-  std::printf(
-      "FAILED %s, %s of %d x %d: %s: %.3g times what is allowed\n", c.name.c_str(),
-      name(plan.method).c_str(), plan.pixels, plan.block, what, error);
+void report(const Case& c, const ConvPlan& plan, const char* what, double worst) {
+  if (!(worst <= 1)) {
+    ++failed;
+    std::printf(
+        "FAILED %s, %s of %d x %d: %s: %.3g times what is allowed\n", c.name.c_str(),
+        name(plan.method).c_str(), plan.pixels, plan.block, what, worst);
+  }
+}
+
+// The naive loop: visits the places of an output, and of the input and the weight whose
+// product it sums. Places count the elements of a dense tensor.
+template <class Visit>
+void each_product(const Conv& c, const Visit& visit) {
+  each(output_axes(c), [&](int64_t o, int64_t h, int64_t w) {
+    each({c.ic(), c.kernel_h, c.kernel_w}, [&](int64_t i, int64_t ky, int64_t kx) {
+      const int64_t channel = o / c.oc() * c.ic() + i;
+      const int64_t y = h * c.stride - c.padding_h + ky * c.dilation;
+      const int64_t x = w * c.stride - c.padding_w + kx * c.dilation;
+      if (y >= 0 && y < c.height && x >= 0 && x < c.width) {
+        visit(
+            (o * c.out_height + h) * c.out_width + w, (channel * c.height + y) * c.width + x,
+            (o * c.ic() + i) * c.taps() + ky * c.kernel_w + kx);
+      }
+    });
+  });
+}
+
+// Convolves unit by unit and strip by strip. add: to zeros. totals: the sums of each
+// strip's outputs, or null.
+template <class T>
+void convolve(
+    const ConvKernels& kernels, const Conv& c, const ConvPlan& plan, const Scratch& image,
+    const ConvWeights& weights, bool add, const Stored<T>& out, float* totals) {
+  const ConvMethodKernels method = kernels.method(plan.method);
+  const int64_t row = plan.buffer_width * plan.unit_pitch;
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    const auto packed = filled<float>(plan.unit_weights, kNan);
+    method.pack_weights(c, plan, weights, unit, packed.get());
+    const auto [first, count] = unit_run(c, plan, unit);
+    for (int64_t strip = 0; strip < plan.strips(c.out_height); ++strip) {
+      const auto buffer = filled<float>(plan.strip * row, add ? 0.0f : kNan);
+      const auto lanes = filled<float>(method.lane_floats(c, plan), kNan);
+      const int64_t begin = strip * plan.strip, end = std::min(begin + plan.strip, c.out_height);
+      const Sums sums{buffer.get(), row, plan.unit_pitch, add};
+      for (int64_t i = 0; i < c.ic();) {
+        i = method.convolve(c, plan, image, packed.get(), unit, i, begin, end, sums, lanes.get());
+      }
+      const Image to = out.image(first, begin);
+      kernels.unpack(sums, count, end - begin, c.out_width, to, nullptr);
+      if (totals) {
+        float* strip_totals = totals + strip * c.out_channels + first;
+        kernels.unpack(sums, count, end - begin, c.out_width, to, strip_totals);
+      }
+    }
+  }
+}
+
+// The worst error of the outputs' sums, given those of each strip.
+double worst_total(const Conv& c, const float* totals, int64_t strips, const Expected& outputs) {
+  Error error{0, kEps};
+  const int64_t pixels = c.out_height * c.out_width;
+  for (int64_t o = 0; o < c.out_channels; ++o) {
+    Sum expected;
+    for (int64_t m = 0; m < pixels; ++m) {
+      expected.add(1, outputs[o * pixels + m]);
+    }
+    double given = 0;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      given += totals[strip * c.out_channels + o];
+    }
+    error.see(given, expected);
+  }
+  return error.worst;
 }
 
 template <class T>
 void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
-  using Type = typename T::Type;
   const Conv& c = k.conv;
   const ConvKernels& kernels = conv_kernels(T::dtype, isa);
-  const ConvMethodKernels method = kernels.method(plan.method);
-  const int64_t H = c.out_height, W = c.out_width;
   uint64_t state = 1;
   ++cases;
-
-  const Stored<Type> x(k.from, c.in_channels, c.height, c.width);
-  for (int64_t i = 0; i < c.in_channels; ++i) {
-    for (int64_t h = 0; h < c.height; ++h) {
-      for (int64_t w = 0; w < c.width; ++w) {
-        x.at(i, h, w) = T::of(draw(state));
-      }
-    }
-  }
-  const StoredWeights<Type> weights(c, k.weights);
-  for (int64_t o = 0; o < c.out_channels; ++o) {
-    for (int64_t i = 0; i < c.ic(); ++i) {
-      for (int64_t t = 0; t < c.taps(); ++t) {
-        weights.at(o, i, t) = T::of(draw(state));
-      }
-    }
-  }
-
+  const auto x = drawn<T>(k.from, input_axes(c), state);
+  const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
   size.include(c, plan.buffer_width);
   size.border += k.more_border;
   size.width += k.more_border;
-  const int64_t blocks = (c.in_channels + kernels.lanes - 1) / kernels.lanes;
-  const auto image = filled<float>(size.floats(c.in_channels, c.height, kernels.lanes), kNan);
-  const Scratch scratch = size.scratch(image.get(), c.height);
-  for (int64_t b = 0; b < blocks; ++b) {
-    kernels.pack_image(x.image(), c.in_channels, c.width, scratch, b, b + 1);
-  }
+  const Packed image(kernels, x, size);
+  const Stored<T> out(k.to, output_axes(c));
+  const int64_t strips = plan.strips(c.out_height);
+  const auto totals = filled<float>(strips * c.out_channels, kNan);
+  convolve(kernels, c, plan, image.scratch, weights.weights(c), /*add=*/false, out, totals.get());
 
-  const Stored<Type> out(k.to, c.out_channels, H, W);
-  const int64_t strips = plan.strips(H);
-  const auto sums = filled<float>(strips * c.out_channels, kNan);
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const auto packed = filled<float>(plan.unit_weights, kNan);
-    method.pack_weights(c, plan, weights.view(), unit, packed.get());
-    const Run run = unit_run(c, plan, unit);
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      const auto buffer = filled<float>(plan.strip * plan.buffer_width * plan.unit_pitch, kNan);
-      const auto lanes = filled<float>(method.lane_floats(c, plan), kNan);
-      const int64_t begin = strip * plan.strip;
-      const int64_t end = std::min(begin + plan.strip, H);
-      const Sums strip_sums{
-          buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
-          /*add=*/false};
-      for (int64_t i = 0; i < c.ic();) {
-        i = method.convolve(
-            c, plan, scratch, packed.get(), unit, i, begin, end, strip_sums, lanes.get());
-      }
-      float* unit_sums = sums.get() + strip * c.out_channels + run.first;
-      kernels.unpack(strip_sums, run.count, end - begin, W, out.image(run.first, begin), nullptr);
-      kernels.unpack(strip_sums, run.count, end - begin, W, out.image(run.first, begin), unit_sums);
-    }
-  }
-
-  // the naive loop
-  constexpr double eps = 8 * 0x1p-23;
-  double worst = 0, worst_sum = 0;
-  for (int64_t o = 0; o < c.out_channels; ++o) {
-    const int64_t first = o / c.oc() * c.ic();
-    double sum = 0, sum_size = 0;
-    for (int64_t h = 0; h < H; ++h) {
-      for (int64_t w = 0; w < W; ++w) {
-        double expected = 0, size = 0;
-        for (int64_t i = 0; i < c.ic(); ++i) {
-          for (int64_t ky = 0; ky < c.kernel_h; ++ky) {
-            for (int64_t kx = 0; kx < c.kernel_w; ++kx) {
-              const int64_t y = h * c.stride - c.padding_h + ky * c.dilation;
-              const int64_t z = w * c.stride - c.padding_w + kx * c.dilation;
-              if (y >= 0 && y < c.height && z >= 0 && z < c.width) {
-                const double term = T::value(x.at(first + i, y, z)) *
-                    T::value(weights.at(o, i, ky * c.kernel_w + kx));
-                expected += term;
-                size += std::fabs(term);
-              }
-            }
-          }
-        }
-        const double error = std::fabs(T::value(out.at(o, h, w)) - expected) /
-            (T::rounding * std::fabs(expected) + eps * size + 1e-30);
-        worst = worse(worst, error);
-        sum += expected;
-        sum_size += size;
-      }
-    }
-    double given = 0;
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      given += sums[strip * c.out_channels + o];
-    }
-    const double error = std::fabs(given - sum) / (eps * sum_size + 1e-30);
-    worst_sum = worse(worst_sum, error);
-  }
-  if (!(worst <= 1)) {
-    fail(k, plan, "map", worst);
-  }
-  if (!(worst_sum <= 1)) {
-    fail(k, plan, "sums", worst_sum);
-  }
+  const auto inputs = x.values(), factors = weights.values();
+  Expected expected(c.out_channels * c.out_height * c.out_width);
+  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+    expected[output].add(inputs[input] * factors[weight]);
+  });
+  report(k, plan, "map", out.worst_error(expected));
+  report(k, plan, "sums", worst_total(c, totals.get(), strips, expected));
 }
 
 // The gradient of the weights, from x and the output's gradient.
 template <class T>
 void check_weight_grad(const Case& k, Isa isa) {
-  using Type = typename T::Type;
   const Conv& c = k.conv;
   const WeightGradPlan plan = plan_weight_grad(c, /*in_double=*/false, isa);
   if (plan.library) {
@@ -225,155 +253,79 @@ void check_weight_grad(const Case& k, Isa isa) {
   }
   ++cases;
   const ConvKernels& kernels = conv_kernels(T::dtype, isa);
-  const int64_t H = c.out_height, W = c.out_width, L = kernels.lanes;
   uint64_t state = 2;
-  const Stored<Type> x(k.from, c.in_channels, c.height, c.width);
-  const Stored<Type> grad(k.to, c.out_channels, H, W);
-  const auto fill = [&](const Stored<Type>& t, int64_t C, int64_t h, int64_t w) {
-    for (int64_t i = 0; i < C * h * w; ++i) {
-      t.at(i / (h * w), i / w % h, i % w) = T::of(draw(state));
-    }
-  };
-  fill(x, c.in_channels, c.height, c.width);
-  fill(grad, c.out_channels, H, W);
-
+  const auto x = drawn<T>(k.from, input_axes(c), state);
+  const auto grad = drawn<T>(k.to, output_axes(c), state);
   ScratchSize x_size, grad_size;
-  x_size.include(c, W);
+  x_size.include(c, c.out_width);
   grad_size.border = k.more_border;
-  grad_size.width = W + k.more_border;
-  const auto x_data = filled<float>(x_size.floats(c.in_channels, c.height, L), kNan);
-  const auto grad_data = filled<float>(grad_size.floats(c.out_channels, H, L), kNan);
-  const Scratch xs = x_size.scratch(x_data.get(), c.height);
-  const Scratch gs = grad_size.scratch(grad_data.get(), H);
-  kernels.pack_image(x.image(), c.in_channels, c.width, xs, 0, (c.in_channels + L - 1) / L);
-  kernels.pack_image(grad.image(), c.out_channels, W, gs, 0, (c.out_channels + L - 1) / L);
-
-  const StoredWeights<Type> result(c, k.weights);
+  grad_size.width = c.out_width + k.more_border;
+  const Packed packed_x(kernels, x, x_size), packed_grad(kernels, grad, grad_size);
+  const Stored<T> result(k.weights, weight_axes(c));
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const auto sums = filled<float>(plan.unit_sums, 0.0f);
-    kernels.weight_grad(c, plan, xs, gs, unit, sums.get());
-    kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.view());
+    kernels.weight_grad(c, plan, packed_x.scratch, packed_grad.scratch, unit, sums.get());
+    kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.weights(c));
   }
 
-  constexpr double eps = 8 * 0x1p-23;
-  double worst = 0;
-  for (int64_t o = 0; o < c.out_channels; ++o) {
-    for (int64_t i = 0; i < c.ic(); ++i) {
-      for (int64_t t = 0; t < c.taps(); ++t) {
-        double expected = 0, size = 0;
-        for (int64_t h = 0; h < H; ++h) {
-          for (int64_t w = 0; w < W; ++w) {
-            const int64_t y = h * c.stride - c.padding_h + t / c.kernel_w;
-            const int64_t z = w * c.stride - c.padding_w + t % c.kernel_w;
-            if (y >= 0 && y < c.height && z >= 0 && z < c.width) {
-              const double term =
-                  T::value(grad.at(o, h, w)) * T::value(x.at(o / c.oc() * c.ic() + i, y, z));
-              expected += term;
-              size += std::fabs(term);
-            }
-          }
-        }
-        const double error = std::fabs(T::value(result.at(o, i, t)) - expected) /
-            (T::rounding * std::fabs(expected) + eps * size + 1e-30);
-        worst = worse(worst, error);
-      }
-    }
-  }
-  if (!(worst <= 1)) {
-    fail(k, {}, "gradient of the weights", worst);
-  }
+  const auto inputs = x.values(), grads = grad.values();
+  Expected expected(c.out_channels * c.ic() * c.taps());
+  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+    expected[weight].add(inputs[input] * grads[output]);
+  });
+  report(k, {}, "gradient of the weights", result.worst_error(expected));
 }
 
 // The gradient of x for stride 1. Its one phase is a convolution with the weights turned
 // around.
 template <class T>
 void check_input_grad(const Case& k, Isa isa) {
-  using Type = typename T::Type;
   const Conv& c = k.conv;
   if (c.stride != 1) {
     return;
   }
   const Conv phase = grad_input_phase(c, 0, 0).conv;
-  const ConvPlan plan = plan_grad_input(phase, /*in_double=*/false, isa);
+  ConvPlan plan = plan_grad_input(phase, /*in_double=*/false, isa);
   if (plan.method == ConvMethod::library) {
     return;
   }
+  plan.strip = c.height;
   ++cases;
   const ConvKernels& kernels = conv_kernels(T::dtype, isa);
-  const ConvMethodKernels method = kernels.method(plan.method);
-  const int64_t H = c.out_height, W = c.out_width, L = kernels.lanes;
   uint64_t state = 3;
-  const Stored<Type> grad(k.from, c.out_channels, H, W);
-  for (int64_t i = 0; i < c.out_channels * H * W; ++i) {
-    grad.at(i / (H * W), i / W % H, i % W) = T::of(draw(state));
-  }
-  const StoredWeights<Type> weights(c, k.weights);
-  for (int64_t i = 0; i < c.out_channels * c.ic() * c.taps(); ++i) {
-    weights.at(i / (c.ic() * c.taps()), i / c.taps() % c.ic(), i % c.taps()) = T::of(draw(state));
-  }
+  const auto grad = drawn<T>(k.from, output_axes(c), state);
+  const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
   size.include(phase, plan.buffer_width);
-  const auto data = filled<float>(size.floats(c.out_channels, H, L), kNan);
-  const Scratch scratch = size.scratch(data.get(), H);
-  kernels.pack_image(grad.image(), c.out_channels, W, scratch, 0, (c.out_channels + L - 1) / L);
+  const Packed packed(kernels, grad, size);
+  const Stored<T> result(k.to, input_axes(c));
+  convolve(kernels, phase, plan, packed.scratch, weights.turned(c), /*add=*/true, result, nullptr);
 
-  const Stored<Type> result(k.to, c.in_channels, c.height, c.width);
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const auto packed = filled<float>(plan.unit_weights, kNan);
-    method.pack_weights(phase, plan, weights.turned(), unit, packed.get());
-    const auto buffer = filled<float>(c.height * plan.buffer_width * plan.unit_pitch, 0.0f);
-    const auto lanes = filled<float>(method.lane_floats(phase, plan), kNan);
-    const Sums sums{
-        buffer.get(), plan.buffer_width * plan.unit_pitch, plan.unit_pitch,
-        /*add=*/true};
-    for (int64_t o = 0; o < phase.ic();) {
-      o = method.convolve(
-          phase, plan, scratch, packed.get(), unit, o, 0, c.height, sums, lanes.get());
-    }
-    const Run run = unit_run(phase, plan, unit);
-    kernels.unpack(sums, run.count, c.height, c.width, result.image(run.first), nullptr);
-  }
-
-  constexpr double eps = 8 * 0x1p-23;
-  double worst = 0;
-  for (int64_t i = 0; i < c.in_channels; ++i) {
-    const int64_t group = i / c.ic();
-    for (int64_t y = 0; y < c.height; ++y) {
-      for (int64_t z = 0; z < c.width; ++z) {
-        double expected = 0, magnitude = 0;
-        for (int64_t o = group * c.oc(); o < (group + 1) * c.oc(); ++o) {
-          for (int64_t t = 0; t < c.taps(); ++t) {
-            const int64_t h = y + c.padding_h - t / c.kernel_w * c.dilation;
-            const int64_t w = z + c.padding_w - t % c.kernel_w * c.dilation;
-            if (h >= 0 && h < H && w >= 0 && w < W) {
-              const double term =
-                  T::value(grad.at(o, h, w)) * T::value(weights.at(o, i % c.ic(), t));
-              expected += term;
-              magnitude += std::fabs(term);
-            }
-          }
-        }
-        const double error = std::fabs(T::value(result.at(i, y, z)) - expected) /
-            (T::rounding * std::fabs(expected) + eps * magnitude + 1e-30);
-        worst = worse(worst, error);
-      }
-    }
-  }
-  if (!(worst <= 1)) {
-    fail(k, plan, "gradient of x", worst);
-  }
-}
-
-template <class T>
-void check_gradients(const Case& k, Isa isa) {
-  check_weight_grad<T>(k, isa);
-  check_input_grad<T>(k, isa);
+  const auto grads = grad.values(), factors = weights.values();
+  Expected expected(c.in_channels * c.height * c.width);
+  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+    expected[input].add(grads[output] * factors[weight]);
+  });
+  report(k, plan, "gradient of x", result.worst_error(expected));
 }
 
 void run_case(const Case& k, const ConvPlan& plan, Isa isa) {
   check_forward<Float>(k, plan, isa);
   check_forward<Bfloat16>(k, plan, isa);
   check_forward<Float16>(k, plan, isa);
+}
+
+void run_weight_grads(const Case& k, Isa isa) {
+  check_weight_grad<Float>(k, isa);
+  check_weight_grad<Bfloat16>(k, isa);
+  check_weight_grad<Float16>(k, isa);
+}
+
+void run_gradients(const Case& k, Isa isa) {
+  run_weight_grads(k, isa);
+  check_input_grad<Float>(k, isa);
+  check_input_grad<Bfloat16>(k, isa);
+  check_input_grad<Float16>(k, isa);
 }
 
 // ---- the table ----
@@ -387,173 +339,52 @@ constexpr int64_t kChannels[][3] = {
 constexpr int64_t kKernels[][2] = {{1, 1}, {3, 3}, {2, 2},   {5, 5}, {7, 7},
                                    {1, 3}, {4, 1}, {11, 11}, {2, 9}};
 constexpr int64_t kImages[][2] = {{1, 1}, {2, 3}, {5, 7}, {9, 8}, {3, 29}};
+// All combinations of channels, kernels, strides and two dilations.
+constexpr int64_t kStrided = 2 * kMaxStride,
+                  kTable = kStrided * std::size(kKernels) * std::size(kChannels);
 
-std::vector<Case> table() {
-  std::vector<Case> result;
-  int64_t turn = 0;
-  for (const auto& [groups, ic, oc] : kChannels) {
-    for (const auto& [kernel_h, kernel_w] : kKernels) {
-      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
-        for (int64_t dilation = 1; dilation <= 2; ++dilation, ++turn) {
-          const auto& [height, width] = kImages[turn % 5];
-          const int64_t reach_h = dilation * (kernel_h - 1) + 1;
-          const int64_t reach_w = dilation * (kernel_w - 1) + 1;
-          const int64_t choices[] = {
-              0, std::min(reach_h, reach_w) / 2, std::max(reach_h, reach_w) + 1};
-          const int64_t least =
-              std::max<int64_t>(0, std::max(reach_h - height + 1, reach_w - width + 1) / 2);
-          Case k;
-          k.conv = make_conv(
-              groups * ic, groups * oc, groups, kernel_h, kernel_w, stride,
-              std::max(least, choices[turn / 5 % 3]), dilation, height, width);
-          k.from = static_cast<Order>(turn % 4);
-          k.to = static_cast<Order>(turn / 4 % 4);
-          // Outputs never leave out rows of a plane.
-          k.to = k.to == Order::rows_apart ? Order::planes : k.to;
-          k.weights = static_cast<WeightOrder>(turn / 2 % 4);
-          k.more_border = turn % 3;
-          const std::string sizes[] = {std::to_string(groups),   std::to_string(ic),
-                                       std::to_string(oc),       std::to_string(kernel_h),
-                                       std::to_string(kernel_w), std::to_string(height),
-                                       std::to_string(width)};
-          k.name = sizes[0] + "x" + sizes[1] + "x" + sizes[2] + " kernel " + sizes[3] + "x" +
-              sizes[4] + " image " + sizes[5] + "x" + sizes[6] + " stride " +
-              std::to_string(stride) + " dilation " + std::to_string(dilation) + " padding " +
-              std::to_string(k.conv.padding_h) + " from " + kOrders[static_cast<int>(k.from)] +
-              " to " + kOrders[static_cast<int>(k.to)] + " weights " +
-              kWeightOrders[static_cast<int>(k.weights)];
-          result.push_back(k);
-        }
-      }
-    }
+// Sizes with an x between them.
+std::string by(std::initializer_list<int64_t> sizes) {
+  std::string result;
+  for (const int64_t size : sizes) {
+    result += (result.empty() ? "" : "x") + std::to_string(size);
   }
   return result;
 }
 
-// A case for each tile, whether or not a plan would choose it.
-void run_tiles(Isa isa) {
-  const int lanes = lanes_of(isa);
-  for (int block : kBlocks) {
-    for (int pixels : kPixels) {
-      if (!fits(pixels, block, lanes)) {
-        continue;
-      }
-      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
-        for (const ConvMethod method : {ConvMethod::broadcast, ConvMethod::dot}) {
-          const bool dot = method == ConvMethod::dot;
-          if (dot && block >= lanes) {
-            continue;  // has fewer outputs than lanes
-          }
-          Case k;
-          k.name = std::string("tile of ") + (dot ? "dot" : "broadcast") + " stride " +
-              std::to_string(stride);
-          const int64_t oc = dot ? block : block * lanes;
-          const int64_t groups = dot ? lanes + 1 : 2;
-          const int64_t ic = dot ? 2 : 3;
-          k.conv = make_conv(
-              groups * ic, groups * oc, groups, 3, 3, stride, 1, 1, 5, stride * (pixels + 1));
-          run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
-        }
-      }
-    }
-  }
+Case table_case(int64_t turn) {
+  const int64_t dilation = 1 + turn % 2, stride = 1 + turn / 2 % kMaxStride;
+  const auto& [kernel_h, kernel_w] = kKernels[turn / kStrided % std::size(kKernels)];
+  const auto& [groups, ic, oc] = kChannels[turn / kStrided / std::size(kKernels)];
+  const auto& [height, width] = kImages[turn % 5];
+  const int64_t reach_h = dilation * (kernel_h - 1) + 1;
+  const int64_t reach_w = dilation * (kernel_w - 1) + 1;
+  const int64_t choices[] = {0, std::min(reach_h, reach_w) / 2, std::max(reach_h, reach_w) + 1};
+  const int64_t least =
+      std::max<int64_t>(0, std::max(reach_h - height + 1, reach_w - width + 1) / 2);
+  Case k;
+  k.conv = make_conv(
+      groups * ic, groups * oc, groups, kernel_h, kernel_w, stride,
+      std::max(least, choices[turn / 5 % 3]), dilation, height, width);
+  k.from = static_cast<Order>(turn % 4);
+  k.to = static_cast<Order>(turn / 4 % 4);
+  // Outputs never leave out rows of a plane.
+  k.to = k.to == Order::rows_apart ? Order::planes : k.to;
+  k.weights = static_cast<WeightOrder>(turn / 2 % 4);
+  k.more_border = turn % 3;
+  k.name = by({groups, ic, oc}) + " kernel " + by({kernel_h, kernel_w}) + " image " +
+      by({height, width}) + " stride " + by({stride}) + " dilation " + by({dilation}) +
+      " padding " + by({k.conv.padding_h}) + " from " + kOrders[static_cast<int>(k.from)] + " to " +
+      kOrders[static_cast<int>(k.to)] + " weights " + kWeightOrders[static_cast<int>(k.weights)];
+  return k;
 }
 
-// Images as wide as a row tile, with several vectors of channels and with rows that are
-// reduced together; and the gradient of their weights.
-void run_whole_rows(Isa isa) {
-  const int lanes = lanes_of(isa);
-  for (int pixels : {7, 14}) {
-    for (int64_t kernel : {3, 5, 7, 9}) {
-      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
-        Case k;
-        k.name = "gradients of rows of " + std::to_string(pixels) + " kernel " +
-            std::to_string(kernel) + " stride " + std::to_string(stride);
-        k.conv = make_conv(
-            4 * lanes, 16, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
-            stride * pixels);
-        check_weight_grad<Float>(k, isa);
-        check_weight_grad<Bfloat16>(k, isa);
-        check_weight_grad<Float16>(k, isa);
-      }
-    }
-    for (int block : {1, 2}) {
-      for (int64_t kernel : {3, 5, 7, 9}) {
-        for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
-          for (const ConvMethod method : {ConvMethod::broadcast, ConvMethod::dot}) {
-            if (!fits(pixels, block, lanes)) {
-              continue;
-            }
-            const bool dot = method == ConvMethod::dot;
-            Case k;
-            k.name = std::string("rows of ") + (dot ? "dot" : "broadcast") + " kernel " +
-                std::to_string(kernel) + " stride " + std::to_string(stride);
-            const int64_t oc = dot ? block : block * lanes;
-            const int64_t ic = dot ? 2 * lanes : lanes + 3;
-            k.conv = make_conv(
-                2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
-                stride * pixels);
-            run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
-          }
-        }
-      }
-    }
-  }
-}
-
-// Each tile of winograd's products. The cases have channels of several calls, units that
-// lack some, an odd row and column, and more tiles in a row than one piece. The gradients
-// follow; x's gradient is by winograd too.
-void run_winograd(Isa isa) {
-  const int lanes = lanes_of(isa);
-  constexpr int64_t kMaps[][2] = {{5, 7}, {1, 1}, {4, 2 * kWinogradTiles + 5}, {18, 14}};
-  int64_t turn = 0;
-  for (int block : kBlocks) {
-    for (int pixels : kPixels) {
-      if (!fits(pixels, block, lanes)) {
-        continue;
-      }
-      Case k;
-      const auto& [height, width] = kMaps[turn % 4];
-      const int64_t padding = 1 + turn / 4 % 4;
-      const int64_t ic = turn % 3 == 0 ? kWinogradChannels + lanes : lanes;
-      k.conv =
-          make_conv(2 * ic, 2 * (block * lanes - turn % 2), 2, 3, 3, 1, padding, 1, height, width);
-      k.from = static_cast<Order>(turn % 4);
-      k.weights = static_cast<WeightOrder>(turn / 2 % 4);
-      k.more_border = turn % 3;
-      k.name = "winograd " + std::to_string(height) + "x" + std::to_string(width) + " padding " +
-          std::to_string(padding) + " weights " + kWeightOrders[static_cast<int>(k.weights)];
-      run_case(k, tile_plan(k.conv, ConvMethod::winograd, pixels, block, isa), isa);
-      ++turn;
-    }
-  }
-  for (const WeightOrder order :
-       {WeightOrder::taps_inside, WeightOrder::channels_inside, WeightOrder::gaps,
-        WeightOrder::taps_apart}) {
-    Case k;
-    k.name = std::string("winograd weights ") + kWeightOrders[static_cast<int>(order)];
-    k.conv = make_conv(4 * lanes, 4 * lanes, 2, 3, 3, 1, 1, 1, 9, 12);
-    k.weights = order;
-    const Conv phase = grad_input_phase(k.conv, 0, 0).conv;
-    if (plan_grad_input(phase, false, isa).method != ConvMethod::winograd) {
-      fail(k, {}, "not planned", 0);
-    }
-    check_gradients<Float>(k, isa);
-    check_gradients<Bfloat16>(k, isa);
-    check_gradients<Float16>(k, isa);
-  }
-}
-
-}  // namespace
-
-int main() {
-  const Isa isa = isa_in_use();
+// Runs the table. Returns how many of its cases are the library's.
+int run_table(Isa isa) {
   int library = 0;
-  for (const Case& k : table()) {
-    check_gradients<Float>(k, isa);
-    check_gradients<Bfloat16>(k, isa);
-    check_gradients<Float16>(k, isa);
+  for (int64_t turn = 0; turn < kTable; ++turn) {
+    const Case k = table_case(turn);
+    run_gradients(k, isa);
     const ConvPlan plan = plan_conv(k.conv, /*in_double=*/false, isa);
     if (plan.method == ConvMethod::library) {
       ++library;
@@ -561,9 +392,113 @@ int main() {
       run_case(k, plan, isa);
     }
   }
+  return library;
+}
+
+// Cases of each method that can use the tile, whether or not a plan would choose it.
+void run_tile(int pixels, int block, Isa isa) {
+  const auto run = [&](ConvMethod method, int64_t stride, int64_t groups, int64_t ic, int64_t oc) {
+    Case k;
+    k.name = "tile of stride " + by({stride});
+    k.conv =
+        make_conv(groups * ic, groups * oc, groups, 3, 3, stride, 1, 1, 5, stride * (pixels + 1));
+    run_case(k, tile_plan(k.conv, method, pixels, block, isa), isa);
+  };
+  const int lanes = lanes_of(isa);
+  for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
+    run(ConvMethod::broadcast, stride, 2, 3, block * lanes);
+    if (block < lanes) {  // dot has fewer outputs than lanes
+      run(ConvMethod::dot, stride, lanes + 1, 2, block);
+    }
+  }
+}
+
+// Images as wide as a row tile, with several vectors of channels and with rows that are
+// reduced together; and the gradient of their weights.
+void run_whole_rows(int pixels, int64_t kernel, int64_t stride, Isa isa) {
+  Case k;
+  k.name = "rows of " + by({pixels}) + " kernel " + by({kernel}) + " stride " + by({stride});
+  const auto set_channels = [&](int64_t ic, int64_t oc) {
+    k.conv = make_conv(
+        2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1, stride * pixels);
+  };
+  const int lanes = lanes_of(isa);
+  set_channels(2 * lanes, 8);
+  run_weight_grads(k, isa);
+  for (int block : {1, 2}) {
+    if (fits(pixels, block, lanes)) {
+      set_channels(lanes + 3, block * lanes);
+      run_case(k, tile_plan(k.conv, ConvMethod::broadcast, pixels, block, isa), isa);
+      set_channels(2 * lanes, block);
+      run_case(k, tile_plan(k.conv, ConvMethod::dot, pixels, block, isa), isa);
+    }
+  }
+}
+
+// Winograd's products. The cases have channels of several calls, units that lack some, an
+// odd row and column, and more tiles in a row than one piece.
+void run_winograd(int pixels, int block, int64_t turn, Isa isa) {
+  constexpr int64_t kMaps[][2] = {{5, 7}, {1, 1}, {4, 2 * kWinogradTiles + 5}, {18, 14}};
+  const auto& [height, width] = kMaps[turn % 4];
+  const int lanes = lanes_of(isa);
+  const int64_t padding = 1 + turn / 4 % 4;
+  const int64_t ic = turn % 3 == 0 ? kWinogradChannels + lanes : lanes;
+  Case k;
+  k.conv = make_conv(2 * ic, 2 * (block * lanes - turn % 2), 2, 3, 3, 1, padding, 1, height, width);
+  k.from = static_cast<Order>(turn % 4);
+  k.weights = static_cast<WeightOrder>(turn / 2 % 4);
+  k.more_border = turn % 3;
+  k.name = "winograd " + by({height, width}) + " padding " + by({padding}) + " weights " +
+      kWeightOrders[static_cast<int>(k.weights)];
+  run_case(k, tile_plan(k.conv, ConvMethod::winograd, pixels, block, isa), isa);
+}
+
+// The gradients where x's is by winograd too.
+void run_winograd_gradients(WeightOrder order, Isa isa) {
+  const int lanes = lanes_of(isa);
+  Case k;
+  k.name = std::string("winograd weights ") + kWeightOrders[static_cast<int>(order)];
+  k.conv = make_conv(4 * lanes, 4 * lanes, 2, 3, 3, 1, 1, 1, 9, 12);
+  k.weights = order;
+  const ConvPlan plan = plan_grad_input(grad_input_phase(k.conv, 0, 0).conv, false, isa);
+  report(k, plan, "another method", plan.method == ConvMethod::winograd ? 0 : 2);
+  run_gradients(k, isa);
+}
+
+void run_rows(Isa isa) {
+  for (int pixels : {7, 14}) {
+    for (int64_t kernel : {3, 5, 7, 9}) {
+      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
+        run_whole_rows(pixels, kernel, stride, isa);
+      }
+    }
+  }
+}
+
+void run_tiles(Isa isa) {
+  int64_t turn = 0;
+  for (int block : kBlocks) {
+    for (int pixels : kPixels) {
+      if (fits(pixels, block, lanes_of(isa))) {
+        run_tile(pixels, block, isa);
+        run_winograd(pixels, block, turn++, isa);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Isa isa = isa_in_use();
+  const int library = run_table(isa);
   run_tiles(isa);
-  run_whole_rows(isa);
-  run_winograd(isa);
+  run_rows(isa);
+  for (const WeightOrder order :
+       {WeightOrder::taps_inside, WeightOrder::channels_inside, WeightOrder::gaps,
+        WeightOrder::taps_apart}) {
+    run_winograd_gradients(order, isa);
+  }
   std::printf("%s: %d left to the library\n", name(isa).c_str(), library);
   return summary();
 }
