@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import os
 import statistics
 import sys
@@ -82,11 +83,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def cases() -> Iterator[Case]:
     """Most wanted first."""
     for stages, n in ((STAGES[:2], 64), (STAGES[:2], 256), (STAGES, 1), (STAGES[2:], 64)):
-        for mode in ("forward", "backward"):
-            for planes, size in stages:
-                for dtype in ("float32", "bfloat16") if n > 1 else ("float32",):
-                    for layout in LAYOUTS:
-                        yield Case("attention", mode, layout, dtype, n, planes, size)
+        dtypes = ("float32", "bfloat16") if n > 1 else ("float32",)
+        for mode, (planes, size), dtype, layout in itertools.product(
+            ("forward", "backward"), stages, dtypes, LAYOUTS
+        ):
+            yield Case("attention", mode, layout, dtype, n, planes, size)
 
 
 def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]:
@@ -274,44 +275,41 @@ def module_rows(planes: int, size: int, results: Results, repeats: int) -> Itera
 
     In inference, N = 64.
     """
-    for layout in LAYOUTS:
-        for dtype in ("float32", "tf32", "bfloat16"):
-            torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-            torch.backends.cudnn.benchmark = True
-            kind = DTYPES[dtype.replace("tf32", "float32")]
-            module = epsa_fused.FusedPSAModule(planes, planes).to("cuda", kind)
-            module.to(memory_format=LAYOUTS[layout]).requires_grad_(False)
-            case = Case("attention", "forward", layout, str(kind)[6:], 64, planes, size)
-            first = make_inputs(case, "cuda")
-            inputs = [copied(first) for _ in range(sets_beyond_cache(case.nbytes))]
-            images = [
-                torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout])
-                for maps, _, _ in inputs
-            ]
-            parts = module_parts(module, images, merge=dtype != "float32")
-            parts["attention"] = [
-                lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w)
-                for maps, weights, _ in inputs
-            ]
-            for name, calls in parts.items():
-                row = {
-                    "kind": "share",
-                    "mode": "forward",
-                    "layout": layout,
-                    "dtype": dtype,
-                    "n": 64,
-                    "planes": planes,
-                    "size": size,
-                    "contender": name,
-                }
-                if results.key(row) in results.done:
-                    continue
-                times, timing = device_times(calls, repeats)
-                yield row | {
-                    "device_us": round(statistics.median(times) * 1e6, 2),
-                    "iqr_us": round(spread(times) * 1e6, 2),
-                    "timing": timing,
-                }
+    for layout, dtype in itertools.product(LAYOUTS, ("float32", "tf32", "bfloat16")):
+        torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+        torch.backends.cudnn.benchmark = True
+        kind = DTYPES[dtype.replace("tf32", "float32")]
+        module = epsa_fused.FusedPSAModule(planes, planes).to("cuda", kind)
+        module.to(memory_format=LAYOUTS[layout]).requires_grad_(False)
+        case = Case("attention", "forward", layout, str(kind)[6:], 64, planes, size)
+        first = make_inputs(case, "cuda")
+        inputs = [copied(first) for _ in range(sets_beyond_cache(case.nbytes))]
+        images = [
+            torch.cat(maps, 1).contiguous(memory_format=LAYOUTS[layout]) for maps, _, _ in inputs
+        ]
+        parts = module_parts(module, images, merge=dtype != "float32")
+        parts["attention"] = [
+            lambda m=maps, w=weights: epsa_fused.psa_attention(m, *w) for maps, weights, _ in inputs
+        ]
+        for name, calls in parts.items():
+            row = {
+                "kind": "share",
+                "mode": "forward",
+                "layout": layout,
+                "dtype": dtype,
+                "n": 64,
+                "planes": planes,
+                "size": size,
+                "contender": name,
+            }
+            if results.key(row) in results.done:
+                continue
+            times, timing = device_times(calls, repeats)
+            yield row | {
+                "device_us": round(statistics.median(times) * 1e6, 2),
+                "iqr_us": round(spread(times) * 1e6, 2),
+                "timing": timing,
+            }
     torch.backends.cudnn.allow_tf32 = False
 
 

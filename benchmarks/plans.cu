@@ -217,6 +217,28 @@ void time_plans(
   }
 }
 
+void time_stage(
+    int samples, Pass pass, const Stage& stage, const Device& device, cudaStream_t stream,
+    std::FILE* csv) {
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last}) {
+      Problem p{};
+      p.pass = pass;
+      p.samples = samples;
+      p.branches = kBranches;
+      p.channels = stage.planes / kBranches;
+      p.pixels = stage.size * stage.size;
+      p.hidden = p.channels / kReduction;
+      p.shared = true;
+      p.dtype = dtype;
+      p.layout = layout;
+      p.aligned = may_align(dtype, layout, p.channels, p.pixels);
+      p.weights_wanted = pass == Pass::backward;
+      time_plans(p, stage, device, stream, csv);
+    }
+  }
+}
+
 int run(const char* path) {
   std::FILE* csv = std::fopen(path, "w");
   if (!csv) {
@@ -235,23 +257,7 @@ int run(const char* path) {
   for (const int n : {64, 256, 1}) {  // most wanted first
     for (const Pass pass : {Pass::forward, Pass::backward}) {
       for (const Stage& stage : kStages) {
-        for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-          for (const Layout layout : {Layout::contiguous, Layout::channels_last}) {
-            Problem p{};
-            p.pass = pass;
-            p.samples = n;
-            p.branches = kBranches;
-            p.channels = stage.planes / kBranches;
-            p.pixels = stage.size * stage.size;
-            p.hidden = p.channels / kReduction;
-            p.shared = true;
-            p.dtype = dtype;
-            p.layout = layout;
-            p.aligned = may_align(dtype, layout, p.channels, p.pixels);
-            p.weights_wanted = pass == Pass::backward;
-            time_plans(p, stage, device, stream, csv);
-          }
-        }
+        time_stage(n, pass, stage, device, stream, csv);
       }
     }
   }
