@@ -87,18 +87,8 @@ def fpn_backbone(
         ImportError: torchvision is missing or does not work with this torch.
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if not isinstance(model, EPSANet):
-        raise TypeError(
-            f"model: expected an epsa_fused.EPSANet, got {type(model).__module__}."
-            f"{type(model).__qualname__}; load the weights of other EPSANets into one"
-        )
+    _check_model(model, in_chans)
     returned = _checked_layers(trainable_layers, returned_layers, out_channels)
-    if model.in_chans != in_chans:
-        raise ValueError(
-            f"in_chans: expected a model for images of {in_chans} channels, got one for "
-            f"{model.in_chans}; for such images give in_chans={model.in_chans} here, and the "
-            f"detector image_mean and image_std of {model.in_chans} values (3 are its default)"
-        )
     backbones = _torchvision_backbones()
 
     model = copy.deepcopy(model)
@@ -118,6 +108,20 @@ def fpn_backbone(
     )
     backbone.fpn.to(model.conv1.weight)  # its device and dtype
     return cast(nn.Module, backbone)
+
+
+def _check_model(model: object, in_chans: int) -> None:
+    if not isinstance(model, EPSANet):
+        raise TypeError(
+            f"model: expected an epsa_fused.EPSANet, got {type(model).__module__}."
+            f"{type(model).__qualname__}; load the weights of other EPSANets into one"
+        )
+    if model.in_chans != in_chans:
+        raise ValueError(
+            f"in_chans: expected a model for images of {in_chans} channels, got one for "
+            f"{model.in_chans}; for such images give in_chans={model.in_chans} here, and the "
+            f"detector image_mean and image_std of {model.in_chans} values (3 are its default)"
+        )
 
 
 def _checked_layers(
