@@ -247,14 +247,11 @@ def test_a_cut_holds_every_element_once(shape, dtype):
             assert len(seen) == plan["split"]["parts"]
             elements = list(itertools.chain.from_iterable(seen))
             assert len(elements) == len(set(elements)) == problem.vector * problem.pixels
-            for part in seen:
-                # a branch's run begins and ends at whole vectors in memory
-                for s in range(problem.branches):
-                    run = [(c, m) for branch, c, m in part if branch == s]
-                    if run and problem.layout == "contiguous":
-                        c, m = run[0]
-                        assert (c * problem.pixels + m) % plan["vector"] == 0
-                        assert len(run) % plan["vector"] == 0
+            # a branch's run begins and ends at whole vectors in memory
+            if problem.layout == "contiguous":
+                for part, s in itertools.product(seen, range(problem.branches)):
+                    run = [c * problem.pixels + m for branch, c, m in part if branch == s]
+                    assert not run or run[0] % plan["vector"] == len(run) % plan["vector"] == 0
             largest = max(map(len, seen)) * SIZE[dtype]
             if plan["split"]["chunks"] == 1:
                 assert largest == piece_bytes(problem, plan["split"])

@@ -13,6 +13,7 @@ pixels or weights of very different sizes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -191,28 +192,24 @@ def sweep(kernel: tuple[int, int], *, thorough: bool = False) -> list[Call]:
     turns; `thorough` combines them all."""
     calls = []
     turn = sum(kernel)
-    for groups, ic, oc in CHANNELS:
-        for stride in (1, 2, 3):
-            for dilation in (1, 2):
-                reach = tuple(dilation * (k - 1) + 1 for k in kernel)
-                paddings = (0, min(reach) // 2, max(reach) + 1)
-                images = IMAGES if thorough else (IMAGES[turn % len(IMAGES)],)
-                for height, width in images:
-                    least = max(
-                        (r - s + 1) // 2 for r, s in zip(reach, (height, width), strict=True)
-                    )
-                    choices = sorted({max(p, least) for p in paddings})
-                    if not thorough:
-                        choices = (choices[turn // len(IMAGES) % len(choices)],)
-                    for padding in choices:
-                        branch = Branch(kernel, groups, padding, dilation)
-                        name = f"{kernel}_{groups}x{ic}x{oc}_{height}x{width}"
-                        name += f"_stride{stride}_padding{padding}_dilation{dilation}"
-                        sizes = (groups * ic, groups * oc, height, width)
-                        batch = (1, 3, 2)[turn % 3]
-                        calls.append(Call(name, batch, *sizes, (branch,), stride))
-                        turn += 1
+    for (groups, ic, oc), stride, dilation in itertools.product(CHANNELS, (1, 2, 3), (1, 2)):
+        reach = tuple(dilation * (k - 1) + 1 for k in kernel)
+        paddings = (0, min(reach) // 2, max(reach) + 1)
+        images = IMAGES if thorough else (IMAGES[turn % len(IMAGES)],)
+        for height, width in images:
+            least = max((r - s + 1) // 2 for r, s in zip(reach, (height, width), strict=True))
+            choices = sorted({max(p, least) for p in paddings})
+            if not thorough:
+                choices = (choices[turn // len(IMAGES) % len(choices)],)
+            for padding in choices:
+                branch = Branch(kernel, groups, padding, dilation)
+                name = f"{kernel}_{groups}x{ic}x{oc}_{height}x{width}"
+                name += f"_stride{stride}_padding{padding}_dilation{dilation}"
+                sizes = (groups * ic, groups * oc, height, width)
+                batch = (1, 3, 2)[turn % 3]
+                calls.append(Call(name, batch, *sizes, (branch,), stride))
                 turn += 1
+        turn += 1
     return calls
 
 
@@ -466,23 +463,21 @@ def winograd_magnitudes(call: Call, inputs: Inputs, backward: bool) -> dict[str,
         # the gradient's rows and columns of each remainder are a convolution of stride 1
         swapped = w.unflatten(0, (b.groups, -1)).transpose(1, 2).flatten(0, 1)
         grad_x = more.setdefault("grad of x", torch.zeros_like(x))
-        for row in range(min(call.stride, call.height)):
-            for column in range(min(call.stride, call.width)):
-                taps = [(first + b.padding) % call.stride for first in (row, column)]
-                part = swapped[:, :, taps[0] :: call.stride, taps[1] :: call.stride]
-                padding = [2 - (first + b.padding) // call.stride for first in (row, column)]
-                if part.shape[2:] != (3, 3) or min(padding) < 0:
-                    continue
-                part = part.flip(2, 3)
-                to = grad_x[:, :, row :: call.stride, column :: call.stride]
-                size = to.shape[2:]
-                ends = [
-                    t + 2 - p - g for t, p, g in zip(size, padding, grad.shape[2:], strict=True)
-                ]
-                around = F.pad(grad, (padding[1], ends[1], padding[0], ends[0]))
-                direct = torch.conv2d(around, part, groups=b.groups)
-                sums = winograd_magnitude(grad, part, padding, size, b.groups)
-                to += (sums - direct).clamp(min=0)
+        phases = (range(min(call.stride, size)) for size in (call.height, call.width))
+        for row, column in itertools.product(*phases):
+            taps = [(first + b.padding) % call.stride for first in (row, column)]
+            part = swapped[:, :, taps[0] :: call.stride, taps[1] :: call.stride]
+            padding = [2 - (first + b.padding) // call.stride for first in (row, column)]
+            if part.shape[2:] != (3, 3) or min(padding) < 0:
+                continue
+            part = part.flip(2, 3)
+            to = grad_x[:, :, row :: call.stride, column :: call.stride]
+            size = to.shape[2:]
+            ends = [t + 2 - p - g for t, p, g in zip(size, padding, grad.shape[2:], strict=True)]
+            around = F.pad(grad, (padding[1], ends[1], padding[0], ends[0]))
+            direct = torch.conv2d(around, part, groups=b.groups)
+            sums = winograd_magnitude(grad, part, padding, size, b.groups)
+            to += (sums - direct).clamp(min=0)
     return more | {"pooled": pooled}
 
 
