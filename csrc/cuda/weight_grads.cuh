@@ -73,11 +73,44 @@ EPSA_DEVICE A sum_bias_grad(const Params& p, int begin, int i, int first, int la
   return sum_terms<A, 8>(first, last, [&](int row) { return at[row * step]; });
 }
 
+// Adds the products of one channel and of hidden units, `left` of which exist, over the rows
+// [first_row, last_row).
+template <class A, int kUnits>
+EPSA_DEVICE void add_products(
+    const GradRows<A>& from, int c, int unit, int left, int first_row, int last_row,
+    A (&sum)[kUnits]) {
+  constexpr int kRows = 4;
+  const A* channel = from.channels + c + int64_t{first_row} * from.channel_step;
+  const A* units = from.units + unit + int64_t{first_row} * from.unit_step;
+#pragma unroll 1
+  for (int row = first_row; row < last_row; row += kRows) {
+    A x[kRows], u[kRows][kUnits];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const bool there = row + k < last_row;
+      x[k] = there ? channel[k * from.channel_step] : A(0);
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        u[k][j] = there && j < left ? units[k * from.unit_step + j] : A(0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        sum[j] += x[k] * u[k][j];
+      }
+    }
+    channel += kRows * from.channel_step;
+    units += kRows * from.unit_step;
+  }
+}
+
 // The gradients of the matrices fc1 and fc2 over `rows` rows: put(i, sum) for each entry. A thread
 // takes one channel and several hidden units, so that a row costs it few loads.
 template <class A, class Put>
 EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Put& put) {
-  constexpr int kUnits = 2, kRows = 4;
+  constexpr int kUnits = 2;
   const int sets = p.shared ? 1 : p.branches;
   const int C = p.channels, r = p.hidden;
   const int chunks = (r + kUnits - 1) / kUnits;
@@ -94,30 +127,7 @@ EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Pu
     A sum[kUnits] = {};
     if (task < 2 * tasks && (of_fc1 ? p.grad_fc1 : p.grad_fc2)) {
       const GradRows<A> from(p, begin, of_fc1);
-      const A* channel = from.channels + set * C + c + int64_t{first_row} * from.channel_step;
-      const A* units = from.units + set * r + unit + int64_t{first_row} * from.unit_step;
-#pragma unroll 1
-      for (int row = first_row; row < last_row; row += kRows) {
-        A x[kRows], u[kRows][kUnits];
-#pragma unroll
-        for (int k = 0; k < kRows; ++k) {
-          const bool there = row + k < last_row;
-          x[k] = there ? channel[k * from.channel_step] : A(0);
-#pragma unroll
-          for (int j = 0; j < kUnits; ++j) {
-            u[k][j] = there && unit + j < r ? units[k * from.unit_step + j] : A(0);
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kRows; ++k) {
-#pragma unroll
-          for (int j = 0; j < kUnits; ++j) {
-            sum[j] += x[k] * u[k][j];
-          }
-        }
-        channel += kRows * from.channel_step;
-        units += kRows * from.unit_step;
-      }
+      add_products(from, set * C + c, set * r + unit, r - unit, first_row, last_row, sum);
     }
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
