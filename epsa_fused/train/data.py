@@ -6,7 +6,6 @@ generator, so a crop depends only on the seed, the epoch and the image.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import pickle
@@ -21,10 +20,6 @@ from .errors import InputError, required
 # torchvision's ImageFolder takes the same endings.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
-
-
-class CorruptImageError(Exception):
-    """An image cannot be read; the message names it and the reason."""
 
 
 class Source(Protocol):
@@ -218,19 +213,6 @@ def _cifar10(folder: Path) -> Data:
 # ---- files ----
 
 
-# These error numbers concern one file. A decoder's errors have no number, or EINVAL if a broken
-# file names an invalid position. Other numbers (EIO, EMFILE) concern the machine.
-_OF_ONE_FILE = (
-    None,
-    errno.EINVAL,
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ELOOP,
-)
-
-
 class FolderSource:
     """Image files folder/CLASS/..., cropped and resized to [size, size, 3].
 
@@ -263,17 +245,9 @@ class FolderSource:
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         from PIL import Image
 
-        path = self.folder / os.fsdecode(bytes(self.files[index]))
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except MemoryError:
-            raise
-        except Exception as error:  # a decoder may raise anything
-            if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
-                # Skipping the image would train on the rest of a failing disk.
-                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-            raise CorruptImageError(f"{path}: {type(error).__name__}: {error}") from error
+        from .pixels import read_rgb
+
+        image = read_rgb(self.folder / os.fsdecode(bytes(self.files[index])))
         box = self._centre(*image.size)
         if generator is not None:
             box = self._random_box(*image.size, generator)

@@ -1,4 +1,4 @@
-"""The error for what the user can correct, and the packages that only training needs."""
+"""The errors of inputs and of images, and the packages that only training needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback.
     """
+
+
+class CorruptImageError(Exception):
+    """An image cannot be read; the message names it and the reason."""
 
 
 def required(module: str, why: str, install: str) -> ModuleType:

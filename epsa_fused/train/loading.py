@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import CorruptImageError, Source
-from .errors import InputError
+from .data import Source
+from .errors import CorruptImageError, InputError
 from .interrupts import SIGNALS
 
 # The first element of each generator's seed. NumPy treats (1, 2) and (1, 2, 0) as equal seeds.

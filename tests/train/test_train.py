@@ -30,7 +30,8 @@ from support.training import (
 from epsa_fused.models import MODELS
 from epsa_fused.train import Config, InputError, train
 from epsa_fused.train.__main__ import main
-from epsa_fused.train.data import CorruptImageError, open_data
+from epsa_fused.train.data import open_data
+from epsa_fused.train.errors import CorruptImageError
 from epsa_fused.train.loading import EvaluationBatches, Images, TrainingBatches, loader
 from epsa_fused.train.training import Training
 
