@@ -11,7 +11,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 
@@ -87,7 +87,12 @@ def open_data(data: str, image_size: int) -> Data:
     """The data that `--data` names; InputError if they are missing or malformed."""
     if (kind := kind_of_data(data)) == "digits":
         return _digits()
-    return _cifar10(Path(data)) if kind == "cifar10" else _folder(Path(data), image_size)
+    if kind == "cifar10":
+        return _cifar10(Path(data))
+    try:
+        return _folder(Path(data), image_size)
+    except OSError as error:
+        _unreadable(error)
 
 
 # ---- in memory ----
@@ -279,13 +284,49 @@ class FolderSource:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted: the file system's order may vary."""
+    """The image files below a folder, sorted: the file system's order may vary.
+
+    Hidden files and folders are left out: macOS and Jupyter keep copies of images there. Every
+    folder is entered once, and no link to a folder around this one is followed. InputError if a
+    folder cannot be read.
+    """
+    entered = _itself_and_around(folder)
+    images = []
+    for where, inside, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        here = Path(where)
+        images += [here / name for name in _shown(names) if name.lower().endswith(ENDINGS)]
+        # Sorted, so that of two links to one folder the same is entered every time.
+        targets = {name: (here / name).resolve() for name in sorted(_shown(inside))}
+        inside.clear()  # os.walk enters what the list then holds
+        for name, target in targets.items():
+            if target not in entered:
+                entered.add(target)
+                inside.append(name)
+    return sorted(images)
+
+
+def _classes(folder: Path) -> list[str]:
+    """The folders in a folder, sorted, without hidden ones and links to a folder around them."""
+    around = _itself_and_around(folder)
     return sorted(
-        Path(where) / name
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(ENDINGS)
+        name
+        for name in _shown(os.listdir(folder))
+        if (folder / name).is_dir() and (folder / name).resolve() not in around
     )
+
+
+def _itself_and_around(folder: Path) -> set[Path]:
+    real = folder.resolve()
+    return {real, *real.parents}
+
+
+def _shown(names: list[str]) -> list[str]:
+    """The names that are not hidden."""
+    return [name for name in names if not name.startswith(".")]
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _folder(folder: Path, size: int) -> Data:
@@ -297,7 +338,7 @@ def _folder(folder: Path, size: int) -> Data:
                 f"{folder}: expected the folders train and val, each with a folder per class; "
                 f"there is no {part} in it, only {', '.join(inside) or 'nothing'}"
             )
-        classes[part] = sorted(path.name for path in (folder / part).iterdir() if path.is_dir())
+        classes[part] = _classes(folder / part)
     if len(classes["train"]) < 2:
         raise InputError(
             f"{folder / 'train'}: expected a folder per class, at least 2, "

@@ -1,8 +1,9 @@
-"""Image files: every row of the docs' table."""
+"""Image files: every row of the docs' table, and which files of a folder are images."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -14,7 +15,9 @@ from PIL import Image
 from support.paths import ROOT
 from support.training import image_folder
 
+from epsa_fused.train import InputError
 from epsa_fused.train.__main__ import main
+from epsa_fused.train.data import open_data
 from epsa_fused.train.errors import CorruptImageError
 from epsa_fused.train.pixels import read_rgb
 
@@ -367,3 +370,102 @@ def test_a_refused_image_ends_the_command_by_its_name(tmp_path, capsys, workers)
         f"error: an image cannot be read: {file}: {FLOATS_EXPECTED}0 to 255 "
         "(--corrupt skip leaves such images out)"
     )
+
+
+# ---- which files are images ----
+
+
+def files_of(folder) -> list[str]:
+    return [os.fsdecode(bytes(file)) for file in open_data(str(folder), 8).train.files]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    folder = image_folder(tmp_path / ".hidden" / "data", train=2)
+    before = files_of(folder)
+    assert len(before) == 6
+    for part in ("train", "val"):
+        ant = folder / part / "ant"
+        for hidden in (ant / ".ipynb_checkpoints", folder / part / ".ipynb_checkpoints"):
+            hidden.mkdir()
+            (hidden / "0-checkpoint.JPEG").write_bytes((ant / "0.JPEG").read_bytes())
+        (ant / "._0.JPEG").write_bytes(b"resource fork")
+    assert files_of(folder) == before
+    assert open_data(str(folder), 8).classes == ["ant", "bee", "cat"]
+    nested = folder / "train" / "ant" / "nested"
+    nested.mkdir()
+    (nested / "shown.PNG").write_bytes(b"")
+    assert set(files_of(folder)) - set(before) == {"ant/nested/shown.PNG"}
+
+
+@pytest.mark.parametrize(
+    ("at", "around"),
+    [
+        *((at, around) for at in ("ant/link", "ant/nested/link") for around in ("ant", ".", "..")),
+        *(("link", around) for around in (".", "..")),
+    ],
+)
+def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path, at, around):
+    folder = image_folder(tmp_path / "data", train=2)
+    (folder / "train" / "ant" / "nested").mkdir()
+    before = files_of(folder)
+    (folder / "train" / at).symlink_to(folder / "train" / around)
+    assert files_of(folder) == before
+
+
+def test_a_folder_with_several_links_to_it_is_read_once(tmp_path):
+    folder = image_folder(tmp_path / "data", train=2)
+    before = files_of(folder)
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "2.png").write_bytes(b"")
+    for name in ("again", "once"):
+        (folder / "train" / "ant" / name).symlink_to(more)
+    assert set(files_of(folder)) - set(before) == {"ant/again/2.png"}
+
+
+def test_a_link_back_from_elsewhere_is_not_followed(tmp_path):
+    """The images of the other classes would get this class's label."""
+    folder = image_folder(tmp_path / "data", train=2)
+    before = files_of(folder)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "back").symlink_to(folder / "train")
+    (folder / "train" / "ant" / "link").symlink_to(tmp_path / "more")
+    assert files_of(folder) == before
+
+
+def test_folders_that_link_to_each_other_end(tmp_path):
+    folder = image_folder(tmp_path / "data", train=2)
+    ant = folder / "train" / "ant"
+    for name, other in (("a", "b"), ("b", "a")):
+        (ant / name).mkdir()
+        (ant / name / "link").symlink_to(ant / other)
+        (ant / name / f"{name}.png").write_bytes(b"")
+    names = [file.rpartition("/")[2] for file in files_of(folder) if file.startswith("ant/")]
+    assert sorted(names) == ["0.JPEG", "1.png", "a.png", "b.png"]
+
+
+def test_a_class_may_be_a_link(tmp_path):
+    folder = image_folder(tmp_path / "data", train=2)
+    before = files_of(folder)
+    (folder / "train" / "bee").rename(tmp_path / "elsewhere")
+    (folder / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("where", ["train", "train/ant", "train/ant/nested"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, where):
+    folder = image_folder(tmp_path)
+    (folder / "train" / "ant" / "nested").mkdir()
+
+    def refusing(list_folder):
+        def refuses(path="."):
+            if os.fspath(path) == str(folder / where):
+                raise PermissionError(13, "Permission denied", str(path))
+            return list_folder(path)
+
+        return refuses
+
+    for name in ("scandir", "listdir"):  # root may read everything
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(InputError, match=rf"^{folder / where}: cannot be read: Permission denied$"):
+        open_data(str(folder), 8)
