@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -77,10 +78,15 @@ def kind_of_data(data: str) -> str:
     if data == "digits":
         return "digits"
     folder = Path(data)
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(f"--data: expected 'digits' or a folder, got {data!r}, which is {found}")
-    return "cifar10" if (folder / CIFAR_BATCHES[0]).exists() else "folder"
+    wanted = f"--data: expected 'digits' or a folder, got {data!r}"
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+        is_cifar10 = (folder / CIFAR_BATCHES[0]).exists()
+    except OSError as error:
+        raise InputError(f"{wanted}: {error.strerror}") from None
+    if not is_folder:
+        raise InputError(f"{wanted}, which is a file")
+    return "cifar10" if is_cifar10 else "folder"
 
 
 def open_data(data: str, image_size: int) -> Data:
@@ -330,31 +336,40 @@ def _unreadable(error: OSError) -> NoReturn:
 
 
 def _folder(folder: Path, size: int) -> Data:
-    classes = {}
-    for part in ("train", "val"):
-        if not (folder / part).is_dir():
-            inside = sorted(path.name for path in folder.iterdir())[:5]
-            raise InputError(
-                f"{folder}: expected the folders train and val, each with a folder per class; "
-                f"there is no {part} in it, only {', '.join(inside) or 'nothing'}"
-            )
-        classes[part] = _classes(folder / part)
-    if len(classes["train"]) < 2:
+    parts = ("train", "val")
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise InputError(
-            f"{folder / 'train'}: expected a folder per class, at least 2, "
-            f"found {len(classes['train'])}"
+            f"{folder}: expected the folders train and val, each with a folder per class; "
+            f"there is no {' and no '.join(missing)} in it, {_content(folder)}"
         )
-    if differing := sorted(set(classes["train"]) ^ set(classes["val"])):
+    train, val = (_classes(folder / part) for part in parts)
+    if len(train) < 2:
         raise InputError(
-            f"{folder}: expected the same classes in train and val, got "
-            f"{len(classes['train'])} and {len(classes['val'])}; only in one: "
-            f"{', '.join(differing[:5])}"
+            f"{folder / 'train'}: expected a folder per class, at least 2, found {len(train)}"
+        )
+    if train != val:
+        only = {"train": sorted(set(train) - set(val)), "val": sorted(set(val) - set(train))}
+        differing = (f"only in {part}: {_first(names)}" for part, names in only.items() if names)
+        raise InputError(
+            f"{folder}: expected the same classes in train and val, got {len(train)} and "
+            f"{len(val)}; {'; '.join(differing)}"
         )
     return Data(
-        FolderSource(folder / "train", classes["train"], size),
-        FolderSource(folder / "val", classes["val"], size),
-        classes["train"],
+        FolderSource(folder / "train", train, size),
+        FolderSource(folder / "val", val, size),
+        train,
         # The statistics of ImageNet, which published weights expect.
         tuple(255 * value for value in (0.485, 0.456, 0.406)),
         tuple(255 * value for value in (0.229, 0.224, 0.225)),
     )
+
+
+def _content(folder: Path) -> str:
+    """What a folder that lacks something holds, for a message."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return f"only {_first(names)}" if names else "it is empty"
+
+
+def _first(names: list[str]) -> str:
+    """At most five of the names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -469,3 +469,38 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, where):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     with pytest.raises(InputError, match=rf"^{folder / where}: cannot be read: Permission denied$"):
         open_data(str(folder), 8)
+
+
+# ---- what is missing ----
+
+
+def test_a_folder_without_what_it_needs_says_what_it_has(tmp_path):
+    for name in "abcdefg":
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "train").write_bytes(b"")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(
+        InputError, match=r"there is no train in it, only a, b, c, d, e and 4 more$"
+    ):
+        open_data(str(tmp_path), 8)
+    for name in "abcdefg":
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=r"there is no train in it, only train, val/$"):
+        open_data(str(tmp_path), 8)
+
+
+def test_data_that_cannot_be_reached_say_why(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_bytes(b"")
+    for name, why in (
+        ("none", "No such file or directory"),
+        ("dangling", "No such file or directory"),
+        ("loop", "Too many levels of symbolic links"),
+        ("file/inside", "Not a directory"),
+    ):
+        path = tmp_path / name
+        with pytest.raises(
+            InputError, match=rf"^--data: expected 'digits' or a folder, got '{path}': {why}$"
+        ):
+            open_data(str(path), 8)
