@@ -28,6 +28,10 @@ class Source(Protocol):
 
     labels: np.ndarray  # int64 [images]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of every image."""
+
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         """Image `index`, uint8 [H, W, C], cropped by `generator`; None crops for evaluation.
 
@@ -116,6 +120,11 @@ class ArraySource:
     def __post_init__(self) -> None:
         around = (self.shift, self.shift)
         self._padded = np.pad(self.images, ((0, 0), around, around, (0, 0)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
 
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         if generator is None:
@@ -252,6 +261,10 @@ class FolderSource:
         # process would copy the pages.
         self.files = np.array(files)
         self.labels = np.array(labels, dtype=np.int64)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 3
 
     def image(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         from PIL import Image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TextIO, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..models import MODELS
 from . import checkpoint
 from .config import Config
-from .data import open_data
+from .data import kind_of_data, open_data
 from .errors import InputError, required
 from .interrupts import Interrupts
 from .loading import Batch, EvaluationBatches, Speed, TrainingBatches, loader
@@ -124,6 +126,7 @@ class Training:
         }
         saved = self._checkpoint()
         self._build(parts)
+        self._check_normalised()
         self.epoch = self.step = self.steps_done = 0
         self.best_top1 = -1.0
         self.accuracy: Accuracy | None = None
@@ -257,11 +260,7 @@ class Training:
             batch = next(batches)
             speed.count(batch, time.perf_counter() - start)
             self._check_images(batch)
-            if not len(batch.labels):
-                raise InputError(
-                    f"step {self.steps_done + 1}: expected at least one readable image in a "
-                    f"micro-batch of {self.micro_batch}, got none"
-                )
+            self._check_readable(len(batch.labels))
             with self._gradients_shared(i + 1 == accumulate):
                 with self._autocast():
                     logits = self.parallel(self._prepared(batch))
@@ -396,6 +395,72 @@ class Training:
             if message not in self.named:
                 self.named.add(message)
                 self._write(f"left out, cannot be read: {message}", sys.stderr)
+
+    def _check_normalised(self) -> None:
+        """InputError if every micro-batch is one image, and BatchNorm needs two."""
+        config, count = self.config, self.processes.count
+        if self.micro_batch > 1 or not self._one_image_is_too_few:
+            return
+        would_do = [f"--batch {2 * config.batch}"]
+        if config.accumulate > 1:
+            would_do.append("--accumulate 1")
+        if kind_of_data(config.data) == "folder":
+            would_do.append(f"--image-size {self._image_size_of_two_values()}")
+        raise InputError(
+            f"--batch: expected at least 2 images in a micro-batch, got {config.batch} for "
+            f"{count} processes x {config.accumulate} micro-batches each; "
+            f"{self._why_two()}; {' or '.join(would_do)} would do"
+        )
+
+    def _check_readable(self, images: int) -> None:
+        """InputError if a micro-batch has too few readable images to train on."""
+        step = f"step {self.steps_done + 1}: expected at least"
+        got = f"in a micro-batch of {self.micro_batch}, got"
+        if images == 0:
+            raise InputError(f"{step} one readable image {got} none")
+        if images == 1 and self._one_image_is_too_few:
+            raise InputError(
+                f"{step} 2 readable images {got} 1; {self._why_two()}; restore the images that "
+                "were left out, or start another run with a larger --batch"
+            )
+
+    def _why_two(self) -> str:
+        height, width, _ = self.data.train.shape
+        return (
+            f"images of {height} x {width} give maps of 1 x 1 in {self.config.model}, and "
+            "BatchNorm cannot train on a single value"
+        )
+
+    @functools.cached_property
+    def _one_image_is_too_few(self) -> bool:
+        return self._fewest_values(*self.data.train.shape[:2]) == 1
+
+    def _image_size_of_two_values(self) -> int:
+        """A larger --image-size, at which one image is enough for BatchNorm."""
+        size = self.config.image_size
+        while self._fewest_values(size, size) == 1:
+            size *= 2
+        return size
+
+    @torch.no_grad()
+    def _fewest_values(self, height: int, width: int) -> int:
+        """The fewest values per channel that a BatchNorm of the network gets from one image."""
+        values: list[int] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda _, given: values.append(given[0][0, 0].numel()))
+            for module in self.model.modules()
+            if isinstance(module, _BatchNorm)
+        ]
+        was_training = self.model.training
+        weight = next(self.model.parameters())
+        try:
+            # In eval mode no statistics and no random numbers change.
+            self.model.eval()(weight.new_zeros(1, len(self.data.mean), height, width))
+        finally:
+            self.model.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        return min(values, default=2)
 
     def _log_step(self, loss: Tensor, speed: Speed) -> str:
         """Write a row of steps.csv; returns the text of the progress bar."""

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from epsa_fused.train.__main__ import main
 from epsa_fused.train.data import open_data
 from epsa_fused.train.errors import CorruptImageError
 from epsa_fused.train.loading import EvaluationBatches, Images, TrainingBatches, loader
+from epsa_fused.train.processes import Processes
 from epsa_fused.train.training import Training
 
 # ---- settings ----
@@ -585,6 +587,77 @@ def test_numpy_that_is_missing(code):
 def test_batches_that_do_not_fit(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
         train(settings(tmp_path, **given))
+
+
+@pytest.fixture
+def two_images_a_class(tmp_path):
+    """6 images to train on and 3 held out. small_epsanet halves H and W of an image once."""
+    return str(image_folder(tmp_path / "data", train=2, held_out=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "would_do"),
+    [
+        ({"batch": 1}, [{"batch": 2}, {"image_size": 4}]),
+        (
+            {"batch": 2, "accumulate": 2},
+            [{"batch": 4}, {"accumulate": 1}, {"image_size": 4}],
+        ),
+    ],
+)
+def test_a_micro_batch_of_one_value(tmp_path, two_images_a_class, given, would_do):
+    """Refused before anything is written. What the message offers trains."""
+    given = {"data": two_images_a_class, "image_size": 2, "epochs": 1} | given
+    offered = " or ".join(
+        f"--{name.replace('_', '-')} {value}" for each in would_do for name, value in each.items()
+    )
+    with pytest.raises(
+        InputError,
+        match=r"^--batch: expected at least 2 images in a micro-batch, got .* images of 2 x 2 give "
+        rf"maps of 1 x 1 in small_epsanet, .*; {offered} would do$",
+    ):
+        train(settings(tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
+    for i, other in enumerate(would_do):
+        config = settings(tmp_path / f"{i}", **given | other)
+        assert train(config).steps == 6 // config.batch
+
+
+def test_a_micro_batch_of_one_value_of_the_digits(tmp_path):
+    """--image-size would not help: it is a folder's."""
+    config = Config.of("digits", out=str(tmp_path), model="epsanet50", batch=1)
+    with pytest.raises(InputError, match=r"images of 8 x 8 .*; --batch 2 would do$"):
+        train(config)
+
+
+def test_one_readable_image_of_a_micro_batch(tmp_path, two_images_a_class, capsys):
+    folder = Path(two_images_a_class)
+    for name in CLASSES:
+        BROKEN["empty"](folder / "train" / name / "0.JPEG")
+    given = {"data": str(folder), "batch": 3, "epochs": 1, "corrupt": "skip"}
+    given["seed"] = 1  # one of the two steps gets two readable images, the other one
+    with pytest.raises(
+        InputError,
+        match=r"^step [12]: expected at least 2 readable images in a micro-batch of 3, got 1; "
+        r"images of 2 x 2 give maps of 1 x 1 in small_epsanet, .* a larger --batch$",
+    ):
+        train(settings(tmp_path / "small", **given, image_size=2))
+    assert "left out" in capsys.readouterr().err
+    assert train(settings(tmp_path / "large", **given, image_size=4)).steps == 2
+
+
+def test_looking_at_the_maps_changes_nothing(tmp_path, two_images_a_class):
+    config = settings(tmp_path / "out", data=two_images_a_class, batch=2, dropout=0.5)
+    with Processes("cpu") as processes:
+        training = Training(config, processes)
+        before = {name: value.clone() for name, value in training.model.state_dict().items()}
+        random = torch.get_rng_state()
+        assert [training._fewest_values(size, size) for size in (2, 3, 8)] == [1, 4, 16]
+        assert torch.equal(torch.get_rng_state(), random)
+        assert training.model.training
+        for name, value in training.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        training.close()
 
 
 @pytest.mark.parametrize("given", [{}, {"log_every": 100, "checkpoint_every": 3}])
