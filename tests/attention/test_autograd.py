@@ -91,9 +91,9 @@ def nested_gradients(function, inputs: Inputs, depth: int) -> list[torch.Tensor]
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_higher_derivatives_are_those_of_the_reference(layout, depth):
     inputs = tiny_inputs(layout)
-    ours = nested_gradients(psa_attention, inputs, depth)
+    fused = nested_gradients(psa_attention, inputs, depth)
     expected = nested_gradients(psa_attention_reference, inputs, depth)
-    for name, a, b in zip(inputs.names(), ours, expected, strict=True):
+    for name, a, b in zip(inputs.names(), fused, expected, strict=True):
         # each order multiplies the number of terms
         size = torch.full_like(b, 10.0**depth * max(1.0, b.abs().max().item()))
         assert_close(a, b, torch.float64, magnitude=size, name=name)
@@ -109,9 +109,9 @@ def test_second_derivatives_of_other_dtypes(dtype):
         (grad,) = torch.autograd.grad(function(*x.args).sum(), x.feats[0], create_graph=True)
         return torch.autograd.grad(grad.float().square().sum(), x.weights)
 
-    ours = penalty_gradients(psa_attention, inputs)
+    fused = penalty_gradients(psa_attention, inputs)
     expected = penalty_gradients(psa_attention_reference, exact)
-    for a, b in zip(ours, expected, strict=True):
+    for a, b in zip(fused, expected, strict=True):
         # the first gradient is rounded to the features' dtype on its way
         assert a.dtype == torch.float32
         assert (a.double() - b).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()

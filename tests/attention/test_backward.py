@@ -91,11 +91,11 @@ def test_half_precision_is_no_worse_than_eager(case, dtype, device):
     inputs = make_inputs(case, dtype, device=device)
     grad_out, _ = make_cotangents(case, dtype, device=device)
     exact = run(psa_attention_reference, inputs.double(), grad_out.double())
-    ours = run(psa_attention, inputs, grad_out)
+    fused = run(psa_attention, inputs, grad_out)
     eager = run(psa_attention_reference, inputs, grad_out)
     for name, expected in exact.items():
         if "grad" in name:
-            assert_no_worse(ours[name], eager[name], expected)
+            assert_no_worse(fused[name], eager[name], expected)
 
 
 def test_dead_hidden_units(device):
@@ -303,10 +303,10 @@ def test_nan_and_inf_travel_as_in_eager(layout, where, value, device):
     names = [*inputs.names(), "grad_out", "grad_attention"]
     target = dict(zip(names, [*inputs.tensors(), *cotangents], strict=True))[where]
     target[(1,) * target.dim()] = value
-    ours = run(psa_attention, inputs, *cotangents)
+    fused = run(psa_attention, inputs, *cotangents)
     eager = run(psa_attention_reference, inputs, *cotangents)
     for name, expected in eager.items():
-        assert torch.equal(special_values(ours[name]), special_values(expected)), name
+        assert torch.equal(special_values(fused[name]), special_values(expected)), name
 
 
 # ---- memory ----

@@ -167,12 +167,12 @@ def test_nan_and_inf_travel_as_in_eager(dtype, layout, where, value, device):
     inputs = make_inputs(BY_NAME["odd"], dtype, layout, device=device)
     target = dict(zip(inputs.names(), inputs.tensors(), strict=True))[where]
     target[(1,) * target.dim()] = value
-    for ours, eager in zip(
+    for fused, eager in zip(
         psa_attention(*inputs.args, return_attention=True),
         psa_attention_reference(*inputs.args, return_attention=True),
         strict=True,
     ):
-        assert torch.equal(special_values(ours), special_values(eager))
+        assert torch.equal(special_values(fused), special_values(eager))
 
 
 # ---- memory ----

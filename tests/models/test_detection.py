@@ -290,8 +290,8 @@ def test_as_torchvisions_frozen_batch_norm():
     theirs.load_state_dict(model.state_dict())
     model, theirs = model.double(), theirs.double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    ours = fpn_backbone(model, trainable_layers=0).train().body(x)
-    for actual, expected in zip(ours.values(), theirs.forward_pyramid(x).values(), strict=True):
+    fused = fpn_backbone(model, trainable_layers=0).train().body(x)
+    for actual, expected in zip(fused.values(), theirs.forward_pyramid(x).values(), strict=True):
         assert_near(actual, expected)
 
 

@@ -94,11 +94,11 @@ def test_fused_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), ((epsanet50, published.epsanet50), (epsanet101, published.epsanet101))
+    ("fused", "theirs"), ((epsanet50, published.epsanet50), (epsanet101, published.epsanet101))
 )
-def test_the_keys_are_the_published_ones(ours, theirs):
+def test_the_keys_are_the_published_ones(fused, theirs):
     expected = {k: v.shape for k, v in on_meta(theirs).state_dict().items()}
-    actual = {k: v.shape for k, v in on_meta(ours).state_dict().items()}
+    actual = {k: v.shape for k, v in on_meta(fused).state_dict().items()}
     assert list(actual.items()) == list(expected.items())
     assert "layer1.0.conv2.conv_1.weight" in actual and "layer4.2.conv2.se.fc2.bias" in actual
 
@@ -114,19 +114,19 @@ def test_one_seed_gives_the_published_weights():
 
 @pytest.fixture(scope="module")
 def pair():
-    """The published EPSANet-50 and ours, of the same weights, in float64."""
+    """The published EPSANet-50 and the fused one, of the same weights, in float64."""
     torch.manual_seed(0)
     theirs = published.epsanet50().double()
-    ours = epsanet50().double()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
+    fused = epsanet50().double()
+    fused.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, fused
 
 
 def test_evaluation_gives_what_the_published_code_gives(pair):
-    theirs, ours = pair
+    theirs, fused = pair
     x = torch.randn(2, 3, 64, 80, dtype=torch.float64)
     with torch.no_grad():
-        assert_near(ours.eval()(x), theirs.eval()(x))
+        assert_near(fused.eval()(x), theirs.eval()(x))
 
 
 def test_training_gives_what_the_published_code_gives(pair):

@@ -17,13 +17,13 @@ def test_split_psa(order, bias):
     if bias:
         for se in theirs.se_blocks:
             se[1], se[3] = nn.Conv2d(16, 4, 1).double(), nn.Conv2d(4, 16, 1).double()
-    ours = FusedSplitPSA(theirs.convs, theirs.se_blocks, branch_order=order)
+    fused = FusedSplitPSA(theirs.convs, theirs.se_blocks, branch_order=order)
     x = torch.randn(2, 48, 5, 6, dtype=torch.float64)
     expected = theirs(x)
     if order == "reversed":
         expected = torch.cat(expected.chunk(3, 1)[::-1], 1)
-    assert_near(ours(x).detach(), expected.detach())
-    assert f"branch_order='{order}'" in repr(ours)
+    assert_near(fused(x).detach(), expected.detach())
+    assert f"branch_order='{order}'" in repr(fused)
 
 
 def test_split_psa_refuses_what_it_would_leave_out():
@@ -32,14 +32,14 @@ def test_split_psa_refuses_what_it_would_leave_out():
         FusedSplitPSA(theirs.convs, theirs.se_blocks, branch_order="other")
     with pytest.raises(ValueError, match=r"FusedSplitPSA: it has 3 convs and 4 se_blocks"):
         FusedSplitPSA(theirs.convs[:3], theirs.se_blocks)
-    ours = FusedSplitPSA(theirs.convs, theirs.se_blocks)
+    fused = FusedSplitPSA(theirs.convs, theirs.se_blocks)
     theirs.se_blocks[2][1].register_forward_hook(print)
     with pytest.raises(RuntimeError, match=r"FusedSplitPSA: se_blocks\.2\.1 has hooks"):
-        ours(torch.randn(2, 64, 6, 6))
+        fused(torch.randn(2, 64, 6, 6))
 
 
 def test_split_psa_compiles():
-    ours = fuse(nn.Sequential(external_psa()))
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    fused = fuse(nn.Sequential(external_psa()))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 64, 6, 6)
-    assert torch.equal(compiled(x), ours(x))
+    assert torch.equal(compiled(x), fused(x))
