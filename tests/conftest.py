@@ -25,6 +25,15 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
 EMULATED = os.environ.get("EPSA_TEST_EMULATED")
 if EMULATED:
     torch.ops.load_library(EMULATED)
+    # a mode of simt/test_plans.h, the seed of the order, the most blocks that run at once
+    PLANS = os.environ.get("EPSA_TEST_PLANS", "auto/0/0").split()
+
+    @pytest.fixture(autouse=True, params=PLANS)
+    def _plan(request):
+        """Each test runs with each of the plans."""
+        for name, value in zip(("MODE", "SEED", "RESIDENT"), request.param.split("/"), strict=True):
+            os.environ[f"EPSA_SIMT_{name}"] = value
+
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _C.build_info()["cuda"]:
@@ -34,8 +43,7 @@ if torch.cuda.is_available() and _C.build_info()["cuda"]:
 def pytest_report_header() -> list[str]:
     """Says which kernels the run covers."""
     if EMULATED:
-        mode = os.environ.get("EPSA_SIMT_MODE", "auto")
-        return [f"epsa_fused: emulated CUDA kernels, plan {mode}"]
+        return [f"epsa_fused: emulated CUDA kernels, plans {' '.join(PLANS)}"]
     info = _C.build_info()
     return [
         f"epsa_fused: CPU kernels {_C.cpu_isa()} of {', '.join(info['cpu_isas'])}; "

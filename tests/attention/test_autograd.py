@@ -8,6 +8,7 @@ from support.cases import (
     CONTIGUOUS,
     ORDERS,
     PLAIN_LAYOUTS,
+    QUICK,
     WEIGHT_KINDS,
     Case,
     Inputs,
@@ -42,6 +43,7 @@ def call(inputs: Inputs, function=psa_attention, **options):
 # ---- derivatives against numeric ones ----
 
 
+@QUICK
 @pytest.mark.parametrize("return_attention", (False, True), ids=("out", "out_and_attention"))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)

@@ -10,6 +10,8 @@ from support.cases import (
     LAYOUTS,
     ORDERS,
     PLAIN_LAYOUTS,
+    QUICK,
+    QUICK_CASES,
     SMALL,
     STRIDED,
     WEIGHT_KINDS,
@@ -41,7 +43,7 @@ BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
 @pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", QUICK_CASES, ids=name_of)
 def test_every_shape(case, layout, dtype, device):
     inputs = make_inputs(case, dtype, layout, device=device)
     result = check(inputs, *make_cotangents(case, dtype, layout.out_format, device))
@@ -55,7 +57,9 @@ def test_every_shape(case, layout, dtype, device):
 @pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("case", (BY_NAME["stage3"], BY_NAME["not_square"]), ids=name_of)
+@pytest.mark.parametrize(
+    "case", (BY_NAME["stage3"], pytest.param(BY_NAME["not_square"], marks=QUICK)), ids=name_of
+)
 def test_every_layout(case, layout, dtype, device):
     inputs = make_inputs(case, dtype, layout, device=device)
     result = check(inputs, *make_cotangents(case, dtype, layout.out_format, device))
@@ -205,6 +209,7 @@ def test_a_given_pooled_passes_its_gradient_to_the_features(layout, device):
 # ---- only what is asked for ----
 
 
+@QUICK
 @pytest.mark.parametrize("kind", (WEIGHT_KINDS[0], WEIGHT_KINDS[7], WEIGHT_KINDS[4]), ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_any_subset_of_the_gradients(layout, kind, device):
@@ -229,6 +234,7 @@ def test_any_subset_of_the_gradients(layout, kind, device):
                 assert t.grad is None
 
 
+@QUICK
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("unwanted", range(7))
 def test_output_mask(unwanted, layout, device):

@@ -13,6 +13,8 @@ from support.cases import (
     LAYOUTS,
     ORDERS,
     PLAIN_LAYOUTS,
+    QUICK,
+    QUICK_CASES,
     SMALL,
     STRIDED,
     WEIGHT_KINDS,
@@ -42,7 +44,7 @@ OP = torch.ops.epsa_fused.psa_attention.default
 @pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", QUICK_CASES, ids=name_of)
 def test_every_shape(case, layout, dtype, device):
     result = check(make_inputs(case, dtype, layout, device=device))
     out, attention = result["out"], result["attention"]
@@ -55,7 +57,9 @@ def test_every_shape(case, layout, dtype, device):
 @pytest.mark.per_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("case", (BY_NAME["stage3"], BY_NAME["not_square"]), ids=name_of)
+@pytest.mark.parametrize(
+    "case", (BY_NAME["stage3"], pytest.param(BY_NAME["not_square"], marks=QUICK)), ids=name_of
+)
 def test_every_layout(case, layout, dtype, device):
     out = check(make_inputs(case, dtype, layout, device=device))["out"]
     assert out.stride() == strides_of(case.out_shape, layout.out_format)

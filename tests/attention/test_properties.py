@@ -51,6 +51,7 @@ def calls(draw) -> dict:
 
 
 @pytest.mark.emulated
+@pytest.mark.random
 @bounded
 @given(call=calls(), order=st.sampled_from(ORDERS), loss_on=st.sampled_from(("out", "a", "both")))
 def test_any_call_agrees_with_the_reference(call, order, loss_on):

@@ -14,10 +14,10 @@ from support.cases import (
     WEIGHT_KINDS,
     Case,
     make_inputs,
+    marked,
     name_of,
 )
 from support.convolutions import Call, same, stage
-from support.isa import per_isa
 from support.processes import run_code
 from support.tolerance import make_cotangents, run
 
@@ -83,7 +83,9 @@ CONVOLUTIONS = (
 
 
 @pytest.mark.parametrize(
-    "dtype", per_isa((torch.float32, *HALF_DTYPES), lambda t: t == torch.float32), ids=name_of
+    "dtype",
+    marked(pytest.mark.per_isa, (torch.float32, *HALF_DTYPES), lambda t: t == torch.float32),
+    ids=name_of,
 )
 @pytest.mark.parametrize("layout", convolutions.PLAIN_LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("call", CONVOLUTIONS, ids=name_of)

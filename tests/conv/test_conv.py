@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import DTYPES, HALF_DTYPES, memory_of, name_of
+from support.cases import DTYPES, HALF_DTYPES, marked, memory_of, name_of
 from support.convolutions import (
     BY_NAME,
     CALLS,
@@ -26,7 +26,6 @@ from support.convolutions import (
     spc,
     sweep,
 )
-from support.isa import per_isa
 from support.memory import allocations
 from support.tolerance import accumulation_type
 
@@ -82,7 +81,7 @@ def test_every_call(call, dtype):
 
 @pytest.mark.parametrize(
     "kernel",
-    per_isa(KERNELS + FLAT_KERNELS, lambda k: max(k) in (1, 2, 3, 5)),
+    marked(pytest.mark.per_isa, KERNELS + FLAT_KERNELS, lambda k: max(k) in (1, 2, 3, 5)),
     ids=lambda k: f"{k[0]}x{k[1]}",
 )
 def test_every_kind_of_branch(kernel):
@@ -200,7 +199,9 @@ def test_every_layout_of_weights(call, weight_layout, dtype):
     check_kinds(call, CONTIGUOUS, dtype, results, inputs.weights)
 
 
-@pytest.mark.parametrize("dtype", per_isa(DTYPES, lambda t: t == torch.float32), ids=name_of)
+@pytest.mark.parametrize(
+    "dtype", marked(pytest.mark.per_isa, DTYPES, lambda t: t == torch.float32), ids=name_of
+)
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
 def test_every_layout_of_gradients(layout, grad_layout, dtype):

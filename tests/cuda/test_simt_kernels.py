@@ -22,62 +22,43 @@ def library(workshop) -> Path:
     return workshop.path(build.Program("library"))
 
 
-def run_tests(library: Path, arguments: list[str], plan: str, seed: int, resident: int) -> int:
-    """Runs pytest against the emulated kernels. All tests must pass; returns their number."""
+def run_tests(library: Path, marker: str, *plans: str) -> int:
+    """The attention's tests, with each of the plans (conftest.py). Returns how many passed: all."""
     output = python(
-        *("-m", "pytest", "-p", "no:cacheprovider", *arguments),
+        *("-m", "pytest", "-p", "no:cacheprovider", "-m", marker),
+        *("tests/attention", "tests/test_autograd.py"),
         timeout=1800,
         CUDA_VISIBLE_DEVICES="",
         EPSA_TEST_EMULATED=str(library),
-        EPSA_SIMT_MODE=plan,
-        EPSA_SIMT_SEED=str(seed),
-        EPSA_SIMT_RESIDENT=str(resident),
+        EPSA_TEST_PLANS=" ".join(plans),
     )
-    assert f"emulated CUDA kernels, plan {plan}" in output
+    assert f"emulated CUDA kernels, plans {' '.join(plans)}" in output
     summary = output.splitlines()[-1]
     assert "skipped" not in summary
     return int(re.search(r"(\d+) passed", summary)[1])
 
 
-EMULATED = ["tests/attention", "tests/test_autograd.py", "-m", "emulated"]
-QUICK = (
-    "test_every_shape and (odd or branches_5) or test_every_layout and not_square"
-    " or test_any_subset or test_output_mask or test_gradcheck and not every_kind"
-)
-
-
-# Plan, seed of the order of blocks and threads (0: in order), the most resident blocks.
-@pytest.mark.parametrize(
-    ("plan", "seed", "resident"), [("streaming", 1, 1), ("chunks", 0, 0), ("cluster4", 2, 0)]
-)
-def test_some_of_the_operators_tests_pass(library, plan, seed, resident):
-    assert run_tests(library, [*EMULATED, "-k", QUICK], plan, seed, resident) > 150
+def test_some_of_the_operators_tests_pass(library):
+    plans = ("streaming/1/1", "chunks/0/0", "cluster4/2/0")
+    assert run_tests(library, "emulated_quick", *plans) > 500
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("plan", "seed", "resident"),
+    "plan",
     [
-        ("auto", 3, 0),
-        ("resident", 4, 2),
-        ("cluster2", 5, 3),
-        ("cluster4", 6, 0),
-        ("streaming", 7, 1),
-        ("streaming", 8, 0),
-        ("chunks", 9, 0),
+        *("auto/3/0", "resident/4/2", "cluster2/5/3", "cluster4/6/0"),
+        *("streaming/7/1", "streaming/8/0", "chunks/9/0"),
     ],
 )
-def test_all_of_the_operators_tests_pass(library, plan, seed, resident):
-    assert run_tests(library, EMULATED, plan, seed, resident) > 1300
+def test_all_of_the_operators_tests_pass(library, plan):
+    assert run_tests(library, "emulated", plan) > 1300
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("plan", "seed", "resident"), [("streaming", 10, 2), ("cluster2", 11, 0), ("chunks", 0, 1)]
-)
-def test_random_calls_pass(library, plan, seed, resident):
-    arguments = ["tests/attention/test_properties.py", "-m", "emulated"]
-    assert run_tests(library, arguments, plan, seed, resident) == 1
+def test_random_calls_pass(library):
+    plans = ("streaming/10/2", "cluster2/11/0", "chunks/0/1")
+    assert run_tests(library, "emulated and random", *plans) == len(plans)
 
 
 VECTORS = """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -89,6 +91,16 @@ CASES = (
 BY_NAME = {case.name: case for case in CASES}
 # few and small, for tests of many parameters
 SMALL = tuple(BY_NAME[name] for name in ("stage4", "odd", "not_square"))
+
+
+def marked(mark: pytest.MarkDecorator, values: Iterable, chosen: Callable[[Any], bool]) -> list:
+    """Parameters of a test; those that are `chosen` have the mark."""
+    return [pytest.param(v, marks=mark) if chosen(v) else v for v in values]
+
+
+# What `make test` runs on the emulated kernels.
+QUICK = pytest.mark.emulated_quick
+QUICK_CASES = marked(QUICK, CASES, lambda case: case.name in ("odd", "branches_5"))
 
 
 # ---- memory layouts ----

@@ -1,19 +1,11 @@
 """The instruction sets of the CPU kernels, and which of them this machine runs."""
 
 import functools
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import pytest
 from support.processes import python
 
 from epsa_fused import _C
-
-
-def per_isa(values: Iterable, chosen: Callable[[Any], bool]) -> list:
-    """Parameters of a test; those that are `chosen` run again for each instruction set."""
-    return [pytest.param(v, marks=pytest.mark.per_isa) if chosen(v) else v for v in values]
 
 
 @functools.cache
