@@ -35,6 +35,14 @@ if EMULATED:
             os.environ[f"EPSA_SIMT_{name}"] = value
 
 
+# Files of a minute or more are begun first: the last of them would keep one process busy alone.
+LONG = ("simt_kernels", "compile", "isa", "deployment", "kernels", "readme")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _C.build_info()["cuda"]:
     DEVICES.append("cuda")
