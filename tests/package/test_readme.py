@@ -115,6 +115,9 @@ NOT_RUN = {
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",
+    'make test PYTEST_ARGS="tests/cuda/test_simt_emulator.py"': SETS_UP,
+    'make test PYTEST_ARGS="tests/cuda/test_simt_kernels.py"': SETS_UP,
+    'make test-all PYTEST_ARGS="tests/cuda/test_simt_kernels.py"': SETS_UP,
     "make gpu-test": GPU,
     "make gpu-sanitize": GPU,
     "make gpu-bench": GPU,
@@ -128,12 +131,13 @@ TRAIN = [
     "torchrun --standalone --nproc-per-node 2 -m epsa_fused.train --out runs/pair",
 ]
 SHORT = " --epochs 1 --batch 512"  # two steps
-IN_CPP_BLOCK = ("TORCH=", "OPERATORS=", "g++ ", "./run_package ")
+# test_the_cpp_block and test_the_emulators_block run these
+IN_BLOCKS = ("TORCH=", "OPERATORS=", "g++ ", "./run_package ", "./cases ")
 NEEDS_PYTHON = ("python ", "torchrun ", "TORCH=", "OPERATORS=")
 
 
 def test_every_command_is_run_or_named():
-    seen = {c for page in PAGES for c in commands(page) if not c.startswith(IN_CPP_BLOCK)}
+    seen = {c for page in PAGES for c in commands(page) if not c.startswith(IN_BLOCKS)}
     assert seen == {*NOT_RUN, ACTIVATE, SELF_CHECK, *TRAIN, FIGURES}
 
 
@@ -203,6 +207,24 @@ def test_the_cpp_block(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip() == "[8, 1000]"
     assert (tmp_path / "clone" / "logits.f32").stat().st_size == 8 * 1000 * 4
+
+
+def test_the_paths_in_commands_exist():
+    folders = ("csrc/", "tests/", "benchmarks/", "examples/", "docs/")
+    for command in {c for page in PAGES for c in commands(page)}:
+        for word in re.split(r"[\s=\"]+", command):
+            if word.startswith(folders):
+                assert list(ROOT.glob(word)), command
+
+
+@pytest.mark.slow
+def test_the_emulators_block(tmp_path):
+    """The case program, built and run in a folder that has the sources."""
+    for folder in ("csrc", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    result = run_shell(block("sh", "-DEPSA_EMULATED").code, tmp_path)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert re.fullmatch(r"[1-9]\d* cases, 0 failed", result.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow

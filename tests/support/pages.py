@@ -1,4 +1,5 @@
-"""README, CONTRIBUTING and the pages of docs/: their blocks of code, and running those."""
+"""README, CONTRIBUTING, the pages of docs/ and the folders' READMEs: their blocks of code, and
+running those."""
 
 import json
 import os
@@ -12,7 +13,10 @@ from support.paths import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    for path in [
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))),
+        *(ROOT / "csrc" / "README.md", ROOT / "tests" / "simt" / "README.md"),
+    ]
 }
 
 # Runs blocks given as [[folder, code], ...] and prints a line of JSON for each. Every block has a
