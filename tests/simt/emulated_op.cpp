@@ -3,6 +3,6 @@
 #include "cuda/attention.cpp"
 
 TORCH_LIBRARY_IMPL(epsa_fused, CPU, m) {
-  m.impl("psa_attention", epsa::cuda::forward);
-  m.impl("psa_attention_backward", epsa::cuda::backward);
+  m.impl("psa_attention", epsa::flat<epsa::cuda::forward>());
+  m.impl("psa_attention_backward", epsa::flat<epsa::cuda::backward>());
 }
