@@ -28,6 +28,7 @@ struct Options {
   std::vector<std::string> dtypes;  // as in names; none: all
   std::vector<std::string> modes;   // none: all
   uint64_t seed = 1;
+  int part = 0, parts = 1;  // of the cases, every parts-th one, from this one on
   bool quick = false;
   bool list = false;
 };
@@ -132,10 +133,11 @@ int run(const Options& options) {
   std::vector<std::string> modes = test_modes();
   modes.push_back("plans");
   modes.push_back("pair");
-  int count = 0, failed = 0;
+  int found = 0, count = 0, failed = 0;
   const auto visit = [&](const Case& k, const std::string& mode, Pass pass) {
     const std::string name = k.name + (pass == Pass::forward ? "/forward/" : "/backward/") + mode;
-    if (!contains(name, options.names) || !contains("/" + mode, options.modes)) {
+    if (!contains(name, options.names) || !contains("/" + mode, options.modes) ||
+        found++ % options.parts != options.part) {
       return;
     }
     ++count;
@@ -159,8 +161,16 @@ int run(const Options& options) {
 }
 
 constexpr const char* kUsage =
-    "usage: case_program [--list] [--quick] [--seed SEED] [--mode MODE]...\n"
-    "                    [--dtype DTYPE]... [PART_OF_A_NAME]...\n";
+    "usage: case_program [--list] [--quick] [--seed SEED] [--part I/N] [--mode MODE]...\n"
+    "                    [--dtype DTYPE]... [PART_OF_A_NAME]...\n"
+    "--part 0/3: the first of three equal parts of the cases\n";
+
+// "I/N" with 0 <= I < N.
+bool read_part(const std::string& given, Options& options) {
+  char end;
+  return std::sscanf(given.c_str(), "%d/%d%c", &options.part, &options.parts, &end) == 2 &&
+      0 <= options.part && options.part < options.parts;
+}
 
 }  // namespace
 }  // namespace epsa::cuda
@@ -168,6 +178,7 @@ constexpr const char* kUsage =
 int main(int argc, char** argv) {
   epsa::cuda::Options options;
   const std::vector<std::string> given(argv + 1, argv + argc);
+  bool understood = true;
   for (size_t i = 0; i < given.size(); ++i) {
     const bool last = i + 1 == given.size();
     if (given[i] == "--list") {
@@ -180,12 +191,17 @@ int main(int argc, char** argv) {
       options.seed = std::stoull(given[++i]);
     } else if (given[i] == "--dtype" && !last) {
       options.dtypes.push_back("/" + given[++i] + "/");
+    } else if (given[i] == "--part" && !last) {
+      understood = understood && epsa::cuda::read_part(given[++i], options);
     } else if (given[i].rfind("--", 0) == 0) {
-      std::fputs(epsa::cuda::kUsage, stderr);
-      return 2;
+      understood = false;
     } else {
       options.names.push_back(given[i]);
     }
+  }
+  if (!understood) {
+    std::fputs(epsa::cuda::kUsage, stderr);
+    return 2;
   }
   return epsa::cuda::run(options);
 }
