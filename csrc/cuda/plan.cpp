@@ -62,10 +62,15 @@ int blocks_on_multiprocessor(const Problem& p, const Plan& plan, const Device& d
 }
 
 // The samples whose weight gradients one block sums. There are about as many groups
-// for the last block to sum.
-int group_of(const Problem& p) {
-  const int root = narrow(std::ceil(std::sqrt(p.samples)));
-  return std::min(p.samples, std::max(8, root));
+// for the last block to sum. A block that has `room` bytes for a group's vectors sums
+// them much faster, so a group may be smaller to fit, but not by more than half.
+int group_of(const Problem& p, int64_t room) {
+  const int root = std::max(8, narrow(std::ceil(std::sqrt(p.samples))));
+  const int64_t sample = 2 * (int64_t{p.vector()} + int64_t{p.branches} * p.hidden) *
+      element_size(accumulation_type(p.dtype));
+  const int64_t fits = room / sample;
+  const int64_t group = fits >= (root + 1) / 2 ? std::min<int64_t>(root, fits) : root;
+  return narrow(std::min<int64_t>(p.samples, group));
 }
 
 int64_t piece_elements(const Problem& p, const Split& split) {
@@ -87,7 +92,7 @@ Plan streaming_plan(const Problem& p, const Device& device) {
   plan.pieces = 0;
   plan.threads = kThreads;
   plan.vector = p.aligned ? full_vector(p.dtype) : 1;
-  plan.group = group_of(p);
+  plan.group = group_of(p, 0);
 
   const int64_t bytes = element_size(p.dtype);
   Split& split = plan.split;
@@ -136,16 +141,15 @@ Plan resident_plan(const Problem& p, int cluster, int pieces) {
   plan.pieces = pieces;
   plan.vector = p.aligned ? full_vector(p.dtype) : 1;
   plan.blocks = p.samples * cluster;
-  plan.group = group_of(p);
   Split& split = plan.split;
   split.planes = p.layout == Layout::contiguous ? planes_of_vector(p, plan.vector) : 1;
   split.chunks = 1;
   split.chunk = p.pixels;
   split.units = units_of(p, split.planes);
   split.parts = cluster;
-  plan.threads = pieces * piece_elements(p, split) * element_size(p.dtype) > kLargePiece
-      ? kMaxThreads
-      : kThreads;
+  const int64_t held = pieces * piece_elements(p, split) * element_size(p.dtype);
+  plan.threads = held > kLargePiece ? kMaxThreads : kThreads;
+  plan.group = group_of(p, held);  // the maps' room is free when the group is summed
   plan.shared_bytes = shared_bytes(p, plan);
   return plan;
 }
@@ -220,7 +224,11 @@ bool may_align(Dtype dtype, Layout layout, int channels, int pixels) {
 }
 
 void rank(const Problem& p, const Device& device, std::vector<Candidate>& candidates) {
-  std::erase_if(candidates, [&](const Candidate& c) { return !is_busy(p, device, c); });
+  candidates.erase(
+      std::remove_if(
+          candidates.begin(), candidates.end(),
+          [&](const Candidate& c) { return !is_busy(p, device, c); }),
+      candidates.end());
   // Microseconds, fitted to the times of all plans on an H200 (docs/cuda.md). A multiprocessor's
   // blocks come in rounds, and each round waits for its first loads and its barriers. No other
   // block hides the time in which a block moves its own maps. Each block computes the whole gate.
@@ -282,8 +290,10 @@ int64_t shared_bytes(const Problem& p, const Plan& plan) {
       plan.pieces * round_up(piece_elements(p, plan.split) * element_size(p.dtype), 16);
   const int64_t vector = round_up(p.vector() * acc, 16);
   const int64_t hidden = round_up(p.branches * p.hidden * acc, 16);
-  return p.pass == Pass::forward ? piece + meet + 4 * vector + hidden
-                                 : piece + meet + 4 * vector + 2 * hidden + message;
+  if (p.pass == Pass::forward) {
+    return piece + meet + 4 * vector + hidden;
+  }
+  return piece + meet + 6 * vector + 2 * hidden + message;
 }
 
 Workspace workspace(const Problem& p, const Plan& plan) {
@@ -309,7 +319,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   w.ticket = take(streaming, 8);
   w.arrived = take(streaming, int64_t{p.samples} * 4);
   w.ready = take(streaming, int64_t{p.samples} * 4);
-  w.groups_arrived = take(weights, (groups + 1) * 4);
+  w.groups_arrived = take(weights && p.samples > 1, (groups + 1) * 4);
   w.cleared = next;
   w.partial = take(streaming, p.samples * partials * acc);
   w.hidden = take(streaming || weights, hidden);

@@ -18,7 +18,7 @@ from epsa_fused import _C
 ISAS = _C.build_info()["cpu_isas"]
 CPU = build.ROOT / "csrc" / "cpu"
 CASES = TESTS / "cpu_cases"
-FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra", f"-I{build.ROOT / 'csrc'}"]
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", f"-I{build.ROOT / 'csrc'}"]
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 WATCHED = build.SANITIZERS["asan"]
 # the bytes of a register, and what makes the compiler use it
