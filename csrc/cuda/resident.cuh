@@ -63,7 +63,7 @@ EPSA_DEVICE void fetched() {
   barrier();
 }
 
-// The size of the largest part.
+// The elements of the largest part.
 template <bool kLast>
 EPSA_DEVICE int piece_elements(const Params& p) {
   const Split& split = p.split;
@@ -219,6 +219,11 @@ backward_resident(EPSA_PARAMETER Params p) {
   }
   A* meet = shared.take<A>(block_threads() * (kLast ? V : 1));
   fetch<T, V, kLast>(p, p.grad_out, n, rank, piece);
+  A* attention = shared.take<A>(vector);
+  A* pooled = shared.take<A>(vector);
+  // While the maps are under way:
+  copy_vector(row_of<A>(p.pooled, n, vector), pooled, vector);
+  copy_vector(row_of<A>(p.attention, n, vector), attention, vector);
   fetched();
   if (p.pieces == 2) {
     sum_piece<T, V, kLast, true, true>(p, n, rank, piece, feats, p.feats, sums, meet);
@@ -234,16 +239,18 @@ backward_resident(EPSA_PARAMETER Params p) {
   A* grad_u = shared.take<A>(units);
   Message* message = shared.take<Message>(1);
   gather<T, kLast>(p, sums, A(1), da);
-  const A* attention = row_of<A>(p.attention, n, vector);
   gate_grad<T>(
-      p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,
-      row_of<A>(p.pooled, n, vector), attention, da, hidden, grad_v, grad_u, grad_pooled);
+      p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr, pooled, attention, da,
+      hidden, grad_v, grad_u, grad_pooled);
   scale_piece<T, V, kLast, true>(p, n, rank, piece, p.grad_feats, attention, grad_pooled);
   if (rank == 0 && p.weights_wanted) {
     copy_vector(hidden, row_of<A>(p.hidden_units, n, units), units);
     copy_vector(grad_v, row_of<A>(p.grad_v, n, vector), vector);
     copy_vector(grad_u, row_of<A>(p.grad_u, n, units), units);
-    sum_weight_grads<T>(p, n, message);
+    // After the next barrier no thread reads the maps. Their room is free then.
+    const int bytes = p.pieces * piece_elements<kLast>(p) * static_cast<int>(sizeof(T));
+    sum_weight_grads<T, 2>(
+        p, n, message, reinterpret_cast<A*>(piece), bytes / static_cast<int>(sizeof(A)));
   }
   cluster_finish(p);
 }

@@ -199,7 +199,7 @@ backward_streaming(EPSA_PARAMETER Params p) {
             row_of<A>(p.grad_u, n, units), row_of<A>(p.grad_pooled, n, vector));
         set_ready(p, n);
         if (p.weights_wanted) {
-          sum_weight_grads<T>(p, n, message);
+          sum_weight_grads<T, 3>(p, n, message, nullptr, 0);
         }
       },
       [&](int n, int part) {

@@ -42,32 +42,55 @@ EPSA_DEVICE void store_weight_grad(const Params& p, int i, Acc<T> sum) {
   }
 }
 
-// What a sum over rows needs: the vectors of the group's samples, from sample `begin` on. Where
-// branches share the weights, every branch of a sample is a row. Otherwise a sample is one row.
+// The vectors of a group's samples, of which the gradients are sums: each [samples, S, C] or
+// [samples, S, r]. Addresses are computed where they are used: they would occupy registers.
+template <class A>
+struct GroupVectors {
+  const Params& p;
+  int begin, samples;
+  const A* held;  // all four in shared memory, one after another; null: in device memory
+
+  EPSA_DEVICE int vector() const { return p.branches * p.channels; }
+  EPSA_DEVICE int units() const { return p.branches * p.hidden; }
+  EPSA_DEVICE const A* pooled() const { return held ? held : row_of<A>(p.pooled, begin, vector()); }
+  EPSA_DEVICE const A* grad_v() const {
+    return held ? held + samples * vector() : row_of<A>(p.grad_v, begin, vector());
+  }
+  EPSA_DEVICE const A* hidden() const {
+    return held ? held + 2 * samples * vector() : row_of<A>(p.hidden_units, begin, units());
+  }
+  EPSA_DEVICE const A* grad_u() const {
+    return held ? held + samples * (2 * vector() + units()) : row_of<A>(p.grad_u, begin, units());
+  }
+};
+
+// What a sum over rows needs. Where branches share the weights, every branch of a sample is a row.
+// Otherwise a sample is one row.
 template <class A>
 struct GradRows {
   const A* units;     // grad_u for fc1, the hidden units for fc2
   const A* channels;  // pooled for fc1, grad_v for fc2
   int unit_step, channel_step;
 
-  EPSA_DEVICE GradRows(const Params& p, int begin, bool of_fc1) {
-    const int vector = p.branches * p.channels, all = p.branches * p.hidden;
-    units = row_of<A>(of_fc1 ? p.grad_u : p.hidden_units, begin, all);
-    channels = row_of<A>(of_fc1 ? p.pooled : p.grad_v, begin, vector);
-    unit_step = p.shared ? p.hidden : all;
-    channel_step = p.shared ? p.channels : vector;
+  EPSA_DEVICE GradRows(const GroupVectors<A>& group, bool of_fc1) {
+    const Params& p = group.p;
+    units = of_fc1 ? group.grad_u() : group.hidden();
+    channels = of_fc1 ? group.pooled() : group.grad_v();
+    unit_step = p.shared ? p.hidden : p.branches * p.hidden;
+    channel_step = p.shared ? p.channels : p.branches * p.channels;
   }
 };
 
 // The gradient of bias entry i, counted from the first bias on, over the rows [first, last).
 template <class A>
-EPSA_DEVICE A sum_bias_grad(const Params& p, int begin, int i, int first, int last) {
+EPSA_DEVICE A sum_bias_grad(const GroupVectors<A>& group, int i, int first, int last) {
+  const Params& p = group.p;
   const int units = (p.shared ? 1 : p.branches) * p.hidden;
   const bool of_fc1 = i < units;
   if (!(of_fc1 ? p.grad_fc1_bias : p.grad_fc2_bias)) {
     return 0;
   }
-  const GradRows<A> rows(p, begin, of_fc1);
+  const GradRows<A> rows(group, of_fc1);
   const A* at = of_fc1 ? rows.units + i : rows.channels + (i - units);
   const int64_t step = of_fc1 ? rows.unit_step : rows.channel_step;
   return sum_terms<A, 8>(first, last, [&](int row) { return at[row * step]; });
@@ -75,11 +98,10 @@ EPSA_DEVICE A sum_bias_grad(const Params& p, int begin, int i, int first, int la
 
 // Adds the products of one channel and of hidden units, `left` of which exist, over the rows
 // [first_row, last_row).
-template <class A, int kUnits>
+template <int kRows, class A, int kUnits>
 EPSA_DEVICE void add_products(
     const GradRows<A>& from, int c, int unit, int left, int first_row, int last_row,
     A (&sum)[kUnits]) {
-  constexpr int kRows = 4;
   const A* channel = from.channels + c + int64_t{first_row} * from.channel_step;
   const A* units = from.units + unit + int64_t{first_row} * from.unit_step;
 #pragma unroll 1
@@ -108,8 +130,9 @@ EPSA_DEVICE void add_products(
 
 // The gradients of the matrices fc1 and fc2 over `rows` rows: put(i, sum) for each entry. A thread
 // takes one channel and several hidden units, so that a row costs it few loads.
-template <class A, class Put>
-EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Put& put) {
+template <class A, int kRows, class Put>
+EPSA_DEVICE void sum_matrix_grads(const GroupVectors<A>& group, int rows, const Put& put) {
+  const Params& p = group.p;
   constexpr int kUnits = 2;
   const int sets = p.shared ? 1 : p.branches;
   const int C = p.channels, r = p.hidden;
@@ -126,8 +149,8 @@ EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Pu
     const int set = task / C / chunks % sets;
     A sum[kUnits] = {};
     if (task < 2 * tasks && (of_fc1 ? p.grad_fc1 : p.grad_fc2)) {
-      const GradRows<A> from(p, begin, of_fc1);
-      add_products(from, set * C + c, set * r + unit, r - unit, first_row, last_row, sum);
+      const GradRows<A> from(group, of_fc1);
+      add_products<kRows>(from, set * C + c, set * r + unit, r - unit, first_row, last_row, sum);
     }
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
@@ -138,6 +161,32 @@ EPSA_DEVICE void sum_matrix_grads(const Params& p, int begin, int rows, const Pu
       }
     }
   }
+}
+
+// Copies the vectors of a group to `room` elements of shared memory, if they fit: each of them is
+// read many times.
+template <class A>
+EPSA_DEVICE GroupVectors<A> vectors_of(
+    const Params& p, int begin, int samples, A* shared, int room) {
+  constexpr int kVector = 16 / sizeof(A);
+  const GroupVectors<A> given{p, begin, samples, nullptr};
+  const int vector = given.vector(), units = given.units();
+  if (room == 0 || int64_t{2} * samples * (vector + units) > room || vector % kVector != 0 ||
+      units % kVector != 0 || reinterpret_cast<uintptr_t>(p.pooled) % 16 != 0) {
+    return given;
+  }
+  const auto copy = [&](const A* from, A* to, int elements) {
+    for (int i = thread_id() * kVector; i < elements; i += block_threads() * kVector) {
+      simt::copy_async16(to + i, from + i);
+    }
+  };
+  copy(given.pooled(), shared, samples * vector);
+  copy(given.grad_v(), shared + samples * vector, samples * vector);
+  copy(given.hidden(), shared + 2 * samples * vector, samples * units);
+  copy(given.grad_u(), shared + samples * (2 * vector + units), samples * units);
+  simt::copy_async_wait();
+  barrier();
+  return {p, begin, samples, shared};
 }
 
 // Adds up the groups' sums, several entries at once.
@@ -174,38 +223,44 @@ EPSA_DEVICE void sum_groups(const Params& p, int groups, const Acc<T>* all, int6
 
 // The block that has written sample n's hidden, grad_v and grad_u calls this. The
 // last block of a group of samples sums the group. The last block of all sums the
-// groups. No block waits.
-template <class T>
-EPSA_DEVICE void sum_weight_grads(const Params& p, int n, Message* message) {
+// groups. No block waits. `shared` is free memory of the block, of `room` elements.
+// A thread has the loads of kRows rows under way.
+template <class T, int kRows>
+EPSA_DEVICE void sum_weight_grads(
+    const Params& p, int n, Message* message, Acc<T>* shared, int room) {
   using A = Acc<T>;
-  const int group = n / p.group;
+  const int index = n / p.group;
   const int groups = (p.samples + p.group - 1) / p.group;
-  const int begin = group * p.group;
-  const int end = begin + p.group < p.samples ? begin + p.group : p.samples;
-  if (!last_to_arrive(&p.groups_arrived[1 + group], end - begin, message)) {
+  const int begin = index * p.group;
+  const int samples = (begin + p.group < p.samples ? begin + p.group : p.samples) - begin;
+  if (p.samples == 1) {
+    barrier();  // nothing else to wait for
+  } else if (!last_to_arrive(&p.groups_arrived[1 + index], samples, message)) {
     return;
   }
   const int count = WeightGrad::count(p);
   constexpr int kVector = 16 / sizeof(A);
   const int64_t row = (count + kVector - 1) / kVector * kVector;  // whole vectors, see plan.h
   A* all = static_cast<A*>(p.group_sums);
+  A* own = all + index * row;
   const auto put = [&](int i, A sum) {
     if (groups == 1) {
       store_weight_grad<T>(p, i, sum);
     } else {
-      all[group * row + i] = sum;
+      own[i] = sum;
     }
   };
-  const int rows = (end - begin) * (p.shared ? p.branches : 1);
-  sum_matrix_grads<A>(p, begin, rows, put);
+  const GroupVectors<A> group = vectors_of(p, begin, samples, shared, room);
+  const int rows = samples * (p.shared ? p.branches : 1);
+  sum_matrix_grads<A, kRows>(group, rows, put);
   const int sets = p.shared ? 1 : p.branches;
   const int matrices = 2 * sets * p.hidden * p.channels;
   for_sums<A>(
       count - matrices, rows,
-      [&](int i, int first, int last) { return sum_bias_grad<A>(p, begin, i, first, last); },
+      [&](int i, int first, int last) { return sum_bias_grad<A>(group, i, first, last); },
       [&](int i, A sum) { put(matrices + i, sum); });
   if (groups > 1 && thread_id() < row - count) {
-    all[group * row + count + thread_id()] = 0;  // the last vector is read whole
+    own[count + thread_id()] = 0;  // the last vector is read whole
   }
   if (groups > 1 && last_to_arrive(&p.groups_arrived[0], groups, message)) {
     sum_groups<T>(p, groups, all, row);

@@ -178,13 +178,34 @@ def test_rows_that_begin_between_vectors_are_cut_by_elements():
     assert last("float32", 512, 25, 42)["split"]["chunks"] == 1
 
 
-def test_the_forward_of_a_resident_sample_clears_nothing():
+def test_resident_samples_clear_counters_for_the_weight_gradients_of_a_batch_alone():
     for problem in combinations(stage_shapes(EPSANET, (1, 64)), ("float32", "bfloat16")):
+        sums = problem.pass_ == "backward" and problem.samples > 1
         for plan in plans(DEVICES["h100"], problem):
             clears = plan["workspace"]["cleared"] > 0
-            assert clears == (plan["variant"] == "streaming" or problem.pass_ == "backward")
-            if not clears:
+            assert clears == (plan["variant"] == "streaming" or sums)
+            if plan["variant"] == "resident" and problem.pass_ == "forward":
                 assert plan["workspace"]["bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "dtype", "layout", "cluster", "pieces", "group"),
+    [
+        (64, "float32", "contiguous", 2, 2, 8),  # all eight fit
+        (256, "float32", "contiguous", 1, 1, 16),
+        # 50,176 bytes of maps hold eleven samples' vectors. An eighth of that holds one: no gain.
+        (256, "bfloat16", "channels_last", 1, 1, 11),
+        (256, "bfloat16", "channels_last", 8, 1, 16),
+    ],
+)
+def test_a_group_of_weight_gradients_fits_the_room_of_the_maps(
+    samples, dtype, layout, cluster, pieces, group
+):
+    shape = Problem("backward", samples, 4, 128, 49, 8, dtype=dtype, layout=layout)
+    found = {
+        (p["variant"], p["cluster"], p["pieces"]): p["group"] for p in plans(DEVICES["h100"], shape)
+    }
+    assert found["resident", cluster, pieces] == group
 
 
 def test_a_plan_depends_on_its_arguments_alone():

@@ -82,9 +82,10 @@ def needed_shared_bytes(problem: Problem, plan: dict) -> int:
     meet = piece(plan["threads"] * lanes * acc)
     if plan["variant"] == "streaming":
         return message + meet
-    vectors = 4 * piece(problem.vector * acc)
+    forward = problem.pass_ == "forward"
+    vectors = (4 if forward else 6) * piece(problem.vector * acc)
     hidden = piece(problem.branches * problem.hidden * acc)
-    tail = hidden if problem.pass_ == "forward" else 2 * hidden + message
+    tail = hidden if forward else 2 * hidden + message
     return plan["pieces"] * piece(piece_bytes(problem, plan["split"])) + meet + vectors + tail
 
 
@@ -138,7 +139,7 @@ def check_workspace(problem: Problem, plan: dict) -> None:
         "ticket": 8 * streaming,
         "arrived": 4 * n * streaming,
         "ready": 4 * n * streaming,
-        "groups_arrived": 4 * (groups + 1) * weights,
+        "groups_arrived": 4 * (groups + 1) * (weights and n > 1),
     }
     pieces = counters | {
         "partial": n * problem.vector * sums * acc * streaming,

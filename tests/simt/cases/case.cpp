@@ -48,7 +48,9 @@ std::vector<Case> all_cases() {
   add({"branches_6", 2, 6, 8, 9, 2}, {f32, f16});
   add({"branches_7", 1, 7, 12, 16, 5}, {f32, bf16});
   add({"branches_8", 4, 8, 16, 20, 2}, {f32, bf16});
-  // Enough samples for several groups of weight gradients in every mode.
+  // One sample alone needs no counters. Enough samples for several groups of weight gradients in
+  // every mode.
+  add({"one_sample", 1, 4, 16, 49, 4}, {f32, bf16});
   add({"batch_of_17", 17, 3, 4, 4, 2}, {f32, bf16});
 
   const auto option = [&](const char* name, auto&& set) {
@@ -96,7 +98,8 @@ bool is_quick(const Case& k) {
   return contains(
       k.name,
       {"stage4/", "vectors/", "odd/", "one_pixel/", "batch_of_17/", "wide/", "per_branch/", "gaps/",
-       "sliced/", "chunks/", "grad_attention_alone/", "some_frozen/"});
+       "sliced/", "chunks/", "grad_attention_alone/", "some_frozen/", "half_weights/",
+       "one_sample/"});
 }
 
 }  // namespace epsa::cuda
