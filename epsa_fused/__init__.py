@@ -7,7 +7,7 @@ from .functional import psa_attention
 from .fuse import FuseReport, fuse
 from .models import epsanet, register_timm
 from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
-from .modules import FusedPSAModule, FusedSplitPSA, prepack, unpack
+from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
 from .reference import PSAModule, psa_attention_reference
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FusedPSAModule",
     "FusedSplitPSA",
     "PSAModule",
+    "SplitPSA",
     "__version__",
     "convolution",
     "fuse",
@@ -23,5 +24,6 @@ __all__ = [
     "psa_attention_reference",
     "register_timm",
     "unpack",
+    "why_not_fused",
 ]
 __all__ += epsanet.__all__

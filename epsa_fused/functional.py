@@ -7,9 +7,18 @@ from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._library import MAX_BRANCHES, MIN_BRANCHES
-from .reference import is_reversed
+from .reference import is_reversed, psa_attention_reference
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform is in force or forward-mode tangents may be.
+
+    The fused operators have neither batching rules nor tangents.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @overload
@@ -88,6 +97,9 @@ def psa_attention(
     Autocast casts nothing here. (Eager PyTorch under CUDA autocast would return float32, because
     its softmax does.) Results are bitwise equal from run to run and for any number of threads.
 
+    Under `torch.func` transforms and in forward-mode differentiation the result is that of
+    :func:`epsa_fused.psa_attention_reference`. It can be differentiated and batched in every way.
+
     Raises:
         ValueError: shapes or counts do not fit, or `branch_order` is unknown.
         TypeError: dtypes are not supported or do not fit.
@@ -98,6 +110,18 @@ def psa_attention(
             "psa_attention: feats is a Tensor, expected a sequence of "
             f"{MIN_BRANCHES} to {MAX_BRANCHES} maps (try feats.chunk(branches, dim=1))"
         )
+    if in_transform():
+        out, attention = psa_attention_reference(
+            list(feats),
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            branch_order=branch_order,
+            return_attention=True,
+        )
+        accumulated = torch.float64 if out.dtype == torch.float64 else torch.float32
+        return (out, attention.to(accumulated)) if return_attention else out
     out, _, attention = torch.ops.epsa_fused.psa_attention.default(
         list(feats), fc1_weight, fc1_bias, fc2_weight, fc2_bias, is_reversed(branch_order)
     )

@@ -79,11 +79,14 @@ def test_checkpointing(operator):
 @for_each_input
 @pytest.mark.parametrize("transform", NOT_SUPPORTED)
 def test_function_transforms_raise(transform, operator, which):
-    """The error names the operator or its kind. No result is wrong."""
+    """The operators refuse them, and the error names the operator or its kind. No result is wrong.
+
+    module/test_transforms.py has what psa_attention and the modules do instead.
+    """
     tensors = operator.tensors(torch.float64)
 
     def function(t):
-        return operator.call(*(t if i == which else u for i, u in enumerate(tensors)))[-1]
+        return operator.bare(*(t if i == which else u for i, u in enumerate(tensors)))[-1]
 
     with pytest.raises(RuntimeError, match=rf"{operator.name}|autograd::Function"):
         NOT_SUPPORTED[transform](function, tensors[which])
@@ -99,7 +102,7 @@ def test_forward_mode_raises(requires_grad, operator, which):
         with pytest.raises(
             RuntimeError, match=rf"{operator.name}: forward-mode.*expected|custom Function"
         ):
-            operator.call(*tensors)
+            operator.bare(*tensors)
 
 
 @for_each_operator

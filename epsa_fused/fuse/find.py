@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..modules import FusedPSAModule, FusedSplitPSA
-from ..modules.layers import why_se_not_fused
+from ..modules.layers import why_se_called
 from ..modules.split import why_not_split_psa
 
 
@@ -68,7 +68,7 @@ def _why_not_published(module: nn.Module) -> str | None:
         if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
             return f"{name} is a {type(conv).__name__}, expected a Conv2d"
     se = _child(module, "se")
-    return why_se_not_fused("se", se, type(se))
+    return why_se_called("se", se, type(se))
 
 
 def _build_published(module: nn.Module, order: str) -> FusedPSAModule:

@@ -2,6 +2,14 @@
 
 from .fused import FusedPSAModule
 from .prepack import prepack, unpack
-from .split import FusedSplitPSA
+from .split import FusedSplitPSA, SplitPSA
+from .why import why_not_fused
 
-__all__ = ["FusedPSAModule", "FusedSplitPSA", "prepack", "unpack"]
+__all__ = [
+    "FusedPSAModule",
+    "FusedSplitPSA",
+    "SplitPSA",
+    "prepack",
+    "unpack",
+    "why_not_fused",
+]

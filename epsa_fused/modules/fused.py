@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .._arguments import ModuleArguments
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
-from .layers import is_plain_conv, why_se_not_fused
+from .calling import warn_once, why_here
+from .layers import why_conv_not_taken, why_layer_called, why_se_called
 
 
 class FusedPSAModule(PSAModule):
@@ -23,20 +24,24 @@ class FusedPSAModule(PSAModule):
     On the CPU the whole module is one operator, psa_forward. Without gradients the convolutions
     write into the output, and each sample is reweighted in place. With gradients the operator runs
     :func:`epsa_fused.convolution.spc_conv` and :func:`epsa_fused.psa_attention`. The operator needs
-    plain convolutions of one stride. A convolution with hooks, with a bias, replaced or sharded is
-    called as a layer, and so are the others then. On other devices the layers are called too.
+    convolutions of one stride, without bias. Other convolutions are called as layers, and so are
+    all convolutions on other devices. The attention step is fused there.
 
-    The fused attention reads the parameters of `se.fc1` and `se.fc2` and does not call the
-    submodules of `se`. A hook, a replaced layer (LoRA and quantisation wrappers) or a sharded
-    parameter there would be ignored, so forward raises RuntimeError. Use :class:`PSAModule` then,
-    or hook, wrap or shard (FSDP2's fully_shard) the whole module or a parent of it.
+    The operators read the layers' weights, each once a call, and call no layer. Where a call of a
+    layer may mean something else, :class:`PSAModule`'s own forward runs instead, which calls the
+    layers: with hooks on a layer or on all modules, a replaced or wrapped layer, a forward of its
+    own or a sharded parameter. So it does under `torch.func` transforms and in forward-mode
+    differentiation. A UserWarning says so once for each module and reason, and `repr` shows the
+    reason. :func:`epsa_fused.why_not_fused` tells it too. If only convolutions are concerned, the
+    attention step stays fused.
 
     Args:
         inplans, planes, conv_kernels, stride, conv_groups, reduction, branch_order: as of
             :class:`PSAModule`.
         save_output: whether to keep the output for the backward pass, instead of the branches'
             maps. That halves the memory if the next layer keeps its input anyway, as BatchNorm
-            and convolutions do. It needs a CPU and plain convolutions. The next layer must not
+            and convolutions do. It needs the CPU's operator: forward raises NotImplementedError
+            where the layers would be called with gradients. The next layer must not
             change the output in place: autograd raises an error then. In half precision the
             attention's gradient is computed from the rounded output. Also an attribute.
 
@@ -72,8 +77,11 @@ class FusedPSAModule(PSAModule):
         self.save_output = save_output
 
     def extra_repr(self) -> str:
-        states = (", save_output=True" if self.save_output else "") + (
-            ", prepacked" if self._packed is not None else ""
+        why = self._why_not_fused()
+        states = (
+            (", save_output=True" if self.save_output else "")
+            + (", prepacked" if self._packed is not None else "")
+            + (f", not fused: {why}" if why is not None else "")
         )
         return super().extra_repr() + states
 
@@ -81,30 +89,28 @@ class FusedPSAModule(PSAModule):
         """x [N, inplans, H, W] -> [N, planes, H', W'].
 
         Raises:
-            RuntimeError: the layers of `se` are not plain.
-            NotImplementedError: `save_output`, and x is not on the CPU or a convolution not plain.
+            NotImplementedError: `save_output`, and the CPU's operator cannot compute the module.
         """
-        convs = self._convs()
-        plain = _plain(convs)
         save_output = (
             self.save_output
             and torch.is_grad_enabled()
             and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         )
-        if x.device.type != "cpu" or plain is None:
+        why = self._why_called()
+        if why is not None:
             if save_output:
-                # The layers would keep the maps that save_output promises not to keep.
-                raise NotImplementedError(
-                    "FusedPSAModule: save_output=True expects a CPU tensor and plain convolutions "
-                    f"of one stride, got x on {x.device} and "
-                    f"{'plain' if plain else 'other'} convolutions"
-                )
-            return self.attention([conv(x) for conv in convs])
-        self._check_se()
+                raise _no_save_output(why)
+            warn_once(self, why)
+            return super().forward(x)
+        convs = cast(list[nn.Conv2d], self._convs())
+        if x.device.type != "cpu" or _why_not_taken(convs) is not None:
+            if save_output:
+                raise _no_save_output(_why_not_taken(convs) or f"x is on {x.device}")
+            return self._fused_attention([conv(x) for conv in convs])
         fc1, fc2 = self.se.fc1, self.se.fc2
         arguments = ModuleArguments(
             x,
-            *_conv_arguments(plain),
+            *_conv_arguments(convs),
             fc1.weight,
             fc1.bias,
             fc2.weight,
@@ -119,11 +125,9 @@ class FusedPSAModule(PSAModule):
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
-        self._check_se()
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        return psa_attention(
-            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
-        )
+        if self._why_attention_called() is not None:
+            return super().attention(feats)
+        return self._fused_attention(feats)
 
     # ---- serving: weights packed ahead ----
 
@@ -154,7 +158,7 @@ class FusedPSAModule(PSAModule):
         convs = self._convs()
         if self.training:
             raise RuntimeError("FusedPSAModule.prepack: expected eval mode, got training mode")
-        plain = _plain(convs)
+        plain = self._plain_convs()
         if plain is None:
             raise RuntimeError(
                 "FusedPSAModule.prepack: expected plain convolutions of one stride, got "
@@ -197,19 +201,54 @@ class FusedPSAModule(PSAModule):
     def _convs(self) -> list[nn.Module]:
         return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
 
-    def _check_se(self) -> None:
-        why = why_se_not_fused("se", self.se, SEWeight)
+    def _why_convs_called(self) -> str | None:
+        for i in range(1, self.branches + 1):
+            why = why_layer_called(f"conv_{i}", self._modules.get(f"conv_{i}"), nn.Conv2d)
+            if why is not None:
+                return why
+        return None
+
+    def _why_attention_called(self) -> str | None:
+        return why_here() or why_se_called("se", self._modules.get("se"), SEWeight)
+
+    def _why_called(self) -> str | None:
+        """The reason why layers must be called, or None."""
+        return self._why_attention_called() or self._why_convs_called()
+
+    def _why_not_fused(self) -> str | None:
+        return self._why_called() or _why_not_taken(cast(list[nn.Conv2d], self._convs()))
+
+    def _plain_convs(self) -> list[nn.Conv2d] | None:
+        """The convolutions if the operator may read them in place of their calls, else None."""
+        if self._why_convs_called() is not None:
+            return None
+        convs = cast(list[nn.Conv2d], self._convs())
+        return convs if _why_not_taken(convs) is None else None
+
+    def _fused_attention(self, feats: list[Tensor]) -> Tensor:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return psa_attention(
+            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
+        )
+
+
+def _no_save_output(why: str) -> NotImplementedError:
+    # The layers would keep the maps that save_output promises not to keep.
+    return NotImplementedError(
+        "FusedPSAModule: save_output=True expects a CPU tensor, plain convolutions of one stride "
+        f"and a plain SE: {why}"
+    )
+
+
+def _why_not_taken(convs: list[nn.Conv2d]) -> str | None:
+    """The reason why the CPU's operator cannot take the convolutions, or None."""
+    for i, conv in enumerate(convs, 1):
+        why = why_conv_not_taken(f"conv_{i}", conv)
         if why is not None:
-            raise RuntimeError(
-                f"FusedPSAModule: {why}. Use epsa_fused.PSAModule for this model, or hook, wrap "
-                "or shard the whole FusedPSAModule."
-            )
-
-
-def _plain(convs: list[nn.Module]) -> list[nn.Conv2d] | None:
-    """The convolutions if all of them are plain and of one stride, else None."""
-    plain = [conv for conv in convs if is_plain_conv(conv)]
-    return plain if len(plain) == len(convs) and len({c.stride for c in plain}) == 1 else None
+            return why
+        if conv.stride != convs[0].stride:
+            return f"conv_{i} has stride {conv.stride}, and conv_1 has {convs[0].stride}"
+    return None
 
 
 def _conv_arguments(

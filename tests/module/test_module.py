@@ -1,5 +1,5 @@
-"""FusedPSAModule and PSAModule as modules: construction, copies, conversions, and changed
-submodules, which the fused step must not skip silently."""
+"""FusedPSAModule and PSAModule as modules: construction, copies, conversions, changed and sharded
+parameters. test_layers.py has the layers that are called."""
 
 import copy
 import io
@@ -12,9 +12,15 @@ from support.cases import DTYPES, FORMATS, ORDERS, name_of, strides_of
 from support.modules import convolutions_of, se_weights
 from support.tolerance import accumulation_type, assert_close, assert_near
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
-from epsa_fused import FusedPSAModule, PSAModule, psa_attention, psa_attention_reference
+from epsa_fused import (
+    FusedPSAModule,
+    PSAModule,
+    psa_attention,
+    psa_attention_reference,
+    why_not_fused,
+)
 
 MODULES = (PSAModule, FusedPSAModule)
 GROUPS = (1, 2, 4, 8)
@@ -255,7 +261,7 @@ def test_functional_call_with_other_parameters():
     assert torch.equal(torch.func.functional_call(module, other.state_dict(), (x,)), other(x))
 
 
-# ---- changes to submodules: computed, or refused ----
+# ---- changes to submodules that stay plain ----
 
 
 def test_weights_of_another_width_and_no_biases():
@@ -267,21 +273,7 @@ def test_weights_of_another_width_and_no_biases():
     x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     expected = psa_attention(features(module, x), *se_weights(module))
     assert_near(module(x), expected)
-
-
-@pytest.mark.parametrize(
-    "parametrization", (parametrizations.weight_norm, parametrizations.spectral_norm)
-)
-def test_parametrized_weights(parametrization):
-    """The weight is computed when it is read, and its parameters get gradients."""
-    module, x = small().double().eval(), torch.randn(2, 16, 6, 6, dtype=torch.float64)
-    parametrization(module.se.fc2)
-    weights = [w.detach() for w in se_weights(module)]
-    out = module(x)
-    assert_near(out, psa_attention(features(module, x), *weights))
-    out.square().sum().backward()
-    parameters = list(module.se.fc2.parametrizations.weight.parameters())
-    assert parameters and all(p.grad is not None for p in parameters)
+    assert why_not_fused(module) is None
 
 
 def test_pruning_that_was_made_permanent():
@@ -290,193 +282,7 @@ def test_pruning_that_was_made_permanent():
     prune.remove(module.se.fc1, "weight")
     expected = psa_attention(features(module, x), *se_weights(module))
     assert_near(module(x), expected)
-
-
-class Wrapper(nn.Module):
-    """LoRA and quantisation wrap layers like this, with the weight in reach."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
-
-    def forward(self, x):
-        return 2 * self.base(x)
-
-
-class DoublingConv2d(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def doubling_conv2d(base):
-    layer = DoublingConv2d(base.in_channels, base.out_channels, 1)
-    layer.load_state_dict(base.state_dict())
-    return layer
-
-
-def patch(layer):
-    forward = layer.forward
-    layer.forward = lambda x: 2 * forward(x)
-
-
-LAYERS = ("se", "se.avg_pool", "se.fc1", "se.relu", "se.fc2", "se.sigmoid")
-HOOKS = {
-    "forward_hook": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
-    "forward_pre_hook": lambda m: m.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
-    "full_backward_hook": lambda m: m.register_full_backward_hook(lambda m, x, y: None),
-    "full_backward_pre_hook": lambda m: m.register_full_backward_pre_hook(lambda m, y: None),
-}
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_hooks_are_refused_and_gone_when_removed(layer, hook):
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    expected = module(x)
-    handle = HOOKS[hook](module.get_submodule(layer))
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: {layer} has hooks.*PSAModule"):
-        module(x)
-    handle.remove()
-    assert torch.equal(module(x), expected)
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("layer", ("", "conv_1"))
-def test_hooks_on_what_is_called_work(layer, hook):
-    module, x = small(), torch.randn(2, 16, 6, 6, requires_grad=True)
-    calls = []
-
-    def record(*args):
-        calls.append(args)
-
-    name = f"register_{hook}"
-    getattr(module.get_submodule(layer) if layer else module, name)(record)
-    module(x).sum().backward()
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("layer", LAYERS[1:])
-def test_replaced_layers_are_refused(layer):
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    name = layer.removeprefix("se.")
-    setattr(module.se, name, Wrapper(getattr(module.se, name)))
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: {layer} is a Wrapper.*PSAModule"):
-        module(x)
-
-
-def test_a_subclass_with_a_forward_of_its_own_is_refused():
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    module.se.fc2 = doubling_conv2d(module.se.fc2)
-    with pytest.raises(RuntimeError, match=r"se\.fc2 is a DoublingConv2d.*expected.*Conv2d"):
-        module(x)
-
-
-@pytest.mark.parametrize(
-    ("layer", "replacement", "message"),
-    (
-        ("avg_pool", nn.AdaptiveAvgPool2d(2), r"avg_pool has output_size 2, expected 1"),
-        ("fc1", nn.Conv2d(16, 1, 1, padding=1), r"fc1 has padding \(1, 1\)"),
-        ("fc1", nn.Conv2d(16, 2, 1, groups=2), r"fc1 has.*groups 2"),
-        ("fc2", nn.Conv2d(1, 16, 3, padding=1), r"fc2 has padding \(1, 1\)"),
-    ),
-    ids=("output_size", "padding", "groups", "kernel_size"),
-)
-def test_layers_of_other_settings_are_refused(layer, replacement, message):
-    module = small()
-    setattr(module.se, layer, replacement)
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: se\.{message}.*PSAModule"):
-        module(torch.randn(2, 16, 6, 6))
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_patched_forward_is_refused(layer):
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    patch(module.get_submodule(layer))
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: {layer} is.*forward of its own"):
-        module(x)
-
-
-class StandardisedConv2d(nn.Conv2d):
-    """Weight standardisation, where Conv2d.forward calls it."""
-
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
-
-
-def standardise(layer, patched):
-    if patched:
-        conv = layer._conv_forward
-        layer._conv_forward = lambda x, weight, bias: conv(
-            x, weight - weight.mean((1, 2, 3), keepdim=True), bias
-        )
-    else:
-        layer.__class__ = StandardisedConv2d
-
-
-@pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))
-def test_a_conv_forward_of_its_own_is_called(patched):
-    module, reference = small().double(), small(PSAModule).double()
-    reference.load_state_dict(module.state_dict())
-    for m in (module, reference):
-        standardise(m.conv_2, patched)
-    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
-    assert_near(module(x), reference(x))
-
-
-@pytest.mark.parametrize("patched", (False, True), ids=("subclass", "patched"))
-@pytest.mark.parametrize("layer", ("se.fc1", "se.fc2"))
-def test_a_conv_forward_of_its_own_is_refused_in_the_se(layer, patched):
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    standardise(module.get_submodule(layer), patched)
-    with pytest.raises(RuntimeError, match=rf"{layer} is a .* with a _conv_forward of its own"):
-        module(x)
-
-
-@pytest.mark.parametrize("layer", LAYERS[1:])
-def test_a_missing_layer_is_refused(layer):
-    module, x = small(), torch.randn(2, 16, 6, 6)
-    delattr(module.se, layer.removeprefix("se."))
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: {layer} is missing"):
-        module(x)
-
-
-def test_pruning_is_refused_while_it_is_a_hook():
-    module = small()
-    prune.l1_unstructured(module.se.fc1, "weight", 0.5)
-    with pytest.raises(RuntimeError, match=r"se\.fc1 has hooks"):
-        module(torch.randn(2, 16, 6, 6))
-
-
-# The errors recommend PSAModule, so it must call what they refuse.
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_reference_module_calls_hooks(layer):
-    """Once for each branch, as the published code does."""
-    module, calls = small(PSAModule), []
-    module.get_submodule(layer).register_forward_hook(lambda *args: calls.append(args))
-    module(torch.randn(2, 16, 6, 6))
-    assert len(calls) == 4
-
-
-@pytest.mark.parametrize("change", ("wrapper", "subclass", "patch"))
-@pytest.mark.parametrize("layer", ("fc1", "fc2"))
-def test_the_reference_module_calls_replaced_layers(layer, change):
-    """Each change doubles the layer's result, as twice its weight and bias would."""
-    module, x = small(PSAModule), torch.randn(2, 16, 6, 6)
-    expected = copy.deepcopy(module)
-    with torch.no_grad():
-        for parameter in getattr(expected.se, layer).parameters():
-            parameter.mul_(2)
-    base = getattr(module.se, layer)
-    if change == "patch":
-        patch(base)
-    else:
-        setattr(module.se, layer, Wrapper(base) if change == "wrapper" else doubling_conv2d(base))
-    assert torch.equal(module(x), expected(x))
+    assert why_not_fused(module) is None
 
 
 # ---- sharded parameters ----
@@ -516,28 +322,43 @@ def test_fully_shard_of_the_module_or_a_parent_works(root, mesh):
 
 
 @distributed
-@pytest.mark.parametrize("layer", ("se", "se.fc1", "se.fc2"))
-def test_fully_shard_inside_the_se_is_refused(layer, mesh):
+@pytest.mark.parametrize("layer", ("conv_2", "se", "se.fc1", "se.fc2"))
+def test_fully_shard_inside_the_module_calls_its_layers(layer, mesh):
     from torch.distributed.fsdp import fully_shard
 
-    module = small()
+    module, reference = small().double(), small(PSAModule).double()
+    reference.load_state_dict(module.state_dict())
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    expected = reference(x)
+    expected.sum().backward()
     fully_shard(module.get_submodule(layer), mesh=mesh)
-    with pytest.raises(RuntimeError, match=rf"FusedPSAModule: {layer} has hooks.*PSAModule"):
-        module(torch.randn(2, 16, 6, 6))
+    with pytest.warns(UserWarning, match=rf"calls layers .*: {layer} has hooks"):
+        out = module(x)
+    out.sum().backward()
+    assert_near(out, expected, 1e-12)
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        assert_near(grad, q.grad, 1e-12)
 
 
 @distributed
-@pytest.mark.parametrize("parameter", ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
-def test_a_dtensor_parameter_is_refused(parameter, mesh):
+@pytest.mark.parametrize(
+    "parameter", ("conv_2.weight", "se.fc1.weight", "se.fc1.bias", "se.fc2.weight", "se.fc2.bias")
+)
+def test_a_dtensor_parameter_is_named(parameter, mesh):
+    """A call of the layer would take it, or raise as that of the reference does."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     module = small()
-    layer, name = parameter.split(".")
-    layer = getattr(module.se, layer)
+    layer, name = parameter.rsplit(".", 1)
+    layer = module.get_submodule(layer)
     sharded = distribute_tensor(getattr(layer, name).detach(), mesh, [Replicate()])
     layer.register_parameter(name, nn.Parameter(sharded))
-    message = rf"FusedPSAModule: se\.{re.escape(parameter)} is a DTensor.*PSAModule"
-    with pytest.raises(RuntimeError, match=message):
+    assert why_not_fused(module).startswith(f"{parameter} is a DTensor (a shard)")
+    with (
+        pytest.warns(UserWarning, match=rf"calls layers .*: {re.escape(parameter)} is a DTensor"),
+        pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"),
+    ):
         module(torch.randn(2, 16, 6, 6))
 
 

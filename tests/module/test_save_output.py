@@ -236,10 +236,25 @@ def test_a_change_of_the_output_in_place_is_an_error():
     module(x).relu_().sum().backward()
 
 
-def test_layers_that_are_not_plain_are_refused():
+REFUSED = {
+    "bias": (lambda m: setattr(m, "conv_2", nn.Conv2d(64, 16, 5, padding=2, groups=4)),
+        r"conv_2 has a bias"),
+    "conv_hook": (lambda m: m.conv_2.register_forward_hook(lambda *args: None),
+        r"conv_2 has hooks"),
+    "se_hook": (lambda m: m.se.fc1.register_forward_hook(lambda *args: None),
+        r"se\.fc1 has hooks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REFUSED)
+@pytest.mark.filterwarnings("ignore:FusedPSAModule calls layers")
+def test_layers_that_are_not_plain_are_refused(change):
+    """The layers would keep the maps."""
     module, x = make("stage1", save_output=True), make_x("stage1")
-    module.conv_2 = nn.Conv2d(64, 16, 5, padding=2, groups=4)
-    with pytest.raises(NotImplementedError, match="expects a CPU tensor and plain convolutions"):
+    change, why = REFUSED[change]
+    change(module)
+    expects = "expects a CPU tensor, plain convolutions of one stride and a plain SE"
+    with pytest.raises(NotImplementedError, match=f"{expects}: {why}"):
         module(x)
     with torch.no_grad():  # nothing would be saved
         assert module(x).shape == (3, 64, 11, 56)

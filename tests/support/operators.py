@@ -16,11 +16,15 @@ from epsa_fused import psa_attention
 
 @dataclass(frozen=True)
 class Operator:
-    """`call` gives the differentiable results of the tensors that it is given."""
+    """`call` gives the differentiable results of the tensors that it is given.
+
+    `bare` calls the operator without the public function around it.
+    """
 
     name: str
     tensors: Callable[[torch.dtype], list[Tensor]]
     call: Callable[..., tuple[Tensor, ...]]
+    bare: Callable[..., tuple[Tensor, ...]]
 
     def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [t.requires_grad_() for t in self.tensors(dtype)]
@@ -34,10 +38,12 @@ ATTENTION = Operator(
     "psa_attention",
     lambda dtype: make_inputs(CASE, dtype).tensors(),
     lambda *t: psa_attention(t[:2], *t[2:], return_attention=True),
+    lambda *t: torch.ops.epsa_fused.psa_attention.default(t[:2], *t[2:], True)[::2],
 )
 CONVOLUTIONS = Operator(
     "spc_conv",
     lambda dtype: convolutions.make_inputs(CALL, dtype).tensors(),
+    lambda *t: tuple(convolutions.spc(CALL, t[0], t[1:])[0]),
     lambda *t: tuple(convolutions.spc(CALL, t[0], t[1:])[0]),
 )
 
