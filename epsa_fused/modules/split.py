@@ -124,13 +124,19 @@ class FusedSplitPSA(SplitPSA):
         if why is not None:
             warn_once(self, why)
             return super().forward(x)
-        fc1, fc2 = _layers(self.se_blocks, 1), _layers(self.se_blocks, 3)
+        feats = self._feats(x)
+        # In the order of the layers' calls, for parametrisations that draw random numbers.
+        reads = [
+            (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            for fc1, fc2 in zip(_layers(self.se_blocks, 1), _layers(self.se_blocks, 3), strict=True)
+        ]
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = zip(*reads, strict=True)
         return psa_attention(
-            self._feats(x),
-            torch.stack([layer.weight for layer in fc1]),
-            _stacked_biases(fc1),
-            torch.stack([layer.weight for layer in fc2]),
-            _stacked_biases(fc2),
+            feats,
+            torch.stack(fc1_weight),
+            torch.stack(fc1_bias) if fc1_bias[0] is not None else None,
+            torch.stack(fc2_weight),
+            torch.stack(fc2_bias) if fc2_bias[0] is not None else None,
             branch_order=self.branch_order,
         )
 
@@ -148,9 +154,3 @@ def _weight_shape(fc: nn.Conv2d) -> list[int]:
     if weight is None:
         return [fc.out_channels, fc.in_channels, *fc.kernel_size]
     return list(weight.shape)
-
-
-def _stacked_biases(layers: list[nn.Conv2d]) -> Tensor | None:
-    return (
-        torch.stack([cast(Tensor, layer.bias) for layer in layers]) if has_bias(layers[0]) else None
-    )
