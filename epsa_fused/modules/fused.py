@@ -7,15 +7,17 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .._arguments import ModuleArguments
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
 from .calling import warn_once, why_here
 from .layers import why_conv_not_taken, why_layer_called, why_se_called
+from .tracing import NotScriptable, as_leaf
 
 
-class FusedPSAModule(PSAModule):
+class FusedPSAModule(NotScriptable, PSAModule):
     """Pyramid Squeeze Attention, fused: a drop-in for the published PSAModule.
 
     Constructor, `state_dict` keys and output are those of :class:`PSAModule` and of the published
@@ -91,6 +93,9 @@ class FusedPSAModule(PSAModule):
         Raises:
             NotImplementedError: `save_output`, and the CPU's operator cannot compute the module.
         """
+        if isinstance(x, Proxy):
+            leaf = as_leaf(self, x)
+            return super().forward(x) if leaf is None else leaf
         save_output = (
             self.save_output
             and torch.is_grad_enabled()
@@ -102,7 +107,7 @@ class FusedPSAModule(PSAModule):
                 raise _no_save_output(why)
             warn_once(self, why)
             return super().forward(x)
-        convs = cast(list[nn.Conv2d], self._convs())
+        convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         if x.device.type != "cpu" or _why_not_taken(convs) is not None:
             if save_output:
                 raise _no_save_output(_why_not_taken(convs) or f"x is on {x.device}")

@@ -8,11 +8,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..functional import psa_attention
 from ..reference import _recalibrate, is_reversed
 from .calling import warn_once, why_here
 from .layers import has_bias, why_se_called
+from .tracing import NotScriptable, as_leaf
 
 # An SE network in an nn.Sequential: pooling, convolution, ReLU, convolution, sigmoid.
 SE_LAYERS = ("0", "1", "2", "3", "4")
@@ -83,10 +85,10 @@ class SplitPSA(nn.Module):
     def _feats(self, x: Tensor) -> list[Tensor]:
         """The branches' maps, S x [N, C', H', W']."""
         parts = x.chunk(len(self.convs), dim=1)
-        return [conv(part) for conv, part in zip(self.convs, parts, strict=True)]
+        return [conv(parts[i]) for i, conv in enumerate(self.convs)]  # torch.fx traces an index
 
 
-class FusedSplitPSA(SplitPSA):
+class FusedSplitPSA(NotScriptable, SplitPSA):
     """:class:`SplitPSA` with the attention step fused.
 
     :func:`epsa_fused.fuse` builds it from the module that External-Attention-pytorch calls PSA.
@@ -120,6 +122,9 @@ class FusedSplitPSA(SplitPSA):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, S*C, H, W] -> [N, S*C', H', W']."""
+        if isinstance(x, Proxy):
+            leaf = as_leaf(self, x)
+            return super().forward(x) if leaf is None else leaf
         why = self._why_not_fused()
         if why is not None:
             warn_once(self, why)

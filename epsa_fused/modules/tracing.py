@@ -1,0 +1,38 @@
+"""Tracers that read a forward instead of running it: torch.fx, and torch.jit.script."""
+
+from __future__ import annotations
+
+from typing import NoReturn, cast
+
+from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
+
+
+def as_leaf(module: nn.Module, x: Proxy) -> Tensor | None:
+    """Record the call of `module` as one node of torch.fx's graph.
+
+    Inside a graph the module stays itself: hooks, devices and packed weights are those of the time
+    of the call.
+
+    Args:
+        module: called with the proxy.
+        x: stands for the argument.
+
+    Returns:
+        A proxy of the result. None if `module` is the traced module: no node can call that.
+    """
+    tracer = cast(Tracer, x.tracer)
+    if module is tracer.root:
+        return None
+    path = tracer.path_of_module(module)
+    return cast(Tensor, tracer.create_proxy("call_module", path, (x,), {}))
+
+
+class NotScriptable(nn.Module):
+    """A module that torch.jit.script refuses with advice."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which calls operators by "
+            "conditions in Python; use torch.jit.trace, torch.export.export or torch.compile"
+        )
