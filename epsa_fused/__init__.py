@@ -4,7 +4,7 @@
 from . import _decompositions, _fake, _flops, convolution  # noqa: F401
 from ._version import __version__
 from .functional import psa_attention
-from .fuse import FuseReport, fuse
+from .fuse import FuseReport, fuse, unfuse
 from .models import epsanet, register_timm
 from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
 from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
@@ -23,6 +23,7 @@ __all__ = [
     "psa_attention",
     "psa_attention_reference",
     "register_timm",
+    "unfuse",
     "unpack",
     "why_not_fused",
 ]

@@ -7,18 +7,19 @@ trial.py runs each kind once on random weights and compares.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..modules import FusedPSAModule, FusedSplitPSA
+from .back import unfuse
 from .find import Kind, MisfitError, kind_of
+from .tree import replace, same_tensors_in_another_tree
 from .trial import CALL_HOOKS, Verdict, check
 
-__all__ = ["FuseReport", "fuse"]
+__all__ = ["FuseReport", "fuse", "unfuse"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -70,7 +71,7 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Returns:
         The fused model, with a :class:`FuseReport` as its attribute `fuse_report`. If `model` is
-        itself a PSA module, the result is the fused module.
+        itself a PSA module, the result is the fused module. :func:`unfuse` is the inverse.
 
     Warns:
         UserWarning: there is nothing to fuse; or a module that looks like a PSA module is left
@@ -86,20 +87,11 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        model = _same_tensors_in_another_tree(model)
+        model = same_tensors_in_another_tree(model, "fuse")
     plan = _planned(model)
-    if inplace and model in plan.fused:
-        raise ValueError(
-            "fuse: the model is itself a PSA module, which has no place to put another into; "
-            "use the result of fuse(model)"
-        )
+    model = replace(model, plan.fused, "fuse", inplace)
     for old, new in plan.fused.items():
         _hand_on(old, new)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and child in plan.fused:
-                module._modules[name] = plan.fused[child]
-    model = cast(_Model, plan.fused.get(model, model))
     model.fuse_report = plan.report  # type: ignore[assignment]  # nn.Module declares only tensors
     _warn(model, plan)
     return model
@@ -136,25 +128,6 @@ def _planned(model: nn.Module) -> _Plan:
         except MisfitError as why:
             plan.report.left[name] = str(why)
     return plan
-
-
-def _same_tensors_in_another_tree(model: _Model) -> _Model:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise RuntimeError(
-                f"fuse: {name or 'the model'} is a DistributedDataParallel, whose reducer cannot "
-                "be shared with a second model; use fuse(model, inplace=True), or fuse the model "
-                "before it is wrapped"
-            )
-    tensors = [*model.parameters(), *model.buffers()]
-    try:
-        return copy.deepcopy(model, {id(t): t for t in tensors})
-    except Exception as error:
-        raise RuntimeError(
-            f"fuse: {type(model).__name__} cannot be copied, use fuse(model, inplace=True). Where "
-            "it keeps a pruned or normalised weight or a result of its own, autograd has a part "
-            f"in that: {error}"
-        ) from error
 
 
 def _warn(model: nn.Module, plan: _Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,17 @@ def _hooks(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
     return [kind for kind in kinds if getattr(module, kind, None)]
 
 
+def hooks_that_stay_behind(replaced: Iterable[nn.Module]) -> list[str]:
+    """The containers of hooks that mean nothing on what comes in the place of these modules."""
+    lost = []
+    for module in replaced:
+        lost += _hooks(module, _STATE_HOOKS)
+        # Non-full backward hooks hang on the autograd node of the old module's output.
+        if module._backward_hooks and not module._is_full_backward_hook:
+            lost.append("_backward_hooks")
+    return lost
+
+
 def _refuse_hooks(name: str, module: nn.Module, kind: Kind) -> None:
     """Raise RuntimeError for hooks that the fused module cannot keep."""
     names = {layer: child for child, layer in module.named_modules()}
@@ -96,14 +107,10 @@ def _refuse_hooks(name: str, module: nn.Module, kind: Kind) -> None:
         if _hooks(layer, CALL_HOOKS):
             path = f"{name}.{names[layer]}".removeprefix(".")
             raise RuntimeError(
-                f"fuse: {path} has hooks, and the fused module does not call it: "
+                f"fuse: {path} has hooks, and the operators do not call it: "
                 "remove them first. Nothing was changed."
             )
-    gone = [module, *kind.rebuilt(module), *softmax]
-    lost = [hooks for layer in gone for hooks in _hooks(layer, _STATE_HOOKS)]
-    # Non-full backward hooks hang on the autograd node of the old module's output.
-    if module._backward_hooks and not module._is_full_backward_hook:
-        lost.append("_backward_hooks")
+    lost = hooks_that_stay_behind([module, *kind.rebuilt(module), *softmax])
     if lost:
         raise RuntimeError(
             f"fuse: {name or 'the model'} has hooks in {', '.join(lost)}, which belong to the "

@@ -1,0 +1,97 @@
+"""unfuse(): put the plain modules back, the inverse of fuse()."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+from torch import nn
+
+from ..modules import FusedPSAModule, FusedSplitPSA, SplitPSA
+from ..reference import PSAModule
+from .tree import replace, same_tensors_in_another_tree
+from .trial import hooks_that_stay_behind
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    FusedPSAModule: PSAModule,
+    FusedSplitPSA: SplitPSA,
+}
+
+
+def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
+    """Replace every fused module in `model` by a plain one with the same parameters.
+
+    :class:`epsa_fused.FusedPSAModule` becomes :class:`epsa_fused.PSAModule`, and
+    :class:`epsa_fused.FusedSplitPSA` becomes :class:`epsa_fused.SplitPSA`. Those call their layers
+    and need no operator of this package, for tools that cannot take one. :func:`epsa_fused.fuse`
+    makes them fused again.
+
+    Layers stay the same objects, also replaced and wrapped ones. So parameters, dtype, device,
+    training flags, hooks, `state_dict` keys and optimizers stay. `save_output` and packed weights
+    are dropped.
+
+    Args:
+        model: any module. A model in DistributedDataParallel needs `inplace`.
+        inplace: whether to change `model` itself. Otherwise it stays unchanged, and the result is
+            another module tree with the SAME parameters and buffers.
+
+    Returns:
+        The plain model, without `fuse_report`. If `model` is itself a fused module, the result is
+        the plain module.
+
+    Warns:
+        UserWarning: there is nothing to replace; or a fused module is left alone, as it is of a
+            subclass or has a forward of its own.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `inplace`, and `model` itself is to be replaced.
+        RuntimeError: a fused module has hooks around its `state_dict`, which cannot be kept.
+            Without `inplace` also for DistributedDataParallel, and if copy.deepcopy fails. The
+            model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: expected a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = same_tensors_in_another_tree(model, "unfuse")
+    plain: dict[nn.Module, nn.Module] = {}
+    left: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, FusedPSAModule | FusedSplitPSA):
+            continue
+        if type(module) not in _PLAIN or "forward" in module.__dict__:
+            left.append(name or type(module).__name__)
+            continue
+        lost = hooks_that_stay_behind([module])
+        if lost:
+            raise RuntimeError(
+                f"unfuse: {name or 'the model'} has hooks in {', '.join(lost)}, which belong to "
+                "the module that they were registered on: remove them first. Nothing was changed."
+            )
+        plain[module] = _plain(module)
+    model = replace(model, plain, "unfuse", inplace)
+    model.__dict__.pop("fuse_report", None)
+    if left:
+        warnings.warn(
+            f"unfuse: left alone {', '.join(left)}, of a subclass or with a forward of its own",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif not plain:
+        warnings.warn(
+            f"unfuse: {type(model).__name__} has no fused module and is unchanged",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A plain module with the attributes of `module`: the same layers and containers of hooks."""
+    fused = type(module)
+    plain = _PLAIN[fused].__new__(_PLAIN[fused])
+    # The fused class annotates the attributes that the plain one has not.
+    state = {k: v for k, v in module.__dict__.items() if k not in fused.__annotations__}
+    plain.__dict__.update(state, _modules=dict(module._modules))
+    return plain

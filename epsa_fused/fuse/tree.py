@@ -1,0 +1,60 @@
+"""The module tree that fuse() and unfuse() change: a second tree of the same tensors, and the
+replacement of modules in a tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+from torch import nn
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def same_tensors_in_another_tree(model: _Model, caller: str) -> _Model:
+    """A copy of `model` with the same parameters and buffers.
+
+    Args:
+        model: any module.
+        caller: the public function's name, for messages.
+
+    Raises:
+        RuntimeError: for DistributedDataParallel, and if copy.deepcopy fails.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                f"{caller}: {name or 'the model'} is a DistributedDataParallel, whose reducer "
+                f"cannot be shared with a second model; use {caller}(model, inplace=True), or "
+                f"{caller} the model before it is wrapped"
+            )
+    tensors = [*model.parameters(), *model.buffers()]
+    try:
+        return copy.deepcopy(model, {id(t): t for t in tensors})
+    except Exception as error:
+        raise RuntimeError(
+            f"{caller}: {type(model).__name__} cannot be copied, use {caller}(model, "
+            "inplace=True). Where it keeps a pruned or normalised weight or a result of its own, "
+            f"autograd has a part in that: {error}"
+        ) from error
+
+
+def replace(
+    model: _Model, new: Mapping[nn.Module, nn.Module], caller: str, inplace: bool
+) -> _Model:
+    """Put new[module] into the place of each of its keys, and return the model.
+
+    Raises:
+        ValueError: `inplace`, and the model itself is to be replaced.
+    """
+    if inplace and model in new:
+        raise ValueError(
+            f"{caller}: the model is itself a PSA module, which has no place to put another into; "
+            f"use the result of {caller}(model)"
+        )
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in new:
+                module._modules[name] = new[child]
+    return cast(_Model, new.get(model, model))
