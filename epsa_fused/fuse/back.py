@@ -17,6 +17,8 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedPSAModule: PSAModule,
     FusedSplitPSA: SplitPSA,
 }
+# What a module may have set on itself, in place of its class's.
+_OVERRIDES = ("forward", "attention")
 
 
 def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
@@ -42,7 +44,7 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Warns:
         UserWarning: there is nothing to replace; or a fused module is left alone, as it is of a
-            subclass or has a forward of its own.
+            subclass or has a forward or an attention of its own.
 
     Raises:
         TypeError: `model` is no module.
@@ -60,7 +62,7 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     for name, module in model.named_modules():
         if not isinstance(module, FusedPSAModule | FusedSplitPSA):
             continue
-        if type(module) not in _PLAIN or "forward" in module.__dict__:
+        if type(module) not in _PLAIN or not module.__dict__.keys().isdisjoint(_OVERRIDES):
             left.append(name or type(module).__name__)
             continue
         lost = hooks_that_stay_behind([module])
@@ -74,7 +76,7 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     model.__dict__.pop("fuse_report", None)
     if left:
         warnings.warn(
-            f"unfuse: left alone {', '.join(left)}, of a subclass or with a forward of its own",
+            f"unfuse: left alone {', '.join(left)}, of a subclass or with methods of its own",
             UserWarning,
             stacklevel=2,
         )

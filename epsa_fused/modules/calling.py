@@ -18,7 +18,7 @@ def why_here() -> str | None:
 
     It lies around the call: hooks on all modules, a transform, an exporter.
     """
-    if _hooks_on_all_modules():
+    if hooks_on_all_modules():
         return "hooks are registered for all modules"
     if in_transform():
         return "a torch.func transform or forward-mode differentiation is in force"
@@ -27,11 +27,12 @@ def why_here() -> str | None:
     return None
 
 
-def _hooks_on_all_modules() -> bool:
+def hooks_on_all_modules() -> bool:
     """Whether hooks are registered for all modules, besides those of torch's ModuleTracker.
 
     FlopCounterMode has one. It notes which module runs and changes nothing. The operators tell it
-    their operations by formulas, which are exact also for grouped convolutions.
+    their operations by formulas, which are exact also for grouped convolutions. A subclass of it
+    may do anything.
     """
     registered = nn.modules.module
     if not registered._has_any_global_hook():
@@ -43,7 +44,7 @@ def _hooks_on_all_modules() -> bool:
         registered._global_backward_hooks,
     )
     return any(
-        not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        type(getattr(hook, "__self__", None)) is not ModuleTracker
         for kind in kinds
         for hook in kind.values()
     )

@@ -13,7 +13,7 @@ from .._arguments import ModuleArguments
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
 from .calling import warn_once, why_here
-from .layers import why_conv_not_taken, why_layer_called, why_se_called
+from .layers import is_plain, why_conv_not_taken, why_layer_called, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
 
 
@@ -32,10 +32,10 @@ class FusedPSAModule(NotScriptable, PSAModule):
     The operators read the layers' weights, each once a call, and call no layer. Where a call of a
     layer may mean something else, :class:`PSAModule`'s own forward runs instead, which calls the
     layers: with hooks on a layer or on all modules, a replaced or wrapped layer, a forward of its
-    own or a sharded parameter. So it does under `torch.func` transforms and in forward-mode
-    differentiation. A UserWarning says so once for each module and reason, and `repr` shows the
-    reason. :func:`epsa_fused.why_not_fused` tells it too. If only convolutions are concerned, the
-    attention step stays fused.
+    own, a sharded parameter or another subclass of Tensor. So it does under `torch.func`
+    transforms and in forward-mode differentiation. A UserWarning says so once for each module and
+    reason, and `repr` shows the reason. :func:`epsa_fused.why_not_fused` tells it too. If only
+    convolutions are concerned, the attention step stays fused.
 
     Args:
         inplans, planes, conv_kernels, stride, conv_groups, reduction, branch_order: as of
@@ -101,7 +101,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             and torch.is_grad_enabled()
             and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         )
-        why = self._why_called()
+        why = why_not_plain("x", x) or self._why_called()
         if why is not None:
             if save_output:
                 raise _no_save_output(why)
@@ -130,8 +130,11 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
-        if self._why_attention_called() is not None:
-            return super().attention(feats)
+        why = self._why_attention_called()
+        if why is not None:
+            warn_once(self, why)
+        if why is not None or not all(map(is_plain, feats)):
+            return super().attention(feats)  # torch.fx gets the layers by this, too
         return self._fused_attention(feats)
 
     # ---- serving: weights packed ahead ----
@@ -218,7 +221,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     def _why_called(self) -> str | None:
         """The reason why layers must be called, or None."""
-        return self._why_attention_called() or self._why_convs_called()
+        why = self._why_attention_called() or self._why_convs_called()
+        if why is not None:
+            return why
+        if type(self).attention is not FusedPSAModule.attention or "attention" in self.__dict__:
+            return "it has an attention of its own"
+        return None
 
     def _why_not_fused(self) -> str | None:
         return self._why_called() or _why_not_taken(cast(list[nn.Conv2d], self._convs()))

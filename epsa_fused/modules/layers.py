@@ -7,9 +7,17 @@ functions here never read a weight through its layer: a parametrisation acts at 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from ..reference import SEWeight
+
+# What the operators take as it is. torch.compile and torch.export trace with the last two.
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 
 # The layers of an SE network, in the order of their calls.
 _SE_LAYERS: dict[str, type[nn.Module]] = {
@@ -19,6 +27,11 @@ _SE_LAYERS: dict[str, type[nn.Module]] = {
     "fc2": nn.Conv2d,
     "sigmoid": nn.Sigmoid,
 }
+
+# The forwards that the operators stand for. Kept here, as a library may replace those of torch.
+_KINDS: tuple[type[nn.Module], ...] = (*_SE_LAYERS.values(), nn.Sequential, SEWeight)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
+_CONV_FORWARD = nn.Conv2d._conv_forward
 
 
 def why_layer_called(name: str, layer: nn.Module | None, expected: type[nn.Module]) -> str | None:
@@ -39,31 +52,55 @@ def why_layer_called(name: str, layer: nn.Module | None, expected: type[nn.Modul
     ):
         return f"{name} has hooks"
     kind = type(layer)
-    if kind is not expected and (
-        kind.forward is not expected.forward or kind.__call__ is not nn.Module.__call__
+    # The class of a scripted layer raises AttributeError for its forward.
+    if getattr(kind, "forward", None) is not _FORWARDS.get(expected, expected.forward) or (
+        kind is not expected and _has_own_call(kind)
     ):
         return (
             f"{name} is a {kind.__name__} with a forward of its own, "
             f"expected that of {expected.__name__}"
         )
-    if "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ or "_call_impl" in layer.__dict__:
         return f"{name} is a {kind.__name__} with a forward of its own, set on this object"
     if expected is nn.Conv2d:
         return _why_conv_called(name, cast(nn.Conv2d, layer))
     return None
 
 
+def _has_own_call(kind: type[nn.Module]) -> bool:
+    module = nn.Module
+    return kind.__call__ is not module.__call__ or kind._call_impl is not module._call_impl
+
+
 def _why_conv_called(name: str, conv: nn.Conv2d) -> str | None:
     # Conv2d.forward calls _conv_forward: weight standardisation and other paddings override it.
-    if type(conv)._conv_forward is not nn.Conv2d._conv_forward or "_conv_forward" in conv.__dict__:
+    if type(conv)._conv_forward is not _CONV_FORWARD or "_conv_forward" in conv.__dict__:
         return f"{name} is a {type(conv).__name__} with a _conv_forward of its own"
-    # A parametrised layer keeps its parameters in a child.
-    named = conv.named_parameters() if conv._modules else conv._parameters.items()
-    for parameter, value in named:
-        # By the class's name: the import of DTensor takes a second.
-        if type(value).__name__ == "DTensor":
-            return f"{name}.{parameter} is a DTensor (a shard), expected a whole tensor"
+    for place in (conv._parameters, conv._buffers, conv.__dict__):
+        for tensor in ("weight", "bias"):
+            if not is_plain(place.get(tensor)):
+                return why_not_plain(f"{name}.{tensor}", place[tensor])
+    if conv._modules:  # a parametrised layer keeps its parameters in a child
+        for tensor, value in chain(conv.named_parameters(), conv.named_buffers()):
+            if not is_plain(value):
+                return why_not_plain(f"{name}.{tensor}", value)
     return None
+
+
+def is_plain(value: object) -> bool:
+    """Whether the tensor, or None, means to the operators what it means to layers.
+
+    A subclass of Tensor sees each function that takes it: a shard, a quantised weight and others
+    may give a meaning of their own to a convolution.
+    """
+    return value is None or type(value) in _PLAIN_TENSORS
+
+
+def why_not_plain(name: str, value: object) -> str | None:
+    """The reason why a tensor of this name is not plain, or None."""
+    return (
+        None if is_plain(value) else f"{name} is a {type(value).__name__}, expected a plain tensor"
+    )
 
 
 def has_bias(conv: nn.Conv2d) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from ..functional import psa_attention
 from ..reference import _recalibrate, is_reversed
 from .calling import warn_once, why_here
-from .layers import has_bias, why_se_called
+from .layers import has_bias, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
 
 # An SE network in an nn.Sequential: pooling, convolution, ReLU, convolution, sigmoid.
@@ -125,7 +125,7 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
         if isinstance(x, Proxy):
             leaf = as_leaf(self, x)
             return super().forward(x) if leaf is None else leaf
-        why = self._why_not_fused()
+        why = why_not_plain("x", x) or self._why_not_fused()
         if why is not None:
             warn_once(self, why)
             return super().forward(x)

@@ -7,6 +7,8 @@ from typing import NoReturn, cast
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
+from .calling import hooks_on_all_modules, warn_once
+
 
 def as_leaf(module: nn.Module, x: Proxy) -> Tensor | None:
     """Record the call of `module` as one node of torch.fx's graph.
@@ -19,10 +21,16 @@ def as_leaf(module: nn.Module, x: Proxy) -> Tensor | None:
         x: stands for the argument.
 
     Returns:
-        A proxy of the result. None if `module` is the traced module: no node can call that.
+        A proxy of the result. None where the layers must be recorded instead, with a warning. The
+        traced module itself cannot be a node. Hooks of the module have run on the proxy, or will,
+        and would run again with the node.
     """
     tracer = cast(Tracer, x.tracer)
     if module is tracer.root:
+        warn_once(module, "torch.fx.symbolic_trace looks into the module that it is given")
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or hooks_on_all_modules():
+        warn_once(module, "torch.fx.symbolic_trace records the module's hooks")
         return None
     path = tracer.path_of_module(module)
     return cast(Tensor, tracer.create_proxy("call_module", path, (x,), {}))

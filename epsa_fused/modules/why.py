@@ -13,8 +13,9 @@ def why_not_fused(module: nn.Module) -> str | None:
 
     A layer is called where a call may mean something else than its weights and settings: with hooks
     on it or on all modules, a replaced or wrapped layer, a forward of its own, or a sharded
-    parameter. So it is under `torch.func` transforms, in forward-mode differentiation and under the
-    TorchScript-based ONNX exporter. `repr(module)` shows the reason too.
+    parameter or another subclass of Tensor. So it is under `torch.func` transforms, in forward-mode
+    differentiation and under the TorchScript-based ONNX exporter. `repr(module)` shows the reason
+    too. A tracer of torch.fx and an input of a subclass belong to one call: no reason tells them.
 
     A convolution that the CPU's operator does not take is a reason as well. It has a bias, another
     padding mode, settings that differ in height and width, or a stride of its own. The

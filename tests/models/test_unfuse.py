@@ -173,10 +173,18 @@ def patched():
     return module
 
 
-@pytest.mark.parametrize("make", (lambda: Subclass(16, 64, conv_groups=GROUPS), patched))
+def patched_attention():
+    module = psa()
+    module.attention = lambda feats: feats[0]
+    return module
+
+
+@pytest.mark.parametrize(
+    "make", (lambda: Subclass(16, 64, conv_groups=GROUPS), patched, patched_attention)
+)
 def test_what_may_compute_something_else_is_left_alone(make):
     model = nn.Sequential(make(), psa())
-    with pytest.warns(UserWarning, match=r"unfuse: left alone 0, of a subclass or with a forward"):
+    with pytest.warns(UserWarning, match=r"unfuse: left alone 0, of a subclass or with methods"):
         plain = unfuse(model)
     assert type(plain[0]) is type(model[0]) and type(plain[1]) is PSAModule
 

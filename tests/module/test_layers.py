@@ -13,8 +13,9 @@ from support.lookalikes import external_psa
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.modules import module as module_hooks
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from epsa_fused import FusedPSAModule, FusedSplitPSA, PSAModule, SplitPSA, why_not_fused
 
@@ -167,6 +168,18 @@ def test_counting_operations_leaves_it_fused(make):
             assert why_not_fused(fused) == "hooks are registered for all modules"
 
 
+class Tracker(ModuleTracker):
+    """May do more than note which module runs."""
+
+
+def test_a_tracker_of_a_subclass_is_not_torchs():
+    fused, _ = pair()
+    with ModuleTracker():
+        assert why_not_fused(fused) is None
+    with Tracker():
+        assert why_not_fused(fused) == "hooks are registered for all modules"
+
+
 # ---- layers that were replaced, wrapped or patched ----
 
 
@@ -194,6 +207,11 @@ class CallingConv2d(nn.Conv2d):
         return 2 * super().__call__(x)
 
 
+class CallImplConv2d(nn.Conv2d):
+    def _call_impl(self, x):
+        return 2 * super()._call_impl(x)
+
+
 class StandardisedConv2d(nn.Conv2d):
     """Weight standardisation, where Conv2d.forward calls it."""
 
@@ -205,16 +223,28 @@ class RenamedConv2d(nn.Conv2d):
     """A subclass that computes what Conv2d does."""
 
 
-def wrapped(module, name):
-    parent, _, child = name.rpartition(".")
-    parent = module.get_submodule(parent)
-    setattr(parent, child, Wrapper(getattr(parent, child)))
+def replace_by(make):
+    def change(module, name):
+        parent, _, child = name.rpartition(".")
+        parent = module.get_submodule(parent)
+        setattr(parent, child, make(getattr(parent, child)))
+
+    return change
+
+
+wrapped = replace_by(Wrapper)
 
 
 def patched(module, name):
     layer = module.get_submodule(name)
     forward = layer.forward
     layer.forward = lambda x: 2 * forward(x)
+
+
+def patched_call(module, name):
+    layer = module.get_submodule(name)
+    call = layer._call_impl
+    layer._call_impl = lambda x: 2 * call(x)
 
 
 def patched_conv_forward(module, name):
@@ -234,8 +264,10 @@ CONVOLUTIONS = (*CONVS, "se.fc1", "se.fc2")
 CHANGES = {
     "wrapped": (wrapped, "{} is a Wrapper with a forward of its own", (*CONVS, *SE[1:])),
     "patched": (patched, "{} is a .* with a forward of its own", (*CONVS, *SE)),
+    "patched_call": (patched_call, "{} is a .* with a forward of its own", (*CONVS, *SE)),
     "subclass": (of_class(DoublingConv2d), "{} is a DoublingConv2d .* Conv2d", CONVOLUTIONS),
     "call": (of_class(CallingConv2d), "{} is a CallingConv2d .* Conv2d", CONVOLUTIONS),
+    "call_impl": (of_class(CallImplConv2d), "{} is a CallImplConv2d .* Conv2d", CONVOLUTIONS),
     "conv_forward": (of_class(StandardisedConv2d), "{} is a .* a _conv_forward", CONVOLUTIONS),
     "patched_conv_forward": (patched_conv_forward, "{} is a .* a _conv_forward", CONVOLUTIONS),
 }
@@ -253,6 +285,133 @@ def test_a_changed_layer(change, layer):
         make(m, layer)
     assert_called(fused, plain, why.format(layer), x)
     assert not torch.allclose(fused(x).detach(), before)
+
+
+def traced(layer):
+    return torch.jit.trace(layer, (torch.randn(2, layer.in_channels, 1, 1, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("layer", ("conv_2", "se.fc1"))
+@pytest.mark.parametrize("compile", (torch.jit.script, traced))
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_a_layer_of_torchscript(compile, layer):
+    fused, plain = pair()
+    for m in (fused, plain):
+        replace_by(compile)(m, layer)
+    assert_called(fused, plain, rf"{layer} is a \w+ with a forward of its own")
+
+
+TORCHS_METHODS = (
+    (nn.Conv2d, "forward"),
+    (nn.Conv2d, "_conv_forward"),
+    (nn.AdaptiveAvgPool2d, "forward"),
+    (nn.ReLU, "forward"),
+    (nn.Sigmoid, "forward"),
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), TORCHS_METHODS, ids=lambda part: getattr(part, "__name__", part)
+)
+@pytest.mark.parametrize("make", (pair, split_pair), ids=("psa", "split"))
+def test_another_method_of_torchs_class(monkeypatch, make, kind, name):
+    """Libraries put theirs into torch's classes, to count, to cast or to quantise."""
+    fused, plain = make()
+    x = image(16 if make is pair else 48)
+    before = fused(x).detach()
+    theirs = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *args: 2 * theirs(*args))
+    assert_called(fused, plain, rf".* is a {kind.__name__} with a {name} of its own", x)
+    assert not torch.allclose(fused(x).detach(), before)
+
+
+class OwnAttention(FusedPSAModule):
+    def attention(self, feats):
+        return 2 * super().attention(feats)
+
+
+@pytest.mark.parametrize("patched", (False, True))
+def test_an_attention_of_its_own(patched):
+    fused, plain = pair()
+    x = image()
+    expected = 2 * plain(x)
+    if patched:
+        attention = fused.attention
+        fused.attention = lambda feats: 2 * attention(feats)
+    else:
+        fused.__class__ = OwnAttention
+    with pytest.warns(UserWarning, match=r"calls layers .*: it has an attention of its own"):
+        out = fused(x)
+    assert_near(out, expected, ROUNDING)
+
+
+def test_the_attention_alone_warns_too():
+    fused, plain = pair()
+    feats = [conv(image()) for conv in map(fused.get_submodule, CONVS)]
+    for m in (fused, plain):
+        m.se.fc1.register_forward_hook(HOOKS["forward_hook"])
+    with pytest.warns(UserWarning, match=r"calls layers .*: se\.fc1 has hooks"):
+        out = fused.attention(feats)
+    assert_near(out, plain.attention(feats), ROUNDING)
+
+
+# ---- subclasses of Tensor ----
+
+
+class Twice(torch.Tensor):
+    """Doubles convolutions, as a quantised tensor gives them a meaning of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * out.as_subclass(torch.Tensor) if function is nn.functional.conv2d else out
+
+
+def as_parameter(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Twice))
+
+
+def as_attribute(layer):
+    weight = layer.weight.detach().as_subclass(Twice)
+    del layer.weight
+    layer.weight = weight
+
+
+def as_buffer(layer):
+    weight = layer.weight.detach().as_subclass(Twice)
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+def as_original(layer):
+    as_parameter(layer)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize("hold", (as_parameter, as_attribute, as_buffer, as_original))
+@pytest.mark.parametrize("layer", CONVOLUTIONS)
+def test_a_weight_of_a_subclass(layer, hold):
+    fused, plain = pair()
+    x = image()
+    before = fused(x).detach()
+    for m in (fused, plain):
+        hold(m.get_submodule(layer))
+    with pytest.warns(UserWarning, match=rf"{layer}\..*weight.* is a Twice, expected a plain"):
+        out = fused(x).detach().as_subclass(torch.Tensor)
+    assert_near(out, plain(x).detach().as_subclass(torch.Tensor), ROUNDING)
+    assert not torch.allclose(out, before)
+
+
+@pytest.mark.parametrize("make", (pair, split_pair), ids=("psa", "split"))
+def test_an_input_of_a_subclass(make):
+    fused, plain = make()
+    x = image(16 if make is pair else 48).detach()
+    before = fused(x).detach()
+    x = x.as_subclass(Twice)
+    with pytest.warns(UserWarning, match=r"calls layers .*: x is a Twice, expected a plain tensor"):
+        out = fused(x).detach().as_subclass(torch.Tensor)
+    assert_near(out, plain(x).detach().as_subclass(torch.Tensor), ROUNDING)
+    assert not torch.allclose(out, before)
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)

@@ -10,12 +10,14 @@ from support.lookalikes import external_psa
 from support.optional import optional
 from support.tolerance import assert_near
 from torch import fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from epsa_fused import FusedPSAModule, FusedSplitPSA, PSAModule, SplitPSA, epsanet50, why_not_fused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Fused.* calls layers .* looks into the module"),
 ]
 ROUNDING = 1e-12
 
@@ -69,6 +71,35 @@ def test_as_the_traced_module_it_has_its_layers_as_nodes(make):
     convs = [name for name in convs if name.startswith("conv")]
     assert [name for name in targets(traced) if name in convs] == convs
     assert_near(traced(x), module(x), ROUNDING)
+
+
+def hook_itself(module):
+    return module.register_forward_hook(lambda m, x, y: 2 * y)
+
+
+def hook_its_input(module):
+    return module.register_forward_pre_hook(lambda m, x: (2 * x[0],))
+
+
+def hook_all_of_its_kind(module):
+    kind = type(module)
+    return register_module_forward_hook(lambda m, x, y: 2 * y if type(m) is kind else None)
+
+
+@pytest.mark.parametrize("hook", (hook_itself, hook_its_input, hook_all_of_its_kind))
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.filterwarnings("ignore:Fused.* calls layers .* are registered for all modules")
+def test_hooks_of_the_module_act_once(make, hook):
+    """torch.fx runs them on the proxy. A node would run them again."""
+    module, x = MAKE[make]()
+    model = nn.Sequential(nn.Identity(), module)
+    before = model(x)
+    with hook(module):
+        expected = model(x)
+        with pytest.warns(UserWarning, match=r"calls layers .* records the module's hooks"):
+            traced = fx.symbolic_trace(model)
+        assert_near(traced(x), expected, ROUNDING)
+    assert not torch.allclose(expected, before) and "1" not in targets(traced)
 
 
 def test_a_hooked_layer_of_the_traced_module_is_a_node():
