@@ -21,7 +21,7 @@ PY := $(VENV)/bin/python
 PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all bench lint sdist-check docs docs-serve clean
+.PHONY: demo test test-all compat bench lint sdist-check docs docs-serve clean
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
 
 demo: $(VENV)/built $(VENV)/packages-demo
@@ -33,6 +33,10 @@ test: $(VENV)/built $(VENV)/packages-dev
 # also the exhaustive and large cases: up to 12 GiB of memory
 test-all: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
+
+# tools that look into models: summaries, counts, attributions, adapters
+compat: $(VENV)/built $(VENV)/packages-compat
+	$(PY) -m pytest tests/package/test_tools.py
 
 bench: $(VENV)/built $(VENV)/packages-demo
 	$(PY) benchmarks/latency.py
@@ -76,6 +80,7 @@ $(VENV)/packages-build: EXTRAS := build
 $(VENV)/packages-demo: EXTRAS := bench
 $(VENV)/packages-dev: EXTRAS := build test train bench lint
 $(VENV)/packages-docs: EXTRAS := docs
+$(VENV)/packages-compat: EXTRAS := test compat
 $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 	@$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print('\n'.join(r for e in '$(EXTRAS)'.split() for r in p['optional-dependencies'][e]))" \
