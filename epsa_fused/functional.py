@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks import check_flag, check_int, check_ints, check_tensor, given
 from ._library import MAX_BRANCHES, MIN_BRANCHES
 from .reference import is_reversed, psa_attention_reference
+
+# The SE's arguments of psa_attention.
+_WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
 
 def in_transform() -> bool:
@@ -110,6 +114,15 @@ def psa_attention(
             "psa_attention: feats is a Tensor, expected a sequence of "
             f"{MIN_BRANCHES} to {MAX_BRANCHES} maps (try feats.chunk(branches, dim=1))"
         )
+    if not isinstance(feats, list | tuple | Sequence):  # the first two are quicker to tell
+        raise TypeError(f"psa_attention: feats: expected a sequence of maps, got {given(feats)}")
+    for i, feat in enumerate(feats):
+        if not isinstance(feat, Tensor):
+            check_tensor(f"psa_attention: feats[{i}]", feat)
+    for name, value in zip(_WEIGHTS, (fc1_weight, fc1_bias, fc2_weight, fc2_bias), strict=True):
+        if value is not None:  # the operator knows which may be None
+            check_tensor(f"psa_attention: {name}", value)
+    check_flag("return_attention", return_attention)
     if in_transform():
         out, attention = psa_attention_reference(
             list(feats),
@@ -173,6 +186,16 @@ def spc_conv(
         TypeError: dtypes are not supported or do not fit.
         RuntimeError: tensors are on different devices.
     """
+    check_tensor("spc_conv: x", x)
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"spc_conv: weights: expected a sequence of Tensors, got {given(weights)}")
+    for i, weight in enumerate(weights):
+        check_tensor(f"spc_conv: weights[{i}]", weight)
+    check_int("spc_conv: stride", stride)
+    check_ints("spc_conv: groups", groups)
+    check_ints("spc_conv: padding", padding)
+    if dilation is not None:
+        check_ints("spc_conv: dilation", dilation)
     ones = [1] * len(weights) if dilation is None else list(dilation)
     result = torch.ops.epsa_fused.spc_conv.default(
         x, list(weights), list(groups), stride, list(padding), ones

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import check_flag, check_int, check_ints, given
 from ._library import MAX_BRANCHES, MIN_BRANCHES
 
 BRANCH_ORDERS = ("reversed", "forward")
@@ -87,6 +88,9 @@ def psa_attention_reference(
     Every step follows the published code. With half-precision maps each step rounds to its dtype;
     the SE layers run in that of their weights.
     """
+    if not isinstance(feats, Sequence):
+        raise TypeError(f"psa_attention_reference: feats: expected a sequence, got {given(feats)}")
+    check_flag("return_attention", return_attention)
     c = feats[0].shape[1]
     hidden = fc1_weight.shape[1 if fc1_weight.dim() in (3, 5) else 0]
 
@@ -152,12 +156,8 @@ def _check_configuration(
     reduction: int,
 ) -> None:
     """Raise ValueError or TypeError if no PSA module can be built from these arguments."""
-    numbers = {"inplans": inplans, "planes": planes, "stride": stride, "reduction": reduction}
-    numbers |= {f"conv_kernels[{i}]": kernel for i, kernel in enumerate(conv_kernels)}
-    numbers |= {f"conv_groups[{i}]": groups for i, groups in enumerate(conv_groups)}
-    for name, value in numbers.items():
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
+    check_ints("conv_kernels", conv_kernels)
+    check_ints("conv_groups", conv_groups)
     branches = len(conv_kernels)
     if len(conv_groups) != branches:
         raise ValueError(
@@ -168,14 +168,9 @@ def _check_configuration(
         raise ValueError(
             f"conv_kernels: expected {MIN_BRANCHES} to {MAX_BRANCHES} branches, got {branches}"
         )
-    for name, value in (
-        ("inplans", inplans),
-        ("planes", planes),
-        ("stride", stride),
-        ("reduction", reduction),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    numbers = {"inplans": inplans, "planes": planes, "stride": stride, "reduction": reduction}
+    for name, value in numbers.items():
+        check_int(name, value, 1)
     for i, kernel in enumerate(conv_kernels):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"conv_kernels[{i}]: expected an odd kernel size, got {kernel}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA
 from .back import unfuse
 from .find import Kind, MisfitError, kind_of
@@ -84,8 +85,8 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
             or around the PSA module's `state_dict`. Without `inplace` also for
             DistributedDataParallel, and if copy.deepcopy fails. The model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("fuse: model", model)
+    check_flag("inplace", inplace)
     if not inplace:
         model = same_tensors_in_another_tree(model, "fuse")
     plan = _planned(model)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA, SplitPSA
 from ..reference import PSAModule
 from .tree import replace, same_tensors_in_another_tree
@@ -53,8 +54,8 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
             Without `inplace` also for DistributedDataParallel, and if copy.deepcopy fails. The
             model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unfuse: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("unfuse: model", model)
+    check_flag("inplace", inplace)
     if not inplace:
         model = same_tensors_in_another_tree(model, "unfuse")
     plain: dict[nn.Module, nn.Module] = {}

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .epsanet import EPSANet, check_int
+from .._checks import check_int
+from .epsanet import EPSANet
 
 _Detector = TypeVar("_Detector", bound=nn.Module)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from .._checks import check_callable, check_flag, check_int, check_ints, check_number
 from ..modules import FusedPSAModule
 from ..reference import PSAModule
 from .registry import Figures, register
@@ -40,6 +41,7 @@ class BlockOptions(TypedDict, total=False):
     expansion: int
     conv_kernels: Sequence[int]
     conv_groups: Sequence[int]
+    reduction: int
     fused: bool
     norm_layer: NormLayer
 
@@ -63,7 +65,7 @@ class EPSABlock(nn.Module):
         stride: stride of the PSA module.
         downsample: the shortcut's layers; None where input and output have the same shape.
         expansion: output channels per channel of the PSA module.
-        conv_kernels, conv_groups: of the PSA module, see :class:`epsa_fused.PSAModule`.
+        conv_kernels, conv_groups, reduction: of the PSA module, see :class:`epsa_fused.PSAModule`.
         fused: whether to use :class:`epsa_fused.FusedPSAModule` or :class:`epsa_fused.PSAModule`.
         norm_layer: called with a number of channels, returns a normalisation layer.
 
@@ -81,14 +83,18 @@ class EPSABlock(nn.Module):
         expansion: int = 4,
         conv_kernels: Sequence[int] = (3, 5, 7, 9),
         conv_groups: Sequence[int] = (1, 4, 8, 16),
+        reduction: int = 16,
         fused: bool = True,
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        check_int("expansion", expansion, 1)
+        check_flag("fused", fused)
+        check_callable("norm_layer", norm_layer)
         psa = FusedPSAModule if fused else PSAModule
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = norm_layer(planes)
-        self.conv2 = psa(planes, planes, conv_kernels, stride, conv_groups)
+        self.conv2 = psa(planes, planes, conv_kernels, stride, conv_groups, reduction=reduction)
         self.bn2 = norm_layer(planes)
         self.conv3 = nn.Conv2d(planes, planes * expansion, 1, bias=False)
         self.bn3 = norm_layer(planes * expansion)
@@ -115,7 +121,8 @@ class EPSANet(nn.Module):
         num_classes: outputs of the classifier. With 0 there is no classifier, and the network
             returns the pooled features [N, num_features].
         planes: channels of the PSA modules in each stage.
-        expansion, conv_kernels, conv_groups, fused, norm_layer: of every :class:`EPSABlock`.
+        expansion, conv_kernels, conv_groups, reduction, fused, norm_layer: of every
+            :class:`EPSABlock`.
         in_chans: channels of the images.
         drop_rate: dropout before the classifier; 0 in the published code.
 
@@ -143,6 +150,7 @@ class EPSANet(nn.Module):
         expansion: int = 4,
         conv_kernels: Sequence[int] = (3, 5, 7, 9),
         conv_groups: Sequence[int] = (1, 4, 8, 16),
+        reduction: int = 16,
         fused: bool = True,
         in_chans: int = 3,
         drop_rate: float = 0.0,
@@ -150,6 +158,7 @@ class EPSANet(nn.Module):
     ) -> None:
         super().__init__()
         _check_configuration(layers, planes, expansion, in_chans, drop_rate)
+        check_callable("norm_layer", norm_layer)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.pyramid_channels = tuple(expansion * p for p in planes)
@@ -169,6 +178,7 @@ class EPSANet(nn.Module):
             "expansion": expansion,
             "conv_kernels": conv_kernels,
             "conv_groups": conv_groups,
+            "reduction": reduction,
             "fused": fused,
             "norm_layer": norm_layer,
         }
@@ -323,24 +333,14 @@ def _check_configuration(
 ) -> None:
     """Raise ValueError or TypeError if no network can be built from these arguments."""
     for name, stages in (("layers", layers), ("planes", planes)):
+        check_ints(name, stages, 1)
         if len(stages) != 4:
             raise ValueError(f"{name}: expected one number for each of 4 stages, got {stages}")
-    for i, blocks in enumerate(layers):
-        check_int(f"layers[{i}]", blocks, 1)
     check_int("in_chans", in_chans, 1)
     check_int("expansion", expansion, 1)
+    check_number("drop_rate", drop_rate)
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
-
-
-def check_int(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise TypeError or ValueError unless the argument `name` is an int in [least, most]."""
-    if not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 def _make_stage(

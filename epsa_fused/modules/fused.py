@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .._arguments import ModuleArguments
+from .._checks import check_flag, check_int, check_tensor
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
 from .calling import warn_once, why_here
@@ -76,6 +77,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             reduction=reduction,
             branch_order=branch_order,
         )
+        check_flag("save_output", save_output)
         self.save_output = save_output
 
     def extra_repr(self) -> str:
@@ -96,6 +98,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if isinstance(x, Proxy):
             leaf = as_leaf(self, x)
             return super().forward(x) if leaf is None else leaf
+        check_tensor("FusedPSAModule: x", x)
         save_output = (
             self.save_output
             and torch.is_grad_enabled()
@@ -158,11 +161,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 that are not plain (hooks, a bias, a wrapper, several strides).
             ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for.
         """
-        if min(height, width) < 1:
-            raise ValueError(
-                f"FusedPSAModule.prepack: expected a height and width of at least 1, "
-                f"got {height} and {width}"
-            )
+        check_int("FusedPSAModule.prepack: height", height, 1)
+        check_int("FusedPSAModule.prepack: width", width, 1)
         convs = self._convs()
         if self.training:
             raise RuntimeError("FusedPSAModule.prepack: expected eval mode, got training mode")

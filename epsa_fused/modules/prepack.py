@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .._checks import check_module, check_tensor
 from .fused import FusedPSAModule
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -31,10 +32,13 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
 
     Other errors come from the modules' own prepack. After an error no module is packed.
     """
+    check_module("prepack: model", model)
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
     def record(module: FusedPSAModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        height, width = (args[0] if args else kwargs["x"]).shape[2:]
+        x = args[0] if args else kwargs.get("x")
+        check_tensor(f"prepack: x of {type(module).__name__}", x)
+        height, width = cast(Tensor, x).shape[2:]
         sizes[module] = height, width
 
     fused = [m for m in model.modules() if isinstance(m, FusedPSAModule)]
@@ -65,6 +69,7 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
 
 def unpack(model: _Model) -> _Model:
     """Undo :func:`prepack`; returns model."""
+    check_module("unpack: model", model)
     for module in model.modules():
         if isinstance(module, FusedPSAModule):
             module.unpack()

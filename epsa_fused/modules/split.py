@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .._checks import check_tensor
 from ..functional import psa_attention
 from ..reference import _recalibrate, is_reversed
 from .calling import warn_once, why_here
@@ -125,6 +126,7 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
         if isinstance(x, Proxy):
             leaf = as_leaf(self, x)
             return super().forward(x) if leaf is None else leaf
+        check_tensor("FusedSplitPSA: x", x)
         why = why_not_plain("x", x) or self._why_not_fused()
         if why is not None:
             warn_once(self, why)

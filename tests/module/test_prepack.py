@@ -527,10 +527,12 @@ def test_nothing_to_pack_for_float64():
     assert module._packed is None
 
 
-@pytest.mark.parametrize("size", ((0, 4), (4, -1)))
-def test_sizes_that_are_none(size):
+@pytest.mark.parametrize(
+    ("size", "message"), [((0, 4), "height: .* 1, got 0"), ((4, -1), "width: .* 1, got -1")]
+)
+def test_sizes_that_are_none(size, message):
     module, _ = make()
-    with pytest.raises(ValueError, match=rf"at least 1, got {size[0]} and {size[1]}"):
+    with pytest.raises(ValueError, match=message):
         module.prepack(*size)
 
 
