@@ -114,15 +114,8 @@ def psa_attention(
             "psa_attention: feats is a Tensor, expected a sequence of "
             f"{MIN_BRANCHES} to {MAX_BRANCHES} maps (try feats.chunk(branches, dim=1))"
         )
-    if not isinstance(feats, list | tuple | Sequence):  # the first two are quicker to tell
-        raise TypeError(f"psa_attention: feats: expected a sequence of maps, got {given(feats)}")
-    for i, feat in enumerate(feats):
-        if not isinstance(feat, Tensor):
-            check_tensor(f"psa_attention: feats[{i}]", feat)
-    for name, value in zip(_WEIGHTS, (fc1_weight, fc1_bias, fc2_weight, fc2_bias), strict=True):
-        if value is not None:  # the operator knows which may be None
-            check_tensor(f"psa_attention: {name}", value)
-    check_flag("return_attention", return_attention)
+    if return_attention is not True and return_attention is not False:
+        check_flag("return_attention", return_attention)
     if in_transform():
         out, attention = psa_attention_reference(
             list(feats),
@@ -135,10 +128,28 @@ def psa_attention(
         )
         accumulated = torch.float64 if out.dtype == torch.float64 else torch.float32
         return (out, attention.to(accumulated)) if return_attention else out
-    out, _, attention = torch.ops.epsa_fused.psa_attention.default(
-        list(feats), fc1_weight, fc1_bias, fc2_weight, fc2_bias, is_reversed(branch_order)
-    )
+    try:
+        out, _, attention = torch.ops.epsa_fused.psa_attention.default(
+            list(feats), fc1_weight, fc1_bias, fc2_weight, fc2_bias, is_reversed(branch_order)
+        )
+    except (RuntimeError, TypeError):
+        _check_kinds(feats, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+        raise
     return (out, attention) if return_attention else out
+
+
+def _check_kinds(feats: object, weights: tuple[object, ...]) -> None:
+    """Raise TypeError where an argument of psa_attention is of a wrong kind.
+
+    Only after an error: the checks would cost a tenth of a small call.
+    """
+    if not isinstance(feats, Sequence):
+        raise TypeError(f"psa_attention: feats: expected a sequence of maps, got {given(feats)}")
+    for i, feat in enumerate(feats):
+        check_tensor(f"psa_attention: feats[{i}]", feat)
+    for name, value in zip(_WEIGHTS, weights, strict=True):
+        if value is not None:  # the operator knows which may be None
+            check_tensor(f"psa_attention: {name}", value)
 
 
 def spc_conv(
