@@ -116,23 +116,24 @@ def psa_attention(
         )
     if return_attention is not True and return_attention is not False:
         check_flag("return_attention", return_attention)
-    if in_transform():
-        out, attention = psa_attention_reference(
-            list(feats),
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            branch_order=branch_order,
-            return_attention=True,
-        )
-        accumulated = torch.float64 if out.dtype == torch.float64 else torch.float32
-        return (out, attention.to(accumulated)) if return_attention else out
     try:
-        out, _, attention = torch.ops.epsa_fused.psa_attention.default(
-            list(feats), fc1_weight, fc1_bias, fc2_weight, fc2_bias, is_reversed(branch_order)
-        )
-    except (RuntimeError, TypeError):
+        if in_transform():
+            out, attention = psa_attention_reference(
+                list(feats),
+                fc1_weight,
+                fc1_bias,
+                fc2_weight,
+                fc2_bias,
+                branch_order=branch_order,
+                return_attention=True,
+            )
+            accumulated = torch.float64 if out.dtype == torch.float64 else torch.float32
+            attention = attention.to(accumulated)
+        else:
+            out, _, attention = torch.ops.epsa_fused.psa_attention.default(
+                list(feats), fc1_weight, fc1_bias, fc2_weight, fc2_bias, is_reversed(branch_order)
+            )
+    except (AttributeError, RuntimeError, TypeError):  # the reference raises the first
         _check_kinds(feats, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         raise
     return (out, attention) if return_attention else out

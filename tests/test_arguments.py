@@ -134,6 +134,26 @@ def test_tensors_without_strided_memory_are_refused_by_name(kind, mode):
             module()(foreign(torch.ones(1, 64, 4, 4)))
 
 
+@pytest.mark.parametrize("feats", (None, 3, [None, None], [ARRAY, ARRAY]))
+def test_a_transform_names_the_argument_too(feats):
+    def loss(fc1: torch.Tensor) -> torch.Tensor:
+        return psa_attention(feats, fc1, None, FC2, None).sum()
+
+    with pytest.raises(TypeError, match=r"^psa_attention: feats(\[0\])?: expected a"):
+        torch.func.grad(loss)(FC1)
+
+
+def test_every_operator_refuses_every_foreign_kind():
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("epsa_fused::")]
+    names = [n for n in names if not n.endswith("_meta")]
+    assert len(names) == 8
+    keys = ("Sparse{}", "SparseCsr{}", "Quantized{}", "NestedTensor{}")
+    keys = [key.format(device) for key in keys for device in ("CPU", "CUDA")]
+    for name in names:
+        for key in [*keys, "MkldnnCPU", "AutogradNestedTensor"]:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -1,8 +1,4 @@
-// Tensors without strided memory reach no kernel. Every operator refuses them by its argument's
-// name, where the dispatcher would list its backends.
-#include <torch/library.h>
-
-#include <string>
+#include "ops/foreign.h"
 
 namespace epsa {
 namespace {
@@ -41,46 +37,19 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(false, caller, ": expected tensors with strided memory");
 }
 
-void refuse_all(torch::Library& m) {
-  for (const char* name :
-       {"psa_attention", "psa_attention_backward", "spc_conv", "spc_conv_backward", "spc_prepack",
-        "psa_forward", "psa_save_output", "psa_save_output_backward"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  }
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(epsa_fused, SparseCPU, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, SparseCUDA, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, SparseCsrCPU, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, SparseCsrCUDA, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, MkldnnCPU, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, QuantizedCPU, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, QuantizedCUDA, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, NestedTensorCPU, m) {
-  refuse_all(m);
-}
-TORCH_LIBRARY_IMPL(epsa_fused, NestedTensorCUDA, m) {
-  refuse_all(m);
-}
-// Autograd's kernels would ask a nested tensor for its sizes first.
-TORCH_LIBRARY_IMPL(epsa_fused, AutogradNestedTensor, m) {
-  refuse_all(m);
+void refuse_foreign(torch::Library& m, const std::string& name) {
+  using c10::DispatchKey;
+  for (const DispatchKey key :
+       {DispatchKey::SparseCPU, DispatchKey::SparseCUDA, DispatchKey::SparseCsrCPU,
+        DispatchKey::SparseCsrCUDA, DispatchKey::MkldnnCPU, DispatchKey::QuantizedCPU,
+        DispatchKey::QuantizedCUDA, DispatchKey::NestedTensorCPU, DispatchKey::NestedTensorCUDA,
+        // Autograd's kernels would ask a nested tensor for its sizes first.
+        DispatchKey::AutogradNestedTensor}) {
+    m.impl(
+        name.c_str(), torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&refuse>()));
+  }
 }
 
 }  // namespace epsa

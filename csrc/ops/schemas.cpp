@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "ops/foreign.h"
+
 namespace epsa {
 namespace {
 
@@ -10,6 +12,7 @@ namespace {
 // (csrc/ops/meta.cpp). The latter is private: epsa_fused/_fake.py calls it.
 void define(torch::Library& m, const std::string& name, const std::string& rest) {
   m.def((name + rest).c_str(), {at::Tag::pt2_compliant_tag});
+  refuse_foreign(m, name);
   m.def(("_" + name + "_meta" + rest).c_str());
 }
 
@@ -51,6 +54,7 @@ TORCH_LIBRARY(epsa_fused, m) {
           "bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights, " +
           kGradSE + ")");
   m.def(("spc_prepack(" + kConv + ") -> Tensor packed").c_str());
+  refuse_foreign(m, "spc_prepack");
 }
 
 }  // namespace epsa
