@@ -189,7 +189,7 @@ void at_most(int64_t most, const char* what, int64_t given) {
 py::dict conv_plan(
     int64_t in_channels, int64_t out_channels, int64_t groups, std::pair<int64_t, int64_t> kernel,
     int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t dilation,
-    const std::string& dtype, const std::optional<std::string>& isa) {
+    bool winograd, const std::string& dtype, const std::optional<std::string>& isa) {
   namespace cpu = epsa::cpu;
   for (const auto& [what, given] : std::vector<std::pair<const char*, int64_t>>{
            {"in_channels", in_channels},
@@ -215,9 +215,10 @@ py::dict conv_plan(
       width + 2 * padding < dilation * (kernel.second - 1) + 1) {
     throw py::value_error("the output would be empty, expected at least 1 x 1");
   }
-  const cpu::Conv conv = cpu::make_conv(
+  cpu::Conv conv = cpu::make_conv(
       in_channels, out_channels, groups, kernel.first, kernel.second, stride, padding, dilation,
       height, width);
+  conv.winograd = winograd;
   cpu::Isa wanted = cpu::isa_in_use();
   if (isa) {
     wanted = named("isa", *isa, isas());
@@ -237,6 +238,7 @@ py::dict conv_plan(
 void define_build(py::module_& m) {
   m.attr("MIN_BRANCHES") = epsa::kMinBranches;
   m.attr("MAX_BRANCHES") = epsa::kMaxBranches;
+  m.attr("COMPARED_WEIGHTS") = epsa::cpu::kComparedWeights;
 
   m.def(
       "build_info",
@@ -279,11 +281,13 @@ void define_conv_plan(py::module_& m) {
       "whole vectors). Of all but the last also the pixels "
       "(winograd: transforms) and the vectors (dot: output channels) of a "
       "register tile, the units that the output channels make, the channels of "
-      "one and its rows at a time. A pure function; isa: "
+      "one and its rows at a time. A pure function; winograd: may that method be "
+      "used? isa: "
       "'baseline', 'avx2' or 'avx512', None for the one in use.",
       py::kw_only(), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"),
       py::arg("kernel"), py::arg("height"), py::arg("width"), py::arg("stride") = 1,
-      py::arg("padding") = 0, py::arg("dilation") = 1, py::arg("dtype") = "float32",
+      py::arg("padding") = 0, py::arg("dilation") = 1, py::arg("winograd") = true,
+      py::arg("dtype") = "float32",
       py::arg("isa") = py::none());
 }
 

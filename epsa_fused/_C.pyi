@@ -4,6 +4,7 @@ from typing import Any
 
 MIN_BRANCHES: int
 MAX_BRANCHES: int
+COMPARED_WEIGHTS: int
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
@@ -18,6 +19,7 @@ def conv_plan(
     stride: int = ...,
     padding: int = ...,
     dilation: int = ...,
+    winograd: bool = ...,
     dtype: str = ...,
     isa: str | None = ...,
 ) -> dict[str, Any]: ...

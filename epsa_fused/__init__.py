@@ -3,6 +3,7 @@
 # The underscored modules register kernels, formulas and decompositions when they are imported.
 from . import _decompositions, _fake, _flops, convolution  # noqa: F401
 from ._version import __version__
+from ._winograd import set_winograd, winograd_allowed
 from .functional import psa_attention
 from .fuse import FuseReport, fuse, unfuse
 from .models import epsanet, register_timm
@@ -23,8 +24,10 @@ __all__ = [
     "psa_attention",
     "psa_attention_reference",
     "register_timm",
+    "set_winograd",
     "unfuse",
     "unpack",
     "why_not_fused",
+    "winograd_allowed",
 ]
 __all__ += epsanet.__all__

@@ -69,20 +69,20 @@ def _convolve(
 
 def _spc_conv(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """As epsa_fused::spc_conv: S x [N, C, H', W'], and their means [N, S, C]."""
-    feats = _convolve(*arguments)
+    feats = _convolve(*arguments[:6])
     acc = torch.float64 if feats[0].dtype == torch.float64 else torch.float32
     return feats, torch.stack([f.to(acc).mean((2, 3)) for f in feats], 1)
 
 
 def _psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As epsa_fused::psa_save_output: out, and pooled and attention [N, S, C]."""
-    module = ModuleArguments(*arguments)
+    """As epsa_fused::psa_save_output, which may have further arguments: out, and pooled and attention [N, S, C]."""
+    module = ModuleArguments(*arguments[: len(ModuleArguments._fields)])
     return _psa_attention(_convolve(*module[:6]), *module[6:])
 
 
 def _psa_forward(*arguments: Any) -> Tensor:
-    """As epsa_fused::psa_forward, which may have packed weights as a last argument."""
-    return _psa_save_output(*arguments[: len(ModuleArguments._fields)])[0]
+    """As epsa_fused::psa_forward."""
+    return _psa_save_output(*arguments)[0]
 
 
 def _register(name: str, decomposition: Callable[..., Any]) -> None:

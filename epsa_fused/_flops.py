@@ -64,7 +64,7 @@ def _(x: Shape, weights: Sequence[Shape], *args: Any, out_shape: Any = None, **k
 
 @_formula(torch.ops.epsa_fused.spc_conv_backward)
 def _(grads: Sequence[Shape], x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
-    output_mask = args[-1]
+    output_mask = args[4]
     # Each gradient takes as many multiply-adds as the forward pass.
     return sum(
         _conv_flops(x, w, out) * (int(output_mask[0]) + int(wanted))

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from ._checks import check_flag, check_int, check_ints, check_tensor, given
 from ._library import MAX_BRANCHES, MIN_BRANCHES
+from ._winograd import winograd_allowed
 from .reference import is_reversed, psa_attention_reference
 
 # The SE's arguments of psa_attention.
@@ -161,6 +162,7 @@ def spc_conv(
     stride: int = 1,
     padding: Sequence[int],
     dilation: Sequence[int] | None = None,
+    winograd: bool | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The grouped convolutions of PSA's squeeze-and-concat step (arXiv 2105.14447, eq. 1 to 3).
 
@@ -175,6 +177,8 @@ def spc_conv(
             with the same C.
         groups, padding, dilation: one int per branch; the default dilation is 1 everywhere.
         stride: of every branch.
+        winograd: whether Winograd's method may be used, also for the gradient of x. None: as
+            :func:`epsa_fused.set_winograd` says.
 
     Returns:
         feats: the branches' maps [N, C, H', W'], in x's dtype and memory layout.
@@ -208,8 +212,10 @@ def spc_conv(
     check_ints("spc_conv: padding", padding)
     if dilation is not None:
         check_ints("spc_conv: dilation", dilation)
+    if winograd is not None:
+        check_flag("spc_conv: winograd", winograd)
     ones = [1] * len(weights) if dilation is None else list(dilation)
     result = torch.ops.epsa_fused.spc_conv.default(
-        x, list(weights), list(groups), stride, list(padding), ones
+        x, list(weights), list(groups), stride, list(padding), ones, winograd_allowed(winograd)
     )
     return cast(tuple[list[Tensor], Tensor], result)

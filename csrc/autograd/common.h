@@ -116,19 +116,22 @@ class SavedSettings {
     ctx->saved_data["stride"] = k.stride;
     ctx->saved_data["padding"] = k.padding.vec();
     ctx->saved_data["dilation"] = k.dilation.vec();
+    ctx->saved_data["winograd"] = k.winograd;
   }
 
   explicit SavedSettings(AutogradContext* ctx)
       : groups_(ctx->saved_data["groups"].toIntVector()),
         padding_(ctx->saved_data["padding"].toIntVector()),
         dilation_(ctx->saved_data["dilation"].toIntVector()),
-        stride_(ctx->saved_data["stride"].toInt()) {}
+        stride_(ctx->saved_data["stride"].toInt()),
+        winograd_(ctx->saved_data["winograd"].toBool()) {}
 
-  ConvSettings view() const { return {groups_, stride_, padding_, dilation_}; }
+  ConvSettings view() const { return {groups_, stride_, padding_, dilation_, winograd_}; }
 
  private:
   std::vector<int64_t> groups_, padding_, dilation_;
   int64_t stride_;
+  bool winograd_;
 };
 
 }  // namespace epsa

@@ -17,12 +17,14 @@ ForwardBank::ForwardBank(
     convs_.push_back(conv_of(p, weights[s], settings, s));
   }
   header_ = PrepackHeader(p, convs_, isa_);
-  // Packed weights are ignored where the weights were changed or replaced since.
+  // Packed weights are ignored where the weights were changed or replaced since, and where
+  // the method that they are for is not wanted any more.
   bool use_packed = false;
   if (prepacked) {
     const PrepackHeader given = read_prepacked(op, *prepacked, header_);
-    header_.sign(weights);
-    use_packed = given.same_weights(header_);
+    header_.sign(weights, given.frozen);
+    use_packed = given.same_weights(header_) &&
+        (settings.winograd || !given.has(ConvMethod::winograd));
     header_ = use_packed ? given : header_;
   }
   for (int64_t s = 0; s < p.S; ++s) {
@@ -80,12 +82,12 @@ std::vector<ConvWeights> ForwardBank::conv_weights() const {
   return weights;
 }
 
-Tensor ForwardBank::prepack(at::TensorList weights) const {
+Tensor ForwardBank::prepack(at::TensorList weights, bool frozen) const {
   Tensor bytes = at::detail::empty_cpu(
       {kPrepackHeaderBytes + weight_floats_ * static_cast<int64_t>(sizeof(float))}, at::kByte,
       /*pin_memory=*/false, at::MemoryFormat::Contiguous);
   PrepackHeader header = header_;
-  header.sign(weights);
+  header.sign(weights, frozen);
   char* data = static_cast<char*>(bytes.mutable_data_ptr());
   // Clears also the gaps that the kernels leave between the weights.
   std::memset(data, 0, bytes.numel());
@@ -400,7 +402,8 @@ ConvForward conv_forward(const Tensor& x, at::TensorList weights, const ConvSett
   return convolve(native, p, x, weights, settings);
 }
 
-Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& settings) {
+Tensor prepack(
+    const Tensor& x, at::TensorList weights, const ConvSettings& settings, bool frozen) {
   const ConvProblem p = check_conv_arguments("spc_prepack", x, weights, settings);
   const ForwardBank native("spc_prepack", p, weights, settings);
   TORCH_CHECK_VALUE(
@@ -408,7 +411,7 @@ Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& sett
       "spc_prepack: expected at least one convolution that has "
       "a kernel here, got none of ",
       p.S, " (dtype ", p.dtype, ", stride ", settings.stride, "): there is nothing to pack");
-  return native.prepack(weights);
+  return native.prepack(weights, frozen);
 }
 
 }  // namespace

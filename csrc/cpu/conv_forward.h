@@ -16,8 +16,9 @@ class ForwardBank {
       const std::optional<Tensor>& prepacked = std::nullopt);
 
   // The packed weights with their header, for a constructor's `prepacked`. Takes the
-  // constructor's weights, which it may have copied to other strides.
-  Tensor prepack(at::TensorList weights) const;
+  // constructor's weights, which it may have copied to other strides. Calls compare the
+  // bytes of the weights, or, if they are `frozen`, only addresses and versions.
+  Tensor prepack(at::TensorList weights, bool frozen) const;
 
   bool has(int64_t s) const { return plans_[s].method != ConvMethod::library; }
   bool has_any() const { return !units_.empty(); }

@@ -91,9 +91,11 @@ inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
 
 inline Conv conv_of(
     const ConvProblem& p, const Tensor& w, const ConvSettings& settings, int64_t s) {
-  return make_conv(
+  Conv conv = make_conv(
       p.in_channels, p.C, settings.groups[s], w.size(2), w.size(3), settings.stride,
       settings.padding[s], settings.dilation[s], p.H, p.W);
+  conv.winograd = settings.winograd;
+  return conv;
 }
 
 inline Tensor evenly(const Tensor& w) {

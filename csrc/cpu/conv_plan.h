@@ -18,6 +18,7 @@ struct Conv {
   int64_t padding_h, padding_w;  // above and left
   int64_t height, width;         // of the input
   int64_t out_height, out_width;
+  bool winograd = true;  // whether Winograd's method may compute it
 
   int64_t ic() const { return in_channels / groups; }  // of one group
   int64_t oc() const { return out_channels / groups; }
@@ -160,6 +161,10 @@ constexpr int lanes_of(Isa isa) {  // floats of a register
 // A core's own cache, in floats. Larger weights leave it before the next sample needs them.
 constexpr int64_t kCacheFloats = 1 << 18;
 
+// Packed weights of up to so many values are compared with the originals in each call. To
+// read more costs more than to pack them.
+constexpr int64_t kComparedWeights = kCacheFloats;
+
 constexpr int kMaxStride = 2;
 constexpr int kPixels[] = {1, 2, 3, 4, 6, 7, 14, 28};
 constexpr int kBlocks[] = {1, 2, 4, 8};
@@ -175,9 +180,9 @@ constexpr int largest_tile(int64_t pixels) {
 
 constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
-// Whether Winograd's method can compute conv.
+// Whether Winograd's method can compute conv, and may.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
-  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.dilation == 1 &&
+  return conv.winograd && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.dilation == 1 &&
       conv.ic() % lanes == 0;
 }
 

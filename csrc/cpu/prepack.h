@@ -27,6 +27,15 @@ inline uint64_t checksum_of(const Tensor& weight) {
   return checksum(sums.data(), sums.size() * sizeof(uint64_t), pieces);
 }
 
+// Tells a tensor's memory and version from others. Changes that leave no version behind
+// are not seen: those of optimizers with fused=True, of .data and of numpy.
+inline uint64_t identity_of(const Tensor& weight) {
+  std::vector<uint64_t> facts{reinterpret_cast<uint64_t>(weight.const_data_ptr())};
+  facts.push_back(weight.is_inference() ? 0 : weight._version());
+  facts.insert(facts.end(), weight.strides().begin(), weight.strides().end());
+  return checksum(facts.data(), facts.size() * sizeof(uint64_t), 0);
+}
+
 struct PrepackHeader {
   char magic[8];  // names the layout, too
   int32_t isa, dtype, branches, in_channels, channels;
@@ -34,14 +43,15 @@ struct PrepackHeader {
     int32_t groups, kernel_h, kernel_w;
     Packing packing;  // `library`: this branch has no packed weights
   } branch[kMaxBranches];
-  uint64_t source[kMaxBranches];  // checksums of the weights; 0 until sign()
+  uint64_t source[kMaxBranches];  // tell the weights; 0 until sign()
+  int32_t frozen;                 // source holds identities, otherwise checksums
 
   // Headers are compared as bytes, so their gaps must be zero too.
   PrepackHeader() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
 
   PrepackHeader(const ConvProblem& p, const std::vector<Conv>& convs, Isa instructions)
       : PrepackHeader() {
-    std::memcpy(magic, "EPSASPC3", sizeof(magic));
+    std::memcpy(magic, "EPSASPC4", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
     dtype = static_cast<int32_t>(p.dtype);
     branches = static_cast<int32_t>(p.S);
@@ -54,11 +64,11 @@ struct PrepackHeader {
     }
   }
 
-  // Notes which weights were packed, by their bytes. Their addresses and versions would
-  // not do: optimizers, .data and numpy change weights without a new version.
-  void sign(at::TensorList weights) {
+  // Notes which weights were packed: by their bytes, or, frozen, by their identities.
+  void sign(at::TensorList weights, bool by_identity) {
+    frozen = by_identity;
     for (size_t s = 0; s < weights.size(); ++s) {
-      source[s] = checksum_of(weights[s]);
+      source[s] = by_identity ? identity_of(weights[s]) : checksum_of(weights[s]);
     }
   }
 
@@ -72,6 +82,10 @@ struct PrepackHeader {
   }
   bool same_weights(const PrepackHeader& other) const {
     return std::memcmp(source, other.source, sizeof(source)) == 0;
+  }
+  bool has(ConvMethod method) const {
+    return std::any_of(
+        branch, branch + kMaxBranches, [&](const Branch& b) { return b.packing.method == method; });
   }
 
   std::string describe() const {

@@ -30,7 +30,7 @@ class Operator<R(Args...)> {
         [&](auto&&... members) -> R {
           return op_.call(std::forward<decltype(members)>(members)...);
         },
-        std::tuple_cat(Group<Args>::split(std::forward<Args>(args))...));
+        flat_list<Args...>(std::forward<Args>(args)...));
   }
 };
 

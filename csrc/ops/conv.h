@@ -12,6 +12,7 @@ struct ConvSettings {
   at::IntArrayRef groups;
   int64_t stride;
   at::IntArrayRef padding, dilation;
+  bool winograd = true;  // whether Winograd's method may be used
 };
 
 // Sizes and types of one checked call.

@@ -9,23 +9,29 @@
 
 namespace epsa {
 
-// How an argument stands in the flat list: as itself, or as a group's members.
+// How an argument stands in the flat list: as itself, or as a group's members. Members that
+// a group gained later are appended to the list, since exported programs hold its order.
 template <class Arg>
 struct Group {
   using Members = std::tuple<Arg>;
+  using Appended = std::tuple<>;
   static Members split(Arg arg) { return Members(std::forward<Arg>(arg)); }
+  static Appended appended(const std::remove_reference_t<Arg>&) { return {}; }
   static Arg join(Arg arg) { return std::forward<Arg>(arg); }
 };
 
 template <>
 struct Group<const ConvSettings&> {
   using Members = std::tuple<at::IntArrayRef, int64_t, at::IntArrayRef, at::IntArrayRef>;
+  using Appended = std::tuple<bool>;
   static Members split(const ConvSettings& k) {
     return {k.groups, k.stride, k.padding, k.dilation};
   }
+  static Appended appended(const ConvSettings& k) { return {k.winograd}; }
   static ConvSettings join(
-      at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-    return {groups, stride, padding, dilation};
+      at::IntArrayRef groups, int64_t stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+      bool winograd) {
+    return {groups, stride, padding, dilation, winograd};
   }
 };
 
@@ -34,9 +40,11 @@ struct Group<const SEWeights&> {
   using Members = std::tuple<
       const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
       const std::optional<at::Tensor>&>;
+  using Appended = std::tuple<>;
   static Members split(const SEWeights& se) {
     return {se.fc1_weight, se.fc1_bias, se.fc2_weight, se.fc2_bias};
   }
+  static Appended appended(const SEWeights&) { return {}; }
   static SEWeights join(
       const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
       const at::Tensor& fc2_weight, const std::optional<at::Tensor>& fc2_bias) {
@@ -45,31 +53,43 @@ struct Group<const SEWeights&> {
 };
 
 template <class... Args>
-using FlatList = decltype(std::tuple_cat(std::declval<typename Group<Args>::Members>()...));
+using FlatList = decltype(std::tuple_cat(
+    std::declval<typename Group<Args>::Members>()...,
+    std::declval<typename Group<Args>::Appended>()...));
+
+// Groups as the flat list.
+template <class... Args>
+FlatList<Args...> flat_list(Args... args) {
+  return std::tuple_cat(
+      Group<Args>::split(std::forward<Args>(args))..., Group<Args>::appended(args)...);
+}
 
 // A function of groups, as the function of the flat list that a library registers.
 template <auto f, class... Args>
 class Flat {
-  // The place of argument i's first member in the flat list.
-  static constexpr size_t place(size_t i) {
-    constexpr size_t members[] = {std::tuple_size_v<typename Group<Args>::Members>...};
-    size_t place = 0;
-    for (size_t before = 0; before < i; ++before) {
-      place += members[before];
-    }
-    return place;
+  static constexpr size_t kMembers[] = {std::tuple_size_v<typename Group<Args>::Members>...};
+  static constexpr size_t kAppended[] = {std::tuple_size_v<typename Group<Args>::Appended>...};
+
+  static constexpr size_t sum(const size_t* counts, size_t count) {
+    return count == 0 ? 0 : counts[count - 1] + sum(counts, count - 1);
   }
 
-  template <class Arg, size_t first, class List, size_t... member>
-  static decltype(auto) join(List& list, std::index_sequence<member...>) {
-    return Group<Arg>::join(std::get<first + member>(std::move(list))...);
+  template <
+      class Arg, size_t first, size_t first_appended, class List, size_t... member,
+      size_t... appended>
+  static decltype(auto) join(
+      List& list, std::index_sequence<member...>, std::index_sequence<appended...>) {
+    return Group<Arg>::join(
+        std::get<first + member>(std::move(list))...,
+        std::get<first_appended + appended>(std::move(list))...);
   }
 
   template <size_t i, class List>
   static decltype(auto) argument(List& list) {
     using Arg = std::tuple_element_t<i, std::tuple<Args...>>;
-    constexpr size_t members = std::tuple_size_v<typename Group<Arg>::Members>;
-    return join<Arg, place(i)>(list, std::make_index_sequence<members>());
+    constexpr size_t all = sum(kMembers, sizeof...(Args));
+    return join<Arg, sum(kMembers, i), all + sum(kAppended, i)>(
+        list, std::make_index_sequence<kMembers[i]>(), std::make_index_sequence<kAppended[i]>());
   }
 
   template <class List, size_t... i>

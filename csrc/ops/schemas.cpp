@@ -19,6 +19,7 @@ void define(torch::Library& m, const std::string& name, const std::string& rest)
 const std::string kConv =
     "Tensor x, Tensor[] weights, int[] groups, int stride, int[] padding, "
     "int[] dilation";
+const std::string kAppended = ", bool winograd=True";  // of the convolutions' settings
 const std::string kSE = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias";
 const std::string kForward = " -> (Tensor out, Tensor pooled, Tensor attention)";
 const std::string kGradSE =
@@ -38,22 +39,22 @@ TORCH_LIBRARY(epsa_fused, m) {
           ", Tensor pooled, Tensor attention, bool reversed, "
           "bool[] output_mask) -> (Tensor[] grad_feats, " +
           kGradSE + ")");
-  define(m, "spc_conv", "(" + kConv + ") -> (Tensor[] feats, Tensor pooled)");
+  define(m, "spc_conv", "(" + kConv + kAppended + ") -> (Tensor[] feats, Tensor pooled)");
   define(
       m, "spc_conv_backward",
       "(Tensor[] grad_feats, " + kConv +
-          ", bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights)");
+          ", bool[] output_mask" + kAppended + ") -> (Tensor grad_x, Tensor[] grad_weights)");
   define(
       m, "psa_forward",
-      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None) -> Tensor");
-  define(m, "psa_save_output", "(" + kConv + ", " + kSE + ", bool reversed)" + kForward);
+      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended + ") -> Tensor");
+  define(m, "psa_save_output", "(" + kConv + ", " + kSE + ", bool reversed" + kAppended + ")" + kForward);
   define(
       m, "psa_save_output_backward",
       "(Tensor grad_out, " + kConv + ", " + kSE +
           ", Tensor out, Tensor pooled, Tensor attention, bool reversed, "
-          "bool[] output_mask) -> (Tensor grad_x, Tensor[] grad_weights, " +
-          kGradSE + ")");
-  m.def(("spc_prepack(" + kConv + ") -> Tensor packed").c_str());
+          "bool[] output_mask" +
+          kAppended + ") -> (Tensor grad_x, Tensor[] grad_weights, " + kGradSE + ")");
+  m.def(("spc_prepack(" + kConv + ", bool frozen=False" + kAppended + ") -> Tensor packed").c_str());
   refuse_foreign(m, "spc_prepack");
 }
 

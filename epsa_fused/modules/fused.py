@@ -11,6 +11,8 @@ from torch.fx import Proxy
 
 from .._arguments import ModuleArguments
 from .._checks import check_flag, check_int, check_tensor
+from .._library import COMPARED_WEIGHTS
+from .._winograd import winograd_allowed
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
 from .calling import warn_once, why_here
@@ -47,6 +49,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
             where the layers would be called with gradients. The next layer must not
             change the output in place: autograd raises an error then. In half precision the
             attention's gradient is computed from the rounded output. Also an attribute.
+        winograd: whether Winograd's method may compute 3x3 convolutions on the CPU. None: as
+            :func:`epsa_fused.set_winograd` says. Also an attribute.
 
     Raises:
         ValueError, TypeError: the module cannot be built; the message names the argument.
@@ -54,6 +58,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     # The class has defaults too: modules pickled by an older version lack these attributes.
     save_output: bool = False
+    winograd: bool | None = None
     _packed: Tensor | None = None
 
     def __init__(
@@ -67,6 +72,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         reduction: int = 16,
         branch_order: str = "reversed",
         save_output: bool = False,
+        winograd: bool | None = None,
     ) -> None:
         super().__init__(
             inplans,
@@ -79,11 +85,15 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
         check_flag("save_output", save_output)
         self.save_output = save_output
+        if winograd is not None:
+            check_flag("winograd", winograd)
+        self.winograd = winograd
 
     def extra_repr(self) -> str:
         why = self._why_not_fused()
         states = (
             (", save_output=True" if self.save_output else "")
+            + (f", winograd={self.winograd}" if self.winograd is not None else "")
             + (", prepacked" if self._packed is not None else "")
             + (f", not fused: {why}" if why is not None else "")
         )
@@ -125,11 +135,13 @@ class FusedPSAModule(NotScriptable, PSAModule):
             fc2.bias,
             is_reversed(self.branch_order),
         )
+        winograd = winograd_allowed(self.winograd)
         if save_output:
-            return cast(Tensor, torch.ops.epsa_fused.psa_save_output.default(*arguments)[0])
+            out = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)[0]
+            return cast(Tensor, out)
         # Packed weights belong to this process; an exported program also runs in others.
         packed = None if torch.compiler.is_exporting() else self._packed
-        return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed))
+        return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed, winograd))
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
@@ -142,7 +154,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     # ---- serving: weights packed ahead ----
 
-    def prepack(self, height: int, width: int) -> Self:
+    def prepack(self, height: int, width: int, *, frozen: bool = False) -> Self:
         """Pack the convolutions' weights once instead of in every call: for serving on the CPU.
 
         Calls without gradients use the packed copy. It takes about as much memory as the weights
@@ -151,16 +163,23 @@ class FusedPSAModule(NotScriptable, PSAModule):
         `train()`, `load_state_dict()`, :meth:`unpack`, moving and casting drop it. Copies, pickles
         and exported programs have none. Each call compares a 64-bit checksum of the weights, so no
         way of changing them gives an old result. Where they differ, and under autocast, which
-        casts them, the call packs itself: prepack again then.
+        casts them, the call packs itself: prepack again then. So it does where `winograd` has
+        been turned off since.
 
         Args:
             height, width: of the maps x that will be served; other sizes work, maybe more slowly.
+            frozen: your promise that the weights stay as they are. Calls then compare their
+                addresses and versions only. Changes by `.data`, numpy and optimizers with
+                `fused=True` leave no version, and calls return the old result after them.
 
         Raises:
             RuntimeError: in training mode, on another device than the CPU, or with convolutions
                 that are not plain (hooks, a bias, a wrapper, several strides).
-            ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for.
+            ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for. Also
+                for more than 2**18 weights that are not `frozen`: to compare them costs more
+                than to pack them.
         """
+        check_flag("FusedPSAModule.prepack: frozen", frozen)
         check_int("FusedPSAModule.prepack: height", height, 1)
         check_int("FusedPSAModule.prepack: width", width, 1)
         convs = self._convs()
@@ -177,9 +196,17 @@ class FusedPSAModule(NotScriptable, PSAModule):
             raise RuntimeError(
                 f"FusedPSAModule.prepack: expected weights on the CPU, got {weight.device}"
             )
+        if not (frozen or self._may_be_compared()):
+            raise ValueError(
+                f"FusedPSAModule.prepack: expected at most {COMPARED_WEIGHTS} weights, or "
+                f"frozen=True, got {self._conv_weights()} weights: to compare them in each call "
+                "costs more than to pack them"
+            )
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
-            self._packed = torch.ops.epsa_fused.spc_prepack.default(x, *_conv_arguments(plain))
+            self._packed = torch.ops.epsa_fused.spc_prepack.default(
+                x, *_conv_arguments(plain), frozen, winograd_allowed(self.winograd)
+            )
         return self
 
     def unpack(self) -> Self:
@@ -203,6 +230,13 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}
+
+    def _conv_weights(self) -> int:
+        return sum(p.numel() for conv in self._convs() for p in conv.parameters())
+
+    def _may_be_compared(self) -> bool:
+        """Whether comparing the weights in each call costs less than packing them."""
+        return self._conv_weights() <= COMPARED_WEIGHTS
 
     # ---- parts ----
 

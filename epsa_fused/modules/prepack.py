@@ -7,32 +7,36 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_module, check_tensor
+from .._checks import check_flag, check_module, check_tensor
+from .._library import COMPARED_WEIGHTS
 from .fused import FusedPSAModule
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
+def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object) -> _Model:
     """Call :meth:`FusedPSAModule.prepack` of every fused module in `model`.
 
     The model is called once with `args` and `kwargs`, which shows the sizes of its maps. Modules
-    that this call does not reach stay as they are.
+    that this call does not reach stay as they are. So do modules of more than 2**18 weights,
+    unless `frozen`: to compare so many in each call costs more than to pack them.
 
     Args:
         model: in eval mode, on the CPU; it may be compiled.
         args, kwargs: of one call of the model, with inputs of the size that will be served.
+        frozen: your promise that the weights stay as they are, which saves comparing them.
 
     Returns:
         model. :func:`unpack`, `model.train()` and `model.load_state_dict()` undo the packing.
 
     Raises:
-        ValueError: the call reached no FusedPSAModule.
+        ValueError: the call reached no FusedPSAModule that can be packed.
         RuntimeError: the model is in training mode.
 
     Other errors come from the modules' own prepack. After an error no module is packed.
     """
     check_module("prepack: model", model)
+    check_flag("prepack: frozen", frozen)
     sizes: dict[FusedPSAModule, tuple[int, int]] = {}
 
     def record(module: FusedPSAModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,9 +62,15 @@ def prepack(model: _Model, *args: object, **kwargs: object) -> _Model:
             f"{type(model).__name__} with {len(fused)} of them, none of which was called; "
             "epsa_fused.fuse() puts them in the place of other PSA modules"
         )
+    if not frozen and not any(m._may_be_compared() for m in sizes):
+        raise ValueError(
+            f"prepack: expected frozen=True, or a module of at most {COMPARED_WEIGHTS} weights, "
+            "got larger ones only: to compare them in each call costs more than to pack them"
+        )
     try:
         for module, size in sizes.items():
-            module.prepack(*size)
+            if frozen or module._may_be_compared():
+                module.prepack(*size, frozen=frozen)
     except BaseException:  # an interruption too leaves no module packed; the error goes on
         unpack(model)
         raise

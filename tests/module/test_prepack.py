@@ -35,8 +35,9 @@ def test_the_same_bits(name, dtype, memory_format):
     module, x = make(name, dtype)
     x = x.to(memory_format=memory_format)
     expected = module(x)
-    module.prepack(*x.shape[2:])
-    assert torch.equal(module(x), expected)
+    for frozen in (True, False) if module._may_be_compared() else (True,):
+        module.prepack(*x.shape[2:], frozen=frozen)
+        assert torch.equal(module(x), expected)
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def test_maps_of_another_size(size):
     module, _ = make("stage3")
     x = torch.randn(3, 256, size, size + 1)
     expected = module(x)
-    module.prepack(14, 14)
+    module.prepack(14, 14, frozen=True)
     assert_no_worse(module(x), expected, exactly(module, x), terms=256 * 9)
 
 
@@ -56,7 +57,7 @@ def test_maps_for_which_another_method_is_planned(packed_for, used_for):
     module, _ = make("stage3")
     x = torch.randn(3, 256, used_for, used_for)
     expected = module(x)
-    module.prepack(packed_for, packed_for)
+    module.prepack(packed_for, packed_for, frozen=True)
     actual = module(x)
     assert not torch.equal(actual, expected)
     assert_no_worse(actual, expected, exactly(module, x), terms=256 * 9)
@@ -76,13 +77,13 @@ def test_the_packed_weights_are_what_is_read():
 def test_a_dilation_that_was_changed_since():
     """Winograd's weights cannot be used then. Those of other methods can."""
     module, x = make("stage3")
-    module.prepack(14, 14)
+    module.prepack(14, 14, frozen=True)
     for i, kernel in enumerate((3, 5, 7, 9)):
         conv = getattr(module, f"conv_{i + 1}")
         conv.dilation, conv.padding = (2, 2), (kernel - 1, kernel - 1)
     with pytest.raises(ValueError, match=r"packed has method \d.*weights\[0\].*; prepack again"):
         module(x)
-    assert torch.equal(module.prepack(14, 14)(x), module.unpack()(x))
+    assert torch.equal(module.prepack(14, 14, frozen=True)(x), module.unpack()(x))
 
 
 @torch.no_grad()
@@ -252,6 +253,13 @@ def test_changed_weights_are_noticed(change):
         assert torch.equal(out, module.unpack()(x))
 
 
+def compared(module, size):
+    """Packs for calls that compare the weights, also if there are too many for that to pay."""
+    x = torch.empty(1, module.conv_1.in_channels, size, size)
+    module._packed = PREPACK(x, *arguments(module, x)[1:6])
+    return module
+
+
 def mark(packed):
     """Change what packed weights compute, so that outputs tell whether they were used."""
     packed.view(torch.float32)[-400:] *= 2
@@ -276,7 +284,7 @@ def test_equal_weights_are_served_wherever_they_are():
 def test_a_bit_anywhere_is_noticed():
     """Large weights are read in pieces, by several threads."""
     module, x = make("stage4")
-    mark(module.prepack(7, 7)._packed)
+    mark(compared(module, 7)._packed)
     marked = module(x)
     generator = torch.Generator().manual_seed(0)
     for i in range(40):
@@ -301,13 +309,54 @@ def test_weights_of_any_strides(threads):
     weight.data = torch.randn(weight.shape[0], 2 * weight.shape[1], 3, 3)[:, ::2]
     module.conv_2.weight.data = module.conv_2.weight.data.to(memory_format=torch.channels_last)
     expected = module(x)
-    module.prepack(7, 7)
+    compared(module, 7)
     assert torch.equal(module(x), expected)
     mark(module._packed)
     marked = module(x)
     assert not torch.equal(marked, expected)
     weight.data[0, 0, 0, 0] += 1
     assert not torch.equal(module(x), marked)
+
+
+# ---- frozen: a promise in place of the comparison ----
+
+LEAVE_NO_VERSION = {
+    "replace_parameter_by_its_data",
+    "change_through_data",
+    "average_through_data",
+    "average_the_model",
+    "change_one_bit_through_numpy",
+    "swap_two_weights_through_numpy",
+    "change_through_dlpack",
+    "SGD_fused",
+    "Adam_fused",
+    "AdamW_fused",
+    "Adagrad_fused",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_frozen_weights_that_were_changed(change):
+    """Changes that leave a version or move the weights are noticed. The promise is that there are
+    no others; the documentation says that they are not."""
+    module, x = make()
+    module.prepack(28, 28, frozen=True)
+    change(module)
+    with torch.no_grad():
+        out = module(x)
+        assert module._packed is not None
+        noticed = torch.equal(out, module.unpack()(x))
+    assert noticed == (change.__name__ not in LEAVE_NO_VERSION)
+
+
+def test_many_weights_are_packed_only_if_frozen():
+    module, _ = make("stage3")
+    with pytest.raises(
+        ValueError, match=r"at most 262144 weights, or frozen=True, got 433152 weights"
+    ):
+        module.prepack(14, 14)
+    assert module._packed is None
+    assert module.prepack(14, 14, frozen=True)._packed is not None
 
 
 @torch.no_grad()
@@ -419,7 +468,7 @@ def test_more_samples_than_one_wave_holds(name):
     _, height, width = CASES[name].x
     x = torch.randn(22, CASES[name].inplans, height, width)
     expected = module(x)
-    assert torch.equal(module.prepack(height, width)(x), expected)
+    assert torch.equal(module.prepack(height, width, frozen=True)(x), expected)
 
 
 @torch.no_grad()
@@ -461,7 +510,7 @@ def test_a_model():
 def test_after_an_error_no_module_is_packed(error, monkeypatch):
     model, x = Network().eval(), torch.randn(2, 16, 20, 14)
 
-    def fails(*size):
+    def fails(*size, frozen):
         assert model.first._packed is not None
         raise error
 
@@ -503,6 +552,21 @@ def test_a_model_that_is_called_by_keywords():
     expected = model(images=x)
     epsa_fused.prepack(model, images=x)
     assert model.second._packed is not None and torch.equal(model(images=x), expected)
+
+
+def test_a_model_with_many_weights():
+    """Comparing costs less than packing for the first module alone."""
+    small = FusedPSAModule(16, 256, conv_groups=(1, 4, 8, 16))
+    model = nn.Sequential(small, FusedPSAModule(256, 256)).eval()
+    x = torch.randn(1, 16, 5, 5)
+    for frozen in (False, True):
+        epsa_fused.prepack(model, x, frozen=frozen)
+        assert [m._packed is not None for m in model] == [True, frozen]
+        epsa_fused.unpack(model)
+    with pytest.raises(ValueError, match=r"expected frozen=True, or a module of at most 262144"):
+        epsa_fused.prepack(model[1], torch.randn(1, 256, 5, 5))
+    with pytest.raises(TypeError, match="prepack: frozen: expected a bool, got 'yes'"):
+        epsa_fused.prepack(model, x, frozen="yes")
 
 
 def test_a_model_without_fused_modules():

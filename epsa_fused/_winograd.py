@@ -1,0 +1,40 @@
+"""Whether Winograd's method may compute 3x3 convolutions, in this process."""
+
+from __future__ import annotations
+
+import os
+
+from ._checks import check_flag
+
+
+def _from_environment() -> bool:
+    value = os.environ.get("EPSA_WINOGRAD", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"EPSA_WINOGRAD: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+_allowed = _from_environment()
+
+
+def set_winograd(allowed: bool) -> None:
+    """Allow or forbid Winograd's method on the CPU, for all calls of this process that follow.
+
+    The method computes 3x3 convolutions of stride 1 where that is faster. Small values beside large
+    ones lose digits by it, and infinities may come out as NaN
+    (:func:`epsa_fused.convolution.spc_conv` tells more). The environment variable EPSA_WINOGRAD=0
+    forbids it from the start. A module's own `winograd` comes first.
+
+    A compiled model compiles again after a change. An exported program keeps its choice.
+
+    Raises:
+        TypeError: `allowed` is no bool.
+    """
+    global _allowed
+    check_flag("set_winograd: allowed", allowed)
+    _allowed = allowed
+
+
+def winograd_allowed(own: bool | None = None) -> bool:
+    """Whether Winograd's method may be used; `own` is a module's choice, None if it has none."""
+    return _allowed if own is None else own
