@@ -255,7 +255,7 @@ def make_runner(
         for part in module.modules():
             part.save_output = name.endswith("save_output")
         if name.endswith("prepacked"):
-            epsa_fused.prepack(module, maps[0])
+            epsa_fused.prepack(module, maps[0], frozen=True)
         target = _compiled(module) if name.endswith("compiled") else module
         if of_network and case.mode == "train":
             return _make_step(module, target, maps[0])
