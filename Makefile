@@ -18,6 +18,8 @@ BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# Python compiles the few modules that are imported; pip would compile all of torch's.
+PIP := $(PY) -m pip install --no-compile
 PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
@@ -34,7 +36,7 @@ test: $(VENV)/built $(VENV)/packages-dev
 test-all: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
-# tools that look into models: summaries, counts, attributions, adapters
+# all tools that look into models; `make test` has the light ones
 compat: $(VENV)/built $(VENV)/packages-compat
 	$(PY) -m pytest tests/package/test_tools.py
 
@@ -67,25 +69,25 @@ docs-serve: $(VENV)/packages-docs
 
 $(VENV)/created:
 	$(PROGRESS) $(PYTHON) -m venv $(VENV)
-	$(PROGRESS) --bars $(PY) -m pip install --upgrade pip
+	$(PROGRESS) --bars $(PIP) --upgrade pip
 	touch $@
 
 $(VENV)/torch: | $(VENV)/created
 	@echo "installing torch: minutes, most of them for the download"
-	$(PROGRESS) --bars $(PY) -m pip install $(TORCH)
+	$(PROGRESS) --bars $(PIP) $(TORCH)
 	touch $@
 
 # the extras of pyproject.toml that targets need
 $(VENV)/packages-build: EXTRAS := build
 $(VENV)/packages-demo: EXTRAS := bench
-$(VENV)/packages-dev: EXTRAS := build test train bench lint
+$(VENV)/packages-dev: EXTRAS := build test train bench lint tools
 $(VENV)/packages-docs: EXTRAS := docs
-$(VENV)/packages-compat: EXTRAS := test compat
+$(VENV)/packages-compat: EXTRAS := test tools compat
 $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 	@$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print('\n'.join(r for e in '$(EXTRAS)'.split() for r in p['optional-dependencies'][e]))" \
 	  > $(VENV)/$*.txt
-	$(PROGRESS) --bars $(PY) -m pip install -r $(VENV)/$*.txt
+	$(PROGRESS) --bars $(PIP) -r $(VENV)/$*.txt
 	touch $@
 
 # In place, by ninja in a folder that stays: another build compiles only what changed. pip's

@@ -4,6 +4,7 @@ was given, but never the values of a tensor or an array."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -25,13 +26,13 @@ def given(value: object) -> str:
 def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Raise TypeError or ValueError unless the argument `name` is an int in [least, most].
 
-    A bool is no int here.
+    A bool is no int here; an integer of numpy is one.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {given(value)}")
-    if least is not None and value < least:
+    if least is not None and int(value) < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 

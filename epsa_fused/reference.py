@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_flag, check_int, check_ints, given
+from ._checks import check_flag, check_int, check_ints, check_tensor, given
 from ._library import MAX_BRANCHES, MIN_BRANCHES
 
 BRANCH_ORDERS = ("reversed", "forward")
@@ -249,6 +249,7 @@ class PSAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, inplans, H, W] -> [N, planes, H', W']."""
+        check_tensor(f"{type(self).__name__}: x", x)
         return self.attention([getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)])
 
     def attention(self, feats: list[Tensor]) -> Tensor:

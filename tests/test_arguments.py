@@ -3,12 +3,25 @@ what was given. No error shows the values of an array."""
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import epsa_fused
-from epsa_fused import FusedPSAModule, PSAModule, epsanet50, fuse, prepack, psa_attention, unfuse
+from epsa_fused import (
+    FusedPSAModule,
+    FusedSplitPSA,
+    PSAModule,
+    SplitPSA,
+    epsanet50,
+    fuse,
+    prepack,
+    psa_attention,
+    unfuse,
+)
 from epsa_fused._checks import given
 from epsa_fused.functional import spc_conv
 
@@ -19,6 +32,12 @@ ARRAY = np.full((1, 64, 4, 4), 123.0)
 
 def module(**options: object) -> FusedPSAModule:
     return FusedPSAModule(**{"inplans": 64, "planes": 64} | options)
+
+
+def split(kind: type[SplitPSA]) -> SplitPSA:
+    convs = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)]
+    layers = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 1, 1), nn.ReLU(), nn.Conv2d(1, 4, 1))
+    return kind(convs, [nn.Sequential(*copy.deepcopy(layers), nn.Sigmoid()) for _ in range(2)])
 
 
 def attention(feats: object = FEATS, fc1: object = FC1, **options: object) -> object:
@@ -48,6 +67,9 @@ WRONG = {
     "FusedPSAModule: x: expected a Tensor, got an object of type list": lambda: module()(
         [torch.ones(1)]
     ),
+    "PSAModule: x: expected a Tensor, got None": lambda: PSAModule(64, 64)(None),
+    "SplitPSA: x: expected a Tensor, got 3": lambda: split(SplitPSA)(3),
+    "FusedSplitPSA: x: expected a Tensor, got None": lambda: split(FusedSplitPSA)(None),
     "FusedPSAModule.prepack: height: expected an int, got '5'": lambda: (
         module().eval().prepack("5", 5)
     ),
@@ -94,6 +116,18 @@ def test_the_error_names_the_argument(message):
     with pytest.raises((TypeError, ValueError)) as error:
         WRONG[message]()
     assert str(error.value) == message
+
+
+def test_integers_of_numpy_are_sizes():
+    sizes = np.array([64, 64, 1])
+    made = FusedPSAModule(
+        sizes[0], sizes[1], stride=sizes[2], conv_groups=tuple(np.array([1, 2, 4, 8]))
+    )
+    x = torch.randn(1, 64, 5, 5)
+    assert made(x).shape == (1, 64, 5, 5)
+    for function in (made, PSAModule(64, 64)):
+        function.eval()
+    assert made.prepack(sizes[2] * 5, 5)._packed is not None
 
 
 def test_a_network_of_narrow_stages_takes_the_reduction_that_the_error_names():

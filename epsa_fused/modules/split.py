@@ -79,6 +79,7 @@ class SplitPSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, S*C, H, W] -> [N, S*C', H', W']."""
+        check_tensor(f"{type(self).__name__}: x", x)
         feats = self._feats(x)
         weights = [se(feat) for se, feat in zip(self.se_blocks, feats, strict=True)]
         return _recalibrate(feats, weights, is_reversed(self.branch_order))[0]

@@ -1,6 +1,7 @@
 """Tools that look into models: their results for fused modules are those for the reference's.
 
-`make compat` installs the tools and runs this file. docs/compatibility.md lists them.
+`make compat` installs all of the tools and runs this file, `make test` the light ones.
+docs/compatibility.md lists them.
 """
 
 import contextlib
