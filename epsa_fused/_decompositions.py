@@ -75,7 +75,10 @@ def _spc_conv(*arguments: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def _psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As epsa_fused::psa_save_output, which may have further arguments: out, and pooled and attention [N, S, C]."""
+    """As epsa_fused::psa_save_output: out, and pooled and attention [N, S, C].
+
+    The operators have further arguments behind the module's, which change no meaning.
+    """
     module = ModuleArguments(*arguments[: len(ModuleArguments._fields)])
     return _psa_attention(_convolve(*module[:6]), *module[6:])
 

@@ -1,4 +1,4 @@
-"""Winograd's method turned off, for the process and for one module: values, plans, packed weights."""
+"""Winograd's method turned off: values, plans, packed weights; for the process and one module."""
 
 import copy
 import os
