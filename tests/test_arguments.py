@@ -119,15 +119,14 @@ def test_the_error_names_the_argument(message):
 
 
 def test_integers_of_numpy_are_sizes():
-    sizes = np.array([64, 64, 1])
-    made = FusedPSAModule(
-        sizes[0], sizes[1], stride=sizes[2], conv_groups=tuple(np.array([1, 2, 4, 8]))
-    )
+    sizes, groups = np.array([64, 64, 1]), tuple(np.array([1, 2, 4, 8]))
+    made = FusedPSAModule(sizes[0], sizes[1], stride=sizes[2], conv_groups=groups).eval()
     x = torch.randn(1, 64, 5, 5)
-    assert made(x).shape == (1, 64, 5, 5)
-    for function in (made, PSAModule(64, 64)):
-        function.eval()
-    assert made.prepack(sizes[2] * 5, 5)._packed is not None
+    with torch.no_grad():
+        assert torch.equal(made(x), made.prepack(sizes[2] * 5, 5)(x))
+    weights = [conv.weight for conv in (made.conv_1, made.conv_2)]
+    feats, _ = spc_conv(x, weights, groups[:2], stride=sizes[2], padding=list(np.array([1, 2])))
+    assert feats[1].shape == (1, 16, 5, 5)
 
 
 def test_a_network_of_narrow_stages_takes_the_reduction_that_the_error_names():
