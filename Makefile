@@ -24,7 +24,7 @@ PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all compat bench lint sdist-check docs docs-serve clean
-.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
+.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans gpu-first-hour
 
 demo: $(VENV)/built $(VENV)/packages-demo
 	@$(PROGRESS) $(PY) benchmarks/demo.py
@@ -133,6 +133,10 @@ $(CUDA_VENV)/installed:
 GPU_PYTHON ?= python3
 GPU_BUILD := build/gpu
 
+# all of the following, most wanted first; may be stopped and goes on where it was
+gpu-first-hour:
+	$(GPU_PYTHON) benchmarks/first_hour.py $(BENCH_ARGS)
+
 # the operator's tests on the GPU, with the torch that is there
 gpu-test: $(GPU_BUILD)/built
 	$(GPU_PYTHON) -m pytest -m "gpu and not slow" $(PYTEST_ARGS)
@@ -158,9 +162,12 @@ $(GPU_BUILD)/built: $(SOURCES)
 	  { tail -n 50 $(GPU_BUILD)/log; exit 1; }
 	touch $@
 
-$(GPU_BUILD)/cases: $(SOURCES) $(wildcard tests/simt/* tests/simt/cases/*)
+# cases-ptx holds PTX of the oldest architecture alone: the driver compiles it for the GPU
+$(GPU_BUILD)/cases: NVCC_ARCH := -arch=native
+$(GPU_BUILD)/cases-ptx: NVCC_ARCH := -gencode=arch=compute_80,code=compute_80
+$(GPU_BUILD)/cases $(GPU_BUILD)/cases-ptx: $(SOURCES) $(wildcard tests/simt/* tests/simt/cases/*)
 	mkdir -p $(GPU_BUILD)
-	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -Itests/simt -lineinfo -arch=native -o $@ \
+	"$(CUDA_HOME)/bin/nvcc" -std=c++20 -O2 -Icsrc -Itests/simt -lineinfo $(NVCC_ARCH) -o $@ \
 	  $(wildcard tests/simt/cases/*.cpp) tests/simt/test_plans.cpp csrc/cuda/plan.cpp \
 	  csrc/cuda/launch.cu
 

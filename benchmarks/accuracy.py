@@ -33,7 +33,8 @@ from epsa_fused.train.data import Data, kind_of_data, open_data
 from epsa_fused.train.training import CHECKPOINT
 
 sys.path.insert(0, str(Path(__file__).parent))
-from latency import commit, device_name
+from latency import device_name
+from provenance import commit
 
 NETWORKS = {
     "SE": {"model": "small_senet"},

@@ -26,8 +26,9 @@ import epsa_fused
 from epsa_fused import _C
 
 sys.path.insert(0, str(Path(__file__).parent))
-from latency import commit, device_name
+from latency import device_name
 from measure import Timing, settle_allocator, time_in_turn
+from provenance import commit
 
 BATCH = 8
 PRODUCT = 1536  # rows and columns of the matrices whose product gives the peak

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import itertools
 import os
 import statistics
@@ -35,8 +34,8 @@ import epsa_fused
 from epsa_fused import _C
 
 sys.path.insert(0, str(Path(__file__).parent))
-from latency import commit
 from opponents import DTYPES, LAYOUTS, Case, Inputs, Runner, make_inputs, make_runner, rewrite
+from provenance import commit, sources
 
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]
 KEY = ("kind", "mode", "layout", "dtype", "n", "planes", "size", "contender")
@@ -311,14 +310,6 @@ def module_rows(planes: int, size: int, results: Results, repeats: int) -> Itera
                 "timing": timing,
             }
     torch.backends.cudnn.allow_tf32 = False
-
-
-def sources() -> str:
-    """A digest of the kernels' sources. It works where no commit is known, too."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "csrc").rglob("*.*")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class Results:

@@ -15,7 +15,6 @@ import argparse
 import csv
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -43,6 +42,7 @@ from opponents import (
     make_copy,
     make_runner,
 )
+from provenance import commit
 
 # (N, planes, H = W): EPSANet's stages, single images, and a batch larger than the caches.
 SHAPES = [
@@ -124,22 +124,6 @@ def device_name(device: str) -> str:
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The measured commit, followed by + if files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", *arguments), cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

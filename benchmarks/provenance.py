@@ -1,0 +1,32 @@
+"""What was measured: the commit and the kernels' sources. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def commit() -> str:
+    """The measured commit, followed by + if files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def sources() -> str:
+    """A digest of the kernels' sources. It works where no commit is known, too."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE.parent / "csrc").rglob("*.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,233 @@
+"""benchmarks/first_hour.py without a GPU: its steps, verdicts, time and resuming."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import first_hour
+import pytest
+from first_hour import Files, Step, take_all
+from support.paths import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+H200 = Files(RESULTS, "nvidia-h200")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_hour, "BUILD", tmp_path / "build")
+    return Files(tmp_path / "results", "a-gpu")
+
+
+def step(name, command, limit=20, verdict=first_hour.cases):
+    return Step(name, "Does it?", ["sh", "-c", command], limit, verdict)
+
+
+def recorded(files):
+    return [(row["step"], row["status"], row["verdict"]) for row in files.rows("first-hour")]
+
+
+GOOD = "echo 3 cases, 0 failed"
+
+
+def test_verdicts_are_written_at_once_and_steps_go_on_after_a_failure(files):
+    todo = [
+        step("one", GOOD),
+        step("two", "echo 3 cases, 1 failed; exit 1"),
+        step("three", f"grep -c two {files.folder}/a-gpu-first-hour.csv; {GOOD}"),
+    ]
+    assert take_all(todo, files, minutes=5) == ["two"]
+    assert recorded(files) == [
+        ("one", "passed", "3 cases, 0 failed"),
+        ("two", "failed", "3 cases, 1 failed; the command failed: 3 cases, 1 failed"),
+        ("three", "passed", "3 cases, 0 failed"),
+    ]
+    assert (first_hour.BUILD / "two.log").read_text() == "3 cases, 1 failed\n"
+
+
+def test_a_second_run_takes_the_missing_steps_alone(files, tmp_path):
+    count = tmp_path / "count"
+    todo = [step("one", f"echo 1 >> {count}; {GOOD}"), step("two", f"test -e {count}.2 && {GOOD}")]
+    assert take_all(todo, files, minutes=5) == ["two"]
+    (tmp_path / "count.2").touch()
+    assert take_all(todo, files, minutes=5) == []
+    assert count.read_text() == "1\n"
+    assert [row[:2] for row in recorded(files)] == [
+        ("one", "passed"),
+        ("two", "failed"),
+        ("two", "passed"),
+    ]
+
+
+def test_other_kernels_are_measured_anew(files, monkeypatch):
+    for digest, rows in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(first_hour, "sources", lambda digest=digest: digest)
+        assert take_all([step("one", GOOD)], files, minutes=5) == []
+        assert len(recorded(files)) == rows
+
+
+def test_a_step_that_takes_too_long_is_ended_with_its_children(files, tmp_path):
+    child = tmp_path / "child"
+    slow = step("slow", f"sleep 60 & echo $! > {child}; wait", limit=1)
+    assert take_all([slow], files, minutes=5) == ["slow"]
+    assert recorded(files)[0][2].endswith("the command failed: ended after 1 s")
+    number, deadline = int(child.read_text()), time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with (
+            open(f"/proc/{number}/stat")
+            if os.path.exists(f"/proc/{number}/stat")
+            else open(os.devnull) as stat
+        ):
+            if (stat.read().split() or ["", "", "Z"])[2] == "Z":  # gone, or not yet waited for
+                return
+    pytest.fail("the child still runs")
+
+
+def test_a_step_that_does_not_fit_is_left_out(files):
+    todo = [step("long", GOOD, limit=400), step("short", GOOD)]
+    assert take_all(todo, files, minutes=1) == ["long"]
+    assert [row[0] for row in recorded(files)] == ["short"]
+
+
+def test_nothing_follows_a_build_that_failed(files):
+    assert take_all([step("build", "exit 1"), step("one", GOOD)], files, minutes=5) == ["build"]
+    assert len(recorded(files)) == 1
+
+
+def test_every_step_takes_less_than_eight_minutes_and_has_its_target():
+    targets = (ROOT / "Makefile").read_text()
+    for each in first_hour.steps("python3"):
+        assert each.limit < 480, each
+        command = " ".join(each.command)
+        for word in command.split():
+            if word.startswith("gpu-"):
+                assert f"\n{word}:" in targets
+            if word.startswith("benchmarks/"):
+                assert (ROOT / word).exists()
+
+
+def test_a_dry_run_names_the_steps():
+    output = subprocess.run(
+        [sys.executable, "benchmarks/first_hour.py", "--dry-run", "--only", "plans", "suite"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert [line.split(":")[0] for line in output.splitlines()[::2]] == ["suite", "plans"]
+
+
+def test_an_unknown_step(capsys):
+    with pytest.raises(SystemExit):
+        first_hour.main(["--only", "tests"])
+    assert "expected build, suite" in capsys.readouterr().err
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="expected a machine with an NVIDIA GPU"):
+        first_hour.main([])
+
+
+# ---- verdicts ----
+
+
+@pytest.mark.parametrize(
+    ("output", "verdict"),
+    (
+        ("== 1731 passed, 1 skipped in 60 s ==", (True, "1731 passed, 0 failed")),
+        ("== 2 failed, 9 passed, 1 error in 60 s ==", (False, "9 passed, 3 failed")),
+        ("no tests ran", (False, "0 passed, 0 failed")),
+    ),
+)
+def test_the_suite(output, verdict):
+    assert first_hour.suite(output, H200) == verdict
+
+
+@pytest.mark.parametrize(
+    ("output", "verdict"),
+    (
+        ("a: ok\n2304 cases, 0 failed", (True, "2304 cases, 0 failed")),
+        ("2304 cases, 2 failed", (False, "2304 cases, 2 failed")),
+        ("0 cases, 0 failed", (False, "0 cases, 0 failed")),
+        ("Segmentation fault", (False, "no count of cases")),
+    ),
+)
+def test_the_cases(output, verdict):
+    assert first_hour.cases(output, H200) == verdict
+
+
+def test_the_sanitizers(files):
+    files.folder.mkdir()
+    for text, passed in (
+        ("memcheck: clean: 9 cases\nracecheck: clean: 9 cases", True),
+        ("memcheck: clean: 9 cases\nracecheck: ERRORS: 1 in 9 cases", False),
+        ("", False),
+    ):
+        (files.folder / "a-gpu-sanitizer.txt").write_text(text)
+        verdict = first_hour.sanitizers("", files)
+        assert verdict[0] == passed and ("ERRORS" in verdict[1]) == ("ERRORS" in text)
+
+
+def test_the_plans_of_the_committed_results():
+    passed, verdict = first_hour.plans("", H200)
+    assert (
+        passed and "the first plan is 1.3% slower than the best on average, 16% at most" in verdict
+    )
+
+
+def test_the_module_of_the_committed_results():
+    passed, verdict = first_hour.module("", H200)
+    assert passed and "merged groups gain up to" in verdict
+
+
+def write_gpu(files, **change):
+    """Rows of one case: fused, a copy and an opponent of twice the time."""
+    files.folder.mkdir(exist_ok=True)
+    base = {
+        "kind": "attention", "mode": "forward", "layout": "contiguous", "dtype": "float32",
+        "n": "64", "planes": "64", "size": "56", "kernels": "1", "memsets": "0",
+        "sources": first_hour.sources(), "of_copy": "0.9", "device_us": "100",
+    } | change  # fmt: skip
+    rows = [
+        base | {"contender": "fused"},
+        base | {"contender": "copy", "device_us": "50"},
+        base | {"contender": "rewrite compiled", "device_us": "200"},
+        base | {"contender": "fused", "sources": "others", "kernels": "9"},
+    ]
+    with (files.folder / "a-gpu-gpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "passed", "words"),
+    (
+        ({}, True, "1 cases, 0 with more than one kernel; 2.00x to 2.00x the opponents; 0 targets"),
+        ({"kernels": "2"}, False, "1 with more than one kernel"),
+        ({"of_copy": "0.6"}, True, "1 targets missed: forward (64, 64, 56) 60%"),
+        ({"n": "1", "of_copy": "0.1"}, True, "1 targets missed: forward (1, 64, 56) 100.0 us"),
+        ({"planes": "512", "of_copy": "0.1"}, True, "0 targets missed"),
+    ),
+)
+def test_the_attention_step(files, change, passed, words):
+    write_gpu(files, **change)
+    verdict = first_hour.attention("", files)
+    assert verdict[0] == passed and words in verdict[1]
+
+
+def test_predictions(files):
+    known = Files(files.folder, "nvidia-h200")
+    write_gpu(files)
+    assert first_hour.predictions(files) == ["roofline.py does not know a-gpu"]
+    (files.folder / "a-gpu-gpu.csv").rename(files.folder / "nvidia-h200-gpu.csv")
+    # 103 MB at 4.8 TB/s take 21.4 us
+    assert first_hour.predictions(known) == [
+        "4.7 to 4.7 times the floor of the memory's traffic, 0 of 1 cases below it",
+        "kernels and memsets as predicted",
+    ]
