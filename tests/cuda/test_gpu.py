@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICES
 from support.cases import BY_NAME, DTYPES, PLAIN_LAYOUTS, Case, make_inputs, name_of
+from support.processes import run_code
 from support.tolerance import check, make_cotangents, run
 
 from epsa_fused import psa_attention
@@ -69,6 +70,22 @@ def test_a_graph_captures_it(case):
         for name, result in captured.items():
             assert torch.equal(result, expected[name]), name
             assert torch.equal(eager[name], expected[name]), name
+
+
+def test_a_first_call_is_captured():
+    """Without a warm-up: in a process whose first call of the operator is inside a capture."""
+    run_code("""if True:
+        import torch
+        from epsa_fused import psa_attention
+        feats = [torch.randn(2, 16, 9, 9, device="cuda") for _ in range(4)]
+        fc1, fc2 = torch.randn(2, 16, device="cuda"), torch.randn(16, 2, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = psa_attention(feats, fc1, None, fc2, None)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, psa_attention(feats, fc1, None, fc2, None))
+    """)
 
 
 def test_several_streams_at_once():
