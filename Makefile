@@ -53,7 +53,7 @@ sdist-check: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m build --sdist --no-isolation --outdir build/sdist . > build/sdist/log 2>&1 || \
 	  { cat build/sdist/log; exit 1; }
 	tar -xzf build/sdist/epsa_fused-*.tar.gz -C build/sdist/unpacked --strip-components 1
-	for part in csrc epsa_fused tests benchmarks examples docs .ci; do \
+	for part in csrc epsa_fused tests benchmarks examples docs scripts .ci; do \
 	  diff -rq -x __pycache__ -x '*.so' $$part build/sdist/unpacked/$$part || exit 1; done
 
 docs: $(VENV)/packages-docs
