@@ -208,11 +208,7 @@ def for_this_torch() -> dict:
 
 
 def for_any_torch() -> dict:
-    return {
-        "version": VERSION["__version__"],
-        "install_requires": [f"torch>={OLDEST_TORCH}"],
-        "ext_modules": [Extension("epsa_fused._ops", [])],  # else a wheel's tag would be any
-    }
+    return {"version": VERSION["__version__"], "install_requires": [f"torch>={OLDEST_TORCH}"]}
 
 
 def main() -> None:
