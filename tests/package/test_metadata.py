@@ -6,6 +6,7 @@ The hooks are those that pip, uv and other build front ends call.
 from __future__ import annotations
 
 import re
+import sysconfig
 import tarfile
 from email.message import Message
 from email.parser import Parser
@@ -61,6 +62,29 @@ def test_metadata_beside_a_torch_names_it(tmp_path):
     metadata = metadata_of("prepare_metadata_for_build_wheel", tmp_path)
     cuda = torch.version.cuda if _C.build_info()["cuda"] else None
     assert metadata["Version"] == built_for(torch.__version__, cuda)
+    assert requirements(metadata) == [f"torch=={minor(torch.__version__)}.*"]
+
+
+# What pip's isolated builds see: packages of their own, here setuptools, and not the environment's.
+ISOLATED = """
+import os, sys, sysconfig
+import setuptools.build_meta
+sys.path.remove(sysconfig.get_path("platlib"))
+try:
+    import torch
+except ModuleNotFoundError:
+    os.chdir({root!r})
+    print("MADE", setuptools.build_meta.prepare_metadata_for_build_wheel(sys.argv[1]))
+"""
+
+
+def test_an_isolated_build_of_pip_takes_the_torch_of_the_environment(tmp_path):
+    if Path(torch.__file__).parents[1] != Path(sysconfig.get_path("platlib")):
+        pytest.skip("torch is not in this environment's own folder")
+    pytest.importorskip("setuptools")
+    output = python("-c", ISOLATED.format(root=str(ROOT)), str(tmp_path))
+    made = re.search("^MADE (.+)$", output, re.MULTILINE)[1]
+    metadata = Parser().parsestr((tmp_path / made / "METADATA").read_text())
     assert requirements(metadata) == [f"torch=={minor(torch.__version__)}.*"]
 
 
