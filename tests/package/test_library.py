@@ -13,11 +13,13 @@ from support.processes import python
 from epsa_fused import _C
 from epsa_fused._version import built_for, minor
 
-# The import of a copy, in a process whose torch has another version.
+# The import of a copy, in a process whose torch has another version. An editable installation would
+# supply what the copy lacks.
 IMPORT = """
 import sys, torch
 torch.__version__, torch.version.cuda, folder = sys.argv[1], sys.argv[2] or None, sys.argv[3]
 sys.path.insert(0, folder)
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
 try:
     import epsa_fused
 except ImportError as error:
