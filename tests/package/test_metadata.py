@@ -6,6 +6,7 @@ The hooks are those that pip, uv and other build front ends call.
 from __future__ import annotations
 
 import re
+import runpy
 import sysconfig
 import tarfile
 from email.message import Message
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pages import PAGES
 from support.paths import ROOT
 from support.processes import python
 
@@ -128,3 +130,14 @@ def test_every_page_has_the_version():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest and newest[1] == version
+
+
+def test_every_page_has_the_oldest_torch_and_python():
+    oldest = runpy.run_path(str(ROOT / "setup.py"))["OLDEST_TORCH"]
+    project = (ROOT / "pyproject.toml").read_text()
+    python_minor = re.search(r'^requires-python = ">=3[.](\d+)"$', project, re.MULTILINE)[1]
+    install = PAGES["docs/install.md"]
+    assert f'"torch>={oldest}"' in install and f"Python 3.{python_minor} or newer" in install
+    assert f"Python 3.{python_minor} or newer" in PAGES["README.md"]
+    assert f'torch: ["{oldest}", ' in (ROOT / ".github/workflows/wheels.yml").read_text()
+    assert f'\nbuild = "cp3{python_minor}-* ' in project
