@@ -23,7 +23,8 @@ PIP := $(PY) -m pip install --no-compile
 PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all compat bench lint sdist-check docs docs-serve clean
+.PHONY: demo test test-all check-torch compat bench lint sdist-check wheel wheel-check docs docs-serve
+.PHONY: clean
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans gpu-first-hour
 
 demo: $(VENV)/built $(VENV)/packages-demo
@@ -36,6 +37,17 @@ test: $(VENV)/built $(VENV)/packages-dev
 test-all: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
+# The suite with another torch, in a copy of this checkout with an environment of its own:
+#   make check-torch TORCH=2.11.0
+# PYTHON=python3.10 takes another Python, and PYTEST_ARGS a part of the suite.
+TORCH_VERSION = $(lastword $(subst ==, ,$(firstword $(TORCH))))
+TORCH_COPY = build/torch-$(TORCH_VERSION)
+
+check-torch:
+	mkdir -p $(TORCH_COPY)
+	git ls-files -z | tar --null --files-from - -cf - | tar -xf - -C $(TORCH_COPY)
+	$(MAKE) -C $(TORCH_COPY) test TORCH="torch==$(TORCH_VERSION)"
+
 # all tools that look into models; `make test` has the light ones
 compat: $(VENV)/built $(VENV)/packages-compat
 	$(PY) -m pytest tests/package/test_tools.py
@@ -47,6 +59,7 @@ lint: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	git ls-files -- '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # the source distribution holds what its build needs
@@ -55,8 +68,17 @@ sdist-check: $(VENV)/packages-dev $(VENV)/torch
 	$(PY) -m build --sdist --no-isolation --outdir build/sdist . > build/sdist/log 2>&1 || \
 	  { cat build/sdist/log; exit 1; }
 	tar -xzf build/sdist/epsa_fused-*.tar.gz -C build/sdist/unpacked --strip-components 1
-	for part in csrc epsa_fused tests benchmarks examples docs .ci; do \
+	for part in csrc epsa_fused tests benchmarks examples docs scripts .ci .github; do \
 	  diff -rq -x __pycache__ -x '*.so' $$part build/sdist/unpacked/$$part || exit 1; done
+
+# for the torch of .venv, into dist
+wheel: $(VENV)/torch $(VENV)/packages-wheel
+	@$(PROGRESS) --compile build/log $(PY) scripts/wheel.py dist
+	@ls -sh dist
+
+# installs such a wheel in other environments
+wheel-check: $(VENV)/built $(VENV)/packages-dev $(VENV)/packages-wheel
+	$(PY) -m pytest tests/package/test_wheel.py $(PYTEST_ARGS)
 
 docs: $(VENV)/packages-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
@@ -81,12 +103,11 @@ $(VENV)/torch: | $(VENV)/created
 $(VENV)/packages-build: EXTRAS := build
 $(VENV)/packages-demo: EXTRAS := bench
 $(VENV)/packages-dev: EXTRAS := build test train bench lint tools
+$(VENV)/packages-wheel: EXTRAS := build wheel
 $(VENV)/packages-docs: EXTRAS := docs
 $(VENV)/packages-compat: EXTRAS := test tools compat
 $(VENV)/packages-%: pyproject.toml | $(VENV)/created
-	@$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print('\n'.join(r for e in '$(EXTRAS)'.split() for r in p['optional-dependencies'][e]))" \
-	  > $(VENV)/$*.txt
+	@$(PY) scripts/requirements.py $(EXTRAS) > $(VENV)/$*.txt
 	$(PROGRESS) --bars $(PIP) -r $(VENV)/$*.txt
 	touch $@
 

@@ -1,28 +1,34 @@
-"""Build of epsa_fused's two extensions; everything else is in pyproject.toml.
+"""Build of epsa_fused's two extensions, version and dependencies; the rest is in pyproject.toml.
 
 epsa_fused._ops: the operators, a plain shared library without Python.
 epsa_fused._C:   facts about the build, a pybind11 module without torch.
+
+A build needs the torch that it is made for, and names it in the wheel. Metadata and the source
+distribution need no torch.
 
 EPSA_CUDA=auto (default) builds the CUDA kernels where torch has CUDA and a
 toolkit is there, 1 insists on them, 0 leaves them out.
 """
 
 import os
+import runpy
 import subprocess
+import sys
+import sysconfig
+from importlib import import_module
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError as error:
-    raise SystemExit(
-        "epsa_fused is compiled against the torch that it will run with: install torch >= 2.11 "
-        "first, then run `pip install --no-build-isolation .` (an isolated build would fetch a "
-        f"torch of its own). The import of torch failed: {error}"
-    ) from None
-import pybind11
+OLDEST_TORCH = "2.11"
+VERSION = runpy.run_path(str(Path(__file__).with_name("epsa_fused") / "_version.py"))
+
+# Commands that compile. Of the others, dist_info names the torch that it finds.
+COMPILING = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
+
+# The build isolation of pip hides the packages of the environment that it installs into. The torch
+# there is the one to compile against.
+sys.path.append(sysconfig.get_path("platlib"))
 
 CSRC = Path("csrc")
 INCLUDE = str(Path(__file__).resolve().parent / CSRC)  # absolute: ninja runs elsewhere
@@ -31,8 +37,22 @@ INCLUDE = str(Path(__file__).resolve().parent / CSRC)  # absolute: ninja runs el
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
 
+def missing_packages() -> list[str]:
+    """What a build needs and cannot import, with the reason."""
+    failures = []
+    for name in ("torch", "pybind11"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            failures.append(f"{name} ({error})")
+    return failures
+
+
 def cuda_wanted() -> bool:
     """Whether to build the CUDA kernels, from EPSA_CUDA, torch and the toolkit."""
+    import torch
+    from torch.utils import cpp_extension
+
     choice = os.environ.get("EPSA_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"EPSA_CUDA: expected auto, 0 or 1, got {choice!r}")
@@ -62,6 +82,8 @@ def architectures(listed: str) -> str:
 
 
 def default_architectures() -> str:
+    from torch.utils import cpp_extension
+
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     try:
         result = subprocess.run(
@@ -93,8 +115,11 @@ def together(name: str, files: list[str]) -> str:
     return str(path)
 
 
-def extensions() -> list[Extension]:
-    with_cuda = cuda_wanted()
+def extensions(with_cuda: bool) -> list[Extension]:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+
     flags = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     # -fopenmp only when compiling: the OpenMP runtime is the one that torch has
     # loaded, so that torch.set_num_threads rules. Without it at::parallel_for
@@ -154,14 +179,49 @@ def extensions() -> list[Extension]:
     return [ops, info]
 
 
-class BuildExtension(cpp_extension.BuildExtension):
-    """torch's builder, with a plain file name for the library that is no Python module."""
+def builder() -> type:
+    from torch.utils import cpp_extension
 
-    def get_ext_filename(self, ext_name: str) -> str:
-        if ext_name.rpartition(".")[2] == "_ops":
-            return os.path.join(*ext_name.split(".")) + ".so"
-        return super().get_ext_filename(ext_name)
+    class BuildExtension(cpp_extension.BuildExtension):
+        """torch's builder, with a plain file name for the library that is no Python module."""
+
+        def get_ext_filename(self, ext_name: str) -> str:
+            if ext_name.rpartition(".")[2] == "_ops":
+                return os.path.join(*ext_name.split(".")) + ".so"
+            return super().get_ext_filename(ext_name)
+
+    return BuildExtension
+
+
+def for_this_torch() -> dict:
+    """What a wheel says of the torch that it is built with, and its extensions."""
+    import torch
+
+    with_cuda = cuda_wanted()
+    cuda = torch.version.cuda if with_cuda else None
+    return {
+        "version": VERSION["built_for"](torch.__version__, cuda),
+        "install_requires": [f"torch=={VERSION['minor'](torch.__version__)}.*"],
+        "ext_modules": extensions(with_cuda),
+        "cmdclass": {"build_ext": builder()},
+    }
+
+
+def for_any_torch() -> dict:
+    return {"version": VERSION["__version__"], "install_requires": [f"torch>={OLDEST_TORCH}"]}
+
+
+def main() -> None:
+    compiling = not COMPILING.isdisjoint(sys.argv)
+    missing = missing_packages() if compiling or "dist_info" in sys.argv else ["not needed"]
+    if compiling and missing:
+        raise SystemExit(
+            "epsa_fused is compiled against the torch that it will run with: first `pip install "
+            f'"torch>={OLDEST_TORCH}" "setuptools>=77" ninja pybind11`, then `pip install '
+            f"--no-build-isolation .`; this build cannot import {', '.join(missing)}"
+        )
+    setup(**(for_any_torch() if missing else for_this_torch()))
 
 
 if __name__ == "__main__":  # not where a test looks at the functions above
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    main()

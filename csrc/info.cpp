@@ -334,7 +334,8 @@ void define_cuda_plans(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// No function here keeps state of Python's, so a free-threaded Python needs no lock.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Facts about this build of epsa_fused and this machine.";
   define_build(m);
   define_conv_plan(m);

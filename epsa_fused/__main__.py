@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import _C, __version__, psa_attention, psa_attention_reference
+from . import _C, _facts, psa_attention, psa_attention_reference
 
 # Rounding explains errors up to these, relative to a result's largest value. The float64 reference
 # counts as exact.
@@ -21,19 +22,8 @@ LIMITS = {
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def _describe() -> None:
-    info = _C.build_info()
-    print(f"epsa_fused {__version__}")
-    print(f"built with    torch {info['torch']}, compiler {info['compiler']}")
-    print(f"running with  torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"CPU kernels   {', '.join(info['cpu_isas'])}; this machine uses {_C.cpu_isa()}")
-    print(f"CPU threads   {torch.get_num_threads()} (OpenMP {info['openmp']})")
-    devices = [
-        "{} (sm_{}{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
-        for i in range(torch.cuda.device_count())
-    ]
-    print(f"CUDA kernels  {'built' if info['cuda'] else 'not built'}")
-    print(f"CUDA devices  {', '.join(devices) or 'none found'}")
+def _aligned(facts: dict[str, str]) -> list[str]:
+    return [f"{name:<15}{' '.join(value.split())}" for name, value in facts.items()]
 
 
 def _errors(device: str, dtype: torch.dtype, layout: torch.memory_format) -> tuple[float, float]:
@@ -80,13 +70,37 @@ def _self_check(device: str) -> bool:
     return fine
 
 
-def main() -> int:
-    _describe()
+def _check_devices() -> bool:
     devices = ["cpu"]
     if _C.build_info()["cuda"] and torch.cuda.is_available():
         devices.append("cuda")
     # A list, not a generator: every device is checked, also after a failure.
-    return 0 if all([_self_check(device) for device in devices]) else 1
+    return all([_self_check(device) for device in devices])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the facts and the self-check.
+
+    Returns the exit code. 0: all is well. 1: a result is wrong. 2: the kernels cannot be chosen.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m epsa_fused",
+        description="Says what was built and what runs here, and checks the operator.",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print all that a bug report needs, to paste into it"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        facts = _facts.report() if options.report else _facts.short()
+    except RuntimeError as error:  # EPSA_CPU_ISA names no instruction set of this machine
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    fence = ["```"] if options.report else []  # Markdown keeps the columns
+    print(*fence, *_aligned(facts), sep="\n")
+    fine = _check_devices()
+    print(*fence)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

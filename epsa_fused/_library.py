@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import torch
+
+from ._version import built_for, minor
+
+FOLDER = Path(__file__).parent
+BUILD = "build it in a clone with `pip install --no-build-isolation .`"
 
 
 def _load_library() -> None:
     """Load the operators.
 
     Raises:
-        ImportError: the extension is not built, or for another torch; the message says what to do.
+        ImportError: the extension is not built, or for another Python, torch or system; the message
+            says what to do.
     """
-    build = "build it with `pip install --no-build-isolation .`"
     try:
         from . import _C
     except ImportError as error:
-        raise ImportError(f"epsa_fused's extension is not built: {build} ({error})") from error
-    built_with, running = _C.build_info()["torch"], torch.__version__
-    # torch keeps its C++ interface stable only within a minor version.
-    if built_with.split(".")[:2] != running.split(".")[:2]:
+        found = ", ".join(path.name for path in FOLDER.glob("_C.*.so")) or "none"
         raise ImportError(
-            f"epsa_fused was built with torch {built_with}, but torch {running} is running: "
-            + build
+            f"epsa_fused's extension in {FOLDER}: expected one for Python "
+            f"{platform.python_version()} on this system, got {found} ({error}). Install the wheel "
+            f"for this Python, or {BUILD}"
+        ) from error
+    built_with, running = _C.build_info()["torch"], torch.__version__
+    if minor(built_with) != minor(running):
+        raise ImportError(
+            f"epsa_fused was built for torch {minor(built_with)}, but torch {running} is running: "
+            f"install the wheel {built_for(running, torch.version.cuda)}, or {BUILD}"
         )
-    torch.ops.load_library(Path(__file__).parent / "_ops.so")
+    torch.ops.load_library(FOLDER / "_ops.so")
 
 
 _load_library()

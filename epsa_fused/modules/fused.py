@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from typing_extensions import Self
 
 from .._arguments import ModuleArguments
 from .._checks import check_flag, check_int, check_tensor

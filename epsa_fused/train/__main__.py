@@ -1,4 +1,7 @@
-"""`python -m epsa_fused.train`, also under torchrun; `--help` lists the options."""
+"""`python -m epsa_fused.train` and `epsa-train`, also under torchrun.
+
+`--help` lists the options.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,12 @@ def _forget_unread() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """Train as the command line says; pyproject.toml names this for `epsa-train`."""
     code = main()
     _forget_unread()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command())

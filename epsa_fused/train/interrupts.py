@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 # Ctrl-C in a terminal, a scheduler's notice, a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

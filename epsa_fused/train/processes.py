@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Self
 
 from .errors import InputError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 
-import pytest
 from support.paths import ROOT
 from support.processes import python
 
@@ -36,16 +35,3 @@ def test_a_vendored_copy_works_without_metadata(tmp_path):
     assert file == str(package / "__init__.py")
     assert version == epsa_fused.__version__
     assert shape == "torch.Size([1, 64, 8, 8])"
-
-
-def test_the_build_takes_the_version_and_every_package():
-    pytest.importorskip("setuptools")
-    from setuptools.config.pyprojecttoml import read_configuration
-
-    configuration = read_configuration(ROOT / "pyproject.toml")
-    assert configuration["project"]["version"] == epsa_fused.__version__
-    folders = {
-        ".".join(file.parent.relative_to(ROOT).parts)
-        for file in (ROOT / "epsa_fused").rglob("__init__.py")
-    }
-    assert set(configuration["tool"]["setuptools"]["packages"]) == folders
