@@ -188,8 +188,8 @@ void at_most(int64_t most, const char* what, int64_t given) {
 
 py::dict conv_plan(
     int64_t in_channels, int64_t out_channels, int64_t groups, std::pair<int64_t, int64_t> kernel,
-    int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t dilation,
-    bool winograd, const std::string& dtype, const std::optional<std::string>& isa) {
+    int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t dilation, bool winograd,
+    const std::string& dtype, const std::optional<std::string>& isa) {
   namespace cpu = epsa::cpu;
   for (const auto& [what, given] : std::vector<std::pair<const char*, int64_t>>{
            {"in_channels", in_channels},
@@ -287,8 +287,7 @@ void define_conv_plan(py::module_& m) {
       py::kw_only(), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"),
       py::arg("kernel"), py::arg("height"), py::arg("width"), py::arg("stride") = 1,
       py::arg("padding") = 0, py::arg("dilation") = 1, py::arg("winograd") = true,
-      py::arg("dtype") = "float32",
-      py::arg("isa") = py::none());
+      py::arg("dtype") = "float32", py::arg("isa") = py::none());
 }
 
 void define_cuda_device(py::module_& m) {

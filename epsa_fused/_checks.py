@@ -4,12 +4,13 @@ was given, but never the values of a tensor or an array."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 
 from torch import Tensor, nn
 
 # A longer literal is cut in a message.
 _LONGEST = 60
+# Of any size: products of larger ones could overflow.
+MOST = 2**31 - 1
 
 
 def given(value: object) -> str:
@@ -23,16 +24,16 @@ def given(value: object) -> str:
     return f"an object of type {module}{kind.__qualname__}"
 
 
-def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
+def check_int(name: str, value: object, least: int | None = None, most: int = MOST) -> None:
     """Raise TypeError or ValueError unless the argument `name` is an int in [least, most].
 
-    A bool is no int here; an integer of numpy is one.
+    A bool is no int here, and neither is an integer of numpy, which torch.compile cannot trace.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {given(value)}")
-    if least is not None and int(value) < least:
+    if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if most is not None and int(value) > most:
+    if value > most:
         raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
@@ -66,6 +67,14 @@ def check_module(name: str, value: object) -> None:
     """Raise TypeError unless the argument `name` is a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name}: expected a torch.nn.Module, got {given(value)}")
+
+
+def check_modules(name: str, values: object) -> None:
+    """The same for an iterable of modules that can be read twice; the message names name[i]."""
+    if not isinstance(values, Sequence | nn.ModuleList):
+        raise TypeError(f"{name}: expected a sequence of torch.nn.Module, got {given(values)}")
+    for i, value in enumerate(values):
+        check_module(f"{name}[{i}]", value)
 
 
 def check_tensor(name: str, value: object) -> None:

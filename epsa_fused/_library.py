@@ -43,4 +43,4 @@ _load_library()
 from . import _C  # noqa: E402  after the check of its version
 
 MIN_BRANCHES, MAX_BRANCHES = _C.MIN_BRANCHES, _C.MAX_BRANCHES
-COMPARED_WEIGHTS = _C.COMPARED_WEIGHTS  # csrc/cpu/conv_plan.h says what of
+COMPARED_WEIGHTS = _C.COMPARED_WEIGHTS  # so many packed weights are compared in a call

@@ -36,5 +36,15 @@ def set_winograd(allowed: bool) -> None:
 
 
 def winograd_allowed(own: bool | None = None) -> bool:
-    """Whether Winograd's method may be used; `own` is a module's choice, None if it has none."""
-    return _allowed if own is None else own
+    """Whether Winograd's method may be used.
+
+    Args:
+        own: a module's or a call's own choice; None if it has none.
+
+    Raises:
+        TypeError: `own` is no bool.
+    """
+    if own is None:
+        return _allowed
+    check_flag("winograd", own)
+    return own

@@ -212,8 +212,6 @@ def spc_conv(
     check_ints("spc_conv: padding", padding)
     if dilation is not None:
         check_ints("spc_conv: dilation", dilation)
-    if winograd is not None:
-        check_flag("spc_conv: winograd", winograd)
     ones = [1] * len(weights) if dilation is None else list(dilation)
     result = torch.ops.epsa_fused.spc_conv.default(
         x, list(weights), list(groups), stride, list(padding), ones, winograd_allowed(winograd)

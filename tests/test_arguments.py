@@ -12,6 +12,7 @@ from torch import nn
 
 import epsa_fused
 from epsa_fused import (
+    EPSABlock,
     FusedPSAModule,
     FusedSplitPSA,
     PSAModule,
@@ -32,6 +33,12 @@ ARRAY = np.full((1, 64, 4, 4), 123.0)
 
 def module(**options: object) -> FusedPSAModule:
     return FusedPSAModule(**{"inplans": 64, "planes": 64} | options)
+
+
+def set_to(module: nn.Module, **attributes: object) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
 
 
 def split(kind: type[SplitPSA]) -> SplitPSA:
@@ -59,6 +66,24 @@ WRONG = {
     "conv_groups[1]: expected an int, got True": lambda: module(conv_groups=(1, True, 8, 16)),
     "inplans: expected an int, got True": lambda: module(inplans=True),
     "stride: expected an int, got True": lambda: module(stride=True),
+    "stride: expected an int, got an object of type numpy.int64": lambda: module(
+        stride=np.int64(1)
+    ),
+    "stride: expected at most 2147483647, got 18446744073709551616": lambda: module(stride=2**64),
+    "spc_conv: padding[0]: expected at most 2147483647, got 4294967296": lambda: conv(
+        padding=[2**32]
+    ),
+    "inplanes: expected an int, got 'a'": lambda: EPSABlock("a", 64),
+    "planes: expected an int, got True": lambda: EPSABlock(64, True),
+    "stride: expected at least 1, got 0": lambda: EPSABlock(64, 64, 0),
+    "downsample: expected a torch.nn.Module, got 3": lambda: EPSABlock(64, 64, downsample=3),
+    "EPSANet: x: expected a Tensor, got None": lambda: epsanet50()(None),
+    "convs: expected a sequence of torch.nn.Module, got None": lambda: SplitPSA(None, None),
+    "se_blocks: expected a sequence of torch.nn.Module, got 3": lambda: SplitPSA([], 3),
+    "convs[0]: expected a torch.nn.Module, got 1": lambda: FusedSplitPSA([1, 2], [3, 4]),
+    "FusedPSAModule: save_output: expected a bool, got 'no'": lambda: set_to(
+        module(), save_output="no"
+    )(torch.ones(1, 64, 4, 4)),
     "save_output: expected a bool, got 'no'": lambda: module(save_output="no"),
     "FusedPSAModule: x: expected a Tensor, got None": lambda: module()(None),
     "FusedPSAModule: x: expected a Tensor, got an object of type numpy.ndarray": lambda: module()(
@@ -116,17 +141,6 @@ def test_the_error_names_the_argument(message):
     with pytest.raises((TypeError, ValueError)) as error:
         WRONG[message]()
     assert str(error.value) == message
-
-
-def test_integers_of_numpy_are_sizes():
-    sizes, groups = np.array([64, 64, 1]), tuple(np.array([1, 2, 4, 8]))
-    made = FusedPSAModule(sizes[0], sizes[1], stride=sizes[2], conv_groups=groups).eval()
-    x = torch.randn(1, 64, 5, 5)
-    with torch.no_grad():
-        assert torch.equal(made(x), made.prepack(sizes[2] * 5, 5)(x))
-    weights = [conv.weight for conv in (made.conv_1, made.conv_2)]
-    feats, _ = spc_conv(x, weights, groups[:2], stride=sizes[2], padding=list(np.array([1, 2])))
-    assert feats[1].shape == (1, 16, 5, 5)
 
 
 def test_a_network_of_narrow_stages_takes_the_reduction_that_the_error_names():

@@ -23,8 +23,8 @@ ForwardBank::ForwardBank(
   if (prepacked) {
     const PrepackHeader given = read_prepacked(op, *prepacked, header_);
     header_.sign(weights, given.frozen);
-    use_packed = given.same_weights(header_) &&
-        (settings.winograd || !given.has(ConvMethod::winograd));
+    use_packed =
+        given.same_weights(header_) && (settings.winograd || !given.has(ConvMethod::winograd));
     header_ = use_packed ? given : header_;
   }
   for (int64_t s = 0; s < p.S; ++s) {
@@ -402,8 +402,7 @@ ConvForward conv_forward(const Tensor& x, at::TensorList weights, const ConvSett
   return convolve(native, p, x, weights, settings);
 }
 
-Tensor prepack(
-    const Tensor& x, at::TensorList weights, const ConvSettings& settings, bool frozen) {
+Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& settings, bool frozen) {
   const ConvProblem p = check_conv_arguments("spc_prepack", x, weights, settings);
   const ForwardBank native("spc_prepack", p, weights, settings);
   TORCH_CHECK_VALUE(

@@ -180,10 +180,10 @@ constexpr int largest_tile(int64_t pixels) {
 
 constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
-// Whether Winograd's method can compute conv, and may.
+// Whether Winograd's method is allowed for conv, and can compute it.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
-  return conv.winograd && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.dilation == 1 &&
-      conv.ic() % lanes == 0;
+  return conv.winograd && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
+      conv.dilation == 1 && conv.ic() % lanes == 0;
 }
 
 constexpr int kWinogradPoints = 16;        // of a transform

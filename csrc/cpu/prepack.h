@@ -27,11 +27,12 @@ inline uint64_t checksum_of(const Tensor& weight) {
   return checksum(sums.data(), sums.size() * sizeof(uint64_t), pieces);
 }
 
-// Tells a tensor's memory and version from others. Changes that leave no version behind
-// are not seen: those of optimizers with fused=True, of .data and of numpy.
+// Tells a tensor's memory and version from others. Raises for inference tensors, which have
+// no version. Optimizers with fused=True, .data and numpy leave no version behind, so their
+// changes are not seen.
 inline uint64_t identity_of(const Tensor& weight) {
   std::vector<uint64_t> facts{reinterpret_cast<uint64_t>(weight.const_data_ptr())};
-  facts.push_back(weight.is_inference() ? 0 : weight._version());
+  facts.push_back(weight._version());
   facts.insert(facts.end(), weight.strides().begin(), weight.strides().end());
   return checksum(facts.data(), facts.size() * sizeof(uint64_t), 0);
 }

@@ -1,4 +1,4 @@
-// The operators' schemas. Exported programs hold them: never change one.
+// The operators' schemas. Exported programs hold them: only append arguments with defaults.
 #include <torch/library.h>
 
 #include <string>
@@ -42,19 +42,23 @@ TORCH_LIBRARY(epsa_fused, m) {
   define(m, "spc_conv", "(" + kConv + kAppended + ") -> (Tensor[] feats, Tensor pooled)");
   define(
       m, "spc_conv_backward",
-      "(Tensor[] grad_feats, " + kConv +
-          ", bool[] output_mask" + kAppended + ") -> (Tensor grad_x, Tensor[] grad_weights)");
+      "(Tensor[] grad_feats, " + kConv + ", bool[] output_mask" + kAppended +
+          ") -> (Tensor grad_x, Tensor[] grad_weights)");
   define(
       m, "psa_forward",
-      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended + ") -> Tensor");
-  define(m, "psa_save_output", "(" + kConv + ", " + kSE + ", bool reversed" + kAppended + ")" + kForward);
+      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended +
+          ") -> Tensor");
+  define(
+      m, "psa_save_output",
+      "(" + kConv + ", " + kSE + ", bool reversed" + kAppended + ")" + kForward);
   define(
       m, "psa_save_output_backward",
       "(Tensor grad_out, " + kConv + ", " + kSE +
           ", Tensor out, Tensor pooled, Tensor attention, bool reversed, "
           "bool[] output_mask" +
           kAppended + ") -> (Tensor grad_x, Tensor[] grad_weights, " + kGradSE + ")");
-  m.def(("spc_prepack(" + kConv + ", bool frozen=False" + kAppended + ") -> Tensor packed").c_str());
+  m.def(
+      ("spc_prepack(" + kConv + ", bool frozen=False" + kAppended + ") -> Tensor packed").c_str());
   refuse_foreign(m, "spc_prepack");
 }
 

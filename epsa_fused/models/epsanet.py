@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from typing_extensions import Unpack
 
-from .._checks import check_callable, check_flag, check_int, check_ints, check_number
+from .._checks import (
+    check_callable,
+    check_flag,
+    check_int,
+    check_ints,
+    check_module,
+    check_number,
+    check_tensor,
+)
 from ..modules import FusedPSAModule
 from ..reference import PSAModule
 from .registry import Figures, register
@@ -89,6 +97,10 @@ class EPSABlock(nn.Module):
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        for name, value in (("inplanes", inplanes), ("planes", planes), ("stride", stride)):
+            check_int(name, value, 1)
+        if downsample is not None:
+            check_module("downsample", downsample)
         check_int("expansion", expansion, 1)
         check_flag("fused", fused)
         check_callable("norm_layer", norm_layer)
@@ -222,6 +234,7 @@ class EPSANet(nn.Module):
         Map i is [N, pyramid_channels[i], H / pyramid_strides[i], W / pyramid_strides[i]], rounded
         up. torchvision's FeaturePyramidNetwork(pyramid_channels, ...) takes the result.
         """
+        check_tensor("EPSANet: x", x)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps: OrderedDict[str, Tensor] = OrderedDict()
         for i in range(4):
@@ -381,6 +394,11 @@ def _why_not_copied(value: Tensor, own: Tensor, assign: bool) -> str | None:
     for kind in ("is_floating_point", "is_complex"):
         if getattr(value, kind)() != getattr(own, kind)():
             return f"{value.dtype}, expected {own.dtype}"
+    if not assign:
+        try:
+            torch.empty_like(own).copy_(value)
+        except Exception as error:  # a subclass of Tensor may raise anything
+            return f"that cannot be copied ({type(value).__name__}: {error})"
     return None
 
 

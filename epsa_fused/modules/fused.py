@@ -61,6 +61,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
     save_output: bool = False
     winograd: bool | None = None
     _packed: Tensor | None = None
+    _frozen: tuple[Tensor, ...] | None = None  # the weights that were packed, if they are frozen
 
     def __init__(
         self,
@@ -86,8 +87,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
         check_flag("save_output", save_output)
         self.save_output = save_output
-        if winograd is not None:
-            check_flag("winograd", winograd)
+        winograd_allowed(winograd)  # checks it
         self.winograd = winograd
 
     def extra_repr(self) -> str:
@@ -110,6 +110,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
             leaf = as_leaf(self, x)
             return super().forward(x) if leaf is None else leaf
         check_tensor("FusedPSAModule: x", x)
+        if self.save_output is not False:
+            check_flag("FusedPSAModule: save_output", self.save_output)
         save_output = (
             self.save_output
             and torch.is_grad_enabled()
@@ -141,7 +143,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             out = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)[0]
             return cast(Tensor, out)
         # Packed weights belong to this process; an exported program also runs in others.
-        packed = None if torch.compiler.is_exporting() else self._packed
+        packed = None if torch.compiler.is_exporting() else self._packed_for(arguments.weights)
         return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed, winograd))
 
     def attention(self, feats: list[Tensor]) -> Tensor:
@@ -164,18 +166,20 @@ class FusedPSAModule(NotScriptable, PSAModule):
         `train()`, `load_state_dict()`, :meth:`unpack`, moving and casting drop it. Copies, pickles
         and exported programs have none. Each call compares a 64-bit checksum of the weights, so no
         way of changing them gives an old result. Where they differ, and under autocast, which
-        casts them, the call packs itself: prepack again then. So it does where `winograd` has
-        been turned off since.
+        casts them, the call packs itself: prepack again then. A call without Winograd's method
+        leaves weights unused that were packed for it.
 
         Args:
             height, width: of the maps x that will be served; other sizes work, maybe more slowly.
             frozen: your promise that the weights stay as they are. Calls then compare their
-                addresses and versions only. Changes by `.data`, numpy and optimizers with
-                `fused=True` leave no version, and calls return the old result after them.
+                objects and versions only. Changes by `.data`, numpy, DLPack and optimizers with
+                `fused=True` leave no version. Calls return the old result after them.
 
         Raises:
             RuntimeError: in training mode, on another device than the CPU, or with convolutions
-                that are not plain (hooks, a bias, a wrapper, several strides).
+                that are not plain (hooks, a bias, a wrapper, several strides). Also for `frozen`
+                weights that are no parameters, as a parametrisation makes them, or have no
+                version, as tensors of `torch.inference_mode` have none.
             ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for. Also
                 for more than 2**18 weights that are not `frozen`: to compare them costs more
                 than to pack them.
@@ -203,16 +207,20 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 f"frozen=True, got {self._conv_weights()} weights: to compare them in each call "
                 "costs more than to pack them"
             )
+        weights = tuple(conv.weight for conv in plain)
+        if frozen:
+            _check_can_be_frozen(plain)
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
             self._packed = torch.ops.epsa_fused.spc_prepack.default(
-                x, *_conv_arguments(plain), frozen, winograd_allowed(self.winograd)
+                x, weights, *_conv_arguments(plain)[1:], frozen, winograd_allowed(self.winograd)
             )
+        self._frozen = weights if frozen else None
         return self
 
     def unpack(self) -> Self:
         """Undo :meth:`prepack`."""
-        self._packed = None
+        self._packed = self._frozen = None
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -230,7 +238,14 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed": None, "_frozen": None}
+
+    def _packed_for(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The packed weights; None where the frozen weights were others. The operator compares the
+        bytes or versions."""
+        if self._frozen is None or all(a is b for a, b in zip(self._frozen, weights, strict=True)):
+            return self._packed
+        return None
 
     def _conv_weights(self) -> int:
         return sum(p.numel() for conv in self._convs() for p in conv.parameters())
@@ -278,6 +293,16 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return psa_attention(
             feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
         )
+
+
+def _check_can_be_frozen(convs: list[nn.Conv2d]) -> None:
+    for i, conv in enumerate(convs, 1):
+        if conv._parameters.get("weight") is None or conv.weight.is_inference():
+            raise RuntimeError(
+                f"FusedPSAModule.prepack: frozen=True expects parameters with a version, got "
+                f"conv_{i}.weight that "
+                + ("torch.inference_mode made" if conv.weight.is_inference() else "is computed")
+            )
 
 
 def _no_save_output(why: str) -> NotImplementedError:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .._checks import check_tensor
+from .._checks import check_modules, check_tensor
 from ..functional import psa_attention
 from ..reference import _recalibrate, is_reversed
 from .calling import warn_once, why_here
@@ -69,6 +69,8 @@ class SplitPSA(nn.Module):
         branch_order: str = "forward",
     ) -> None:
         super().__init__()
+        check_modules("convs", convs)
+        check_modules("se_blocks", se_blocks)
         is_reversed(branch_order)
         self.convs = nn.ModuleList(convs)
         self.se_blocks = nn.ModuleList(se_blocks)

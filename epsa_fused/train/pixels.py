@@ -48,7 +48,8 @@ def read_rgb(path: Path) -> Image.Image:
         InputError: reading failed for another reason than this image.
     """
     try:
-        with Image.open(path) as file:
+        # From its path pillow would map a plain TIFF into memory, and then turn it wrongly.
+        with path.open("rb") as stream, Image.open(stream) as file:
             ImageOps.exif_transpose(file, in_place=True)
             return _rgb(file)
     except MemoryError:

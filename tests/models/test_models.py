@@ -12,6 +12,7 @@ from support.optional import optional
 from support.processes import run_code
 from support.tolerance import assert_near
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import epsa_fused
@@ -233,6 +234,7 @@ UNCOPYABLE = {
     "complex": (lambda t: t.to(torch.complex64), r"torch\.complex64, expected torch\.float32"),
     "integers": (torch.Tensor.int, r"torch\.int32, expected torch\.float32"),
     "bool": (torch.Tensor.bool, r"torch\.bool, expected torch\.float32"),
+    "fake": (lambda t: FakeTensorMode().from_tensor(t), r"that cannot be copied \(FakeTensor: "),
 }
 
 

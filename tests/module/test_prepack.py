@@ -321,7 +321,6 @@ def test_weights_of_any_strides(threads):
 # ---- frozen: a promise in place of the comparison ----
 
 LEAVE_NO_VERSION = {
-    "replace_parameter_by_its_data",
     "change_through_data",
     "average_through_data",
     "average_the_model",
@@ -347,6 +346,33 @@ def test_frozen_weights_that_were_changed(change):
         assert module._packed is not None
         noticed = torch.equal(out, module.unpack()(x))
     assert noticed == (change.__name__ not in LEAVE_NO_VERSION)
+
+
+def test_frozen_weights_have_versions():
+    """A computed weight is another tensor in each call, perhaps at the same address."""
+    module, _ = make()
+    torch.nn.utils.parametrizations.weight_norm(module.conv_2)
+    with pytest.raises(RuntimeError, match=r"expects parameters .* conv_2.weight that is computed"):
+        module.prepack(28, 28, frozen=True)
+    with torch.inference_mode():
+        module, x = make()
+        with pytest.raises(RuntimeError, match=r"conv_1.weight that torch.inference_mode made"):
+            module.prepack(28, 28, frozen=True)
+        assert torch.equal(module.prepack(28, 28)(x), module.unpack()(x))
+    assert module._packed is None
+
+
+@torch.no_grad()
+def test_frozen_weights_that_are_parametrised_later():
+    module, x = make()
+    module.prepack(28, 28, frozen=True)
+    torch.nn.utils.parametrizations.weight_norm(module.conv_2)
+    for _ in range(5):
+        module.conv_2.parametrizations.weight.original0.mul_(1.5)
+        packed, module._packed = module._packed, None
+        expected = module(x)
+        module._packed = packed
+        assert torch.equal(module(x), expected)
 
 
 def test_many_weights_are_packed_only_if_frozen():
@@ -436,10 +462,11 @@ def test_under_autocast_the_cast_weights_are_packed_by_the_call():
 
 
 @torch.no_grad()
-def test_compiled():
+@pytest.mark.parametrize("frozen", (False, True))
+def test_compiled(frozen):
     module, x = make()
     expected = module(x)
-    module.prepack(28, 28)
+    module.prepack(28, 28, frozen=frozen)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), expected)

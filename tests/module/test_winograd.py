@@ -214,5 +214,11 @@ def test_values_that_are_no_flag(value):
     if value is not None:
         with pytest.raises(TypeError, match="winograd: expected a bool, got"):
             FusedPSAModule(64, 64, winograd=value)
-        with pytest.raises(TypeError, match="spc_conv: winograd: expected a bool, got"):
+        with pytest.raises(TypeError, match="winograd: expected a bool, got"):
             conv(*infinite_weight(), winograd=value)
+        module = FusedPSAModule(64, 64)
+        module.winograd = value
+        with pytest.raises(TypeError, match="winograd: expected a bool, got"):
+            module(torch.ones(1, 64, 5, 5))
+        with pytest.raises(TypeError, match="winograd: expected a bool, got"):
+            epsa_fused.winograd_allowed(value)
