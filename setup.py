@@ -96,6 +96,7 @@ def together(name: str, files: list[str]) -> str:
 def extensions() -> list[Extension]:
     with_cuda = cuda_wanted()
     flags = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    flags += ["-Wno-unknown-warning-option"]  # for clang, which lacks GCC's names
     # -fopenmp only when compiling: the OpenMP runtime is the one that torch has
     # loaded, so that torch.set_num_threads rules. Without it at::parallel_for
     # would be serial and not say so.
