@@ -21,7 +21,7 @@ PY := $(VENV)/bin/python
 PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all compat bench lint sdist-check docs docs-serve clean
+.PHONY: demo test test-all compat bench lint sdist-check docs docs-serve clean aarch64-check
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans
 
 demo: $(VENV)/built $(VENV)/packages-demo
@@ -55,6 +55,20 @@ sdist-check: $(VENV)/packages-dev $(VENV)/torch
 	tar -xzf build/sdist/epsa_fused-*.tar.gz -C build/sdist/unpacked --strip-components 1
 	for part in csrc epsa_fused tests benchmarks examples docs .ci; do \
 	  diff -rq -x __pycache__ -x '*.so' $$part build/sdist/unpacked/$$part || exit 1; done
+
+# the CPU kernels' cases for 64-bit ARM, in an emulator; about three minutes
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+aarch64-check:
+	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	mkdir -p build/aarch64
+	for noun in attention conv; do \
+	  upper=$$(echo $$noun | tr a-z A-Z); \
+	  $(AARCH64_CXX) -std=c++17 -O1 -Wall -Wextra -Werror -Wno-psabi -Wno-maybe-uninitialized -static \
+	    -Icsrc -DEPSA_CASES_$$upper -DEPSA_VEC_BYTES=16 -o build/aarch64/$$noun \
+	    tests/cpu_cases/one_isa.cpp tests/cpu_cases/$${noun}_cases.cpp csrc/cpu/isa.cpp \
+	    csrc/cpu/$${noun}_plan.cpp && \
+	  qemu-aarch64 build/aarch64/$$noun || exit 1; done
 
 docs: $(VENV)/packages-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
