@@ -24,7 +24,7 @@ PROGRESS := $(PYTHON) .ci/progress.py
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all check-torch compat bench lint sdist-check wheel wheel-check docs docs-serve
-.PHONY: clean
+.PHONY: clean aarch64-check
 .PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans gpu-first-hour
 
 demo: $(VENV)/built $(VENV)/packages-demo
@@ -79,6 +79,20 @@ wheel: $(VENV)/torch $(VENV)/packages-wheel
 # installs such a wheel in other environments
 wheel-check: $(VENV)/built $(VENV)/packages-dev $(VENV)/packages-wheel
 	$(PY) -m pytest tests/package/test_wheel.py $(PYTEST_ARGS)
+
+# the CPU kernels' cases for 64-bit ARM, in an emulator; about three minutes
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+aarch64-check:
+	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	mkdir -p build/aarch64
+	for noun in attention conv; do \
+	  upper=$$(echo $$noun | tr a-z A-Z); \
+	  $(AARCH64_CXX) -std=c++17 -O1 -Wall -Wextra -Werror -Wno-psabi -Wno-maybe-uninitialized -static \
+	    -Icsrc -DEPSA_CASES_$$upper -DEPSA_VEC_BYTES=16 -o build/aarch64/$$noun \
+	    tests/cpu_cases/one_isa.cpp tests/cpu_cases/$${noun}_cases.cpp csrc/cpu/isa.cpp \
+	    csrc/cpu/$${noun}_plan.cpp && \
+	  qemu-aarch64 build/aarch64/$$noun || exit 1; done
 
 docs: $(VENV)/packages-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

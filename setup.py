@@ -121,6 +121,7 @@ def extensions(with_cuda: bool) -> list[Extension]:
     from torch.utils import cpp_extension
 
     flags = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    flags += ["-Wno-unknown-warning-option"]  # for clang, which lacks GCC's names
     # -fopenmp only when compiling: the OpenMP runtime is the one that torch has
     # loaded, so that torch.set_num_threads rules. Without it at::parallel_for
     # would be serial and not say so.

@@ -6,8 +6,21 @@
 
 #include "cpu/kernels/multi_isa.h"
 
+#if EPSA_MULTI_ISA
+#include <cpuid.h>
+#endif
+
 namespace epsa::cpu {
 namespace {
+
+#if EPSA_MULTI_ISA
+// Whether register ecx of this leaf has all these bits. clang 16's __builtin_cpu_supports
+// does not know their names.
+bool cpuid_has(unsigned leaf, unsigned bits) {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(leaf, &eax, &ebx, &ecx, &edx) && (ecx & bits) == bits;
+}
+#endif
 
 bool machine_runs(Isa isa) {
 #if EPSA_MULTI_ISA
@@ -17,9 +30,8 @@ bool machine_runs(Isa isa) {
       return true;
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
-          __builtin_cpu_supports("movbe");
+          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+          cpuid_has(1, bit_F16C | bit_MOVBE) && cpuid_has(0x80000001, bit_LZCNT);
     case Isa::avx512:
       return machine_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/conv.h"
