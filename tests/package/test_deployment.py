@@ -171,7 +171,7 @@ def program(tmp_path_factory):
     command = ["g++", "-std=c++20", "-O1", "-Wall", str(source), "-o", str(binary)]
     command += [f"-I{torch_root / 'include'}"]
     command += [f"-L{torch_root / 'lib'}", f"-Wl,-rpath,{torch_root / 'lib'}"]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True, timeout=300)
     return binary
 
