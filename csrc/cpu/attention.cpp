@@ -33,7 +33,10 @@ Tensor empty(
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format);
 }
 
-// Scratch memory: one allocation, cut into aligned pieces.
+}  // namespace
+
+// Scratch memory: one allocation, cut into aligned pieces. (Members of AttentionStep::State
+// need types with a linkage.)
 class Workspace {
  public:
   Workspace(at::ScalarType acc, int64_t elements, int pieces)
@@ -56,6 +59,8 @@ class Workspace {
 
 // ---- SE weights in the form that the kernels read ----
 
+namespace {
+
 Tensor cast_to(const Tensor& t, at::ScalarType acc) {
   return (t.scalar_type() == acc ? t : t.to(acc)).contiguous();
 }
@@ -72,6 +77,8 @@ void transpose(const void* from, void* to, int64_t sets, int64_t C, int64_t r) {
     }
   }
 }
+
+}  // namespace
 
 struct PackedWeights {
   Tensor fc1, fc1_bias, fc2, fc2_bias;  // keep the memory alive
@@ -105,6 +112,8 @@ struct PackedWeights {
 };
 
 // ---- threads ----
+
+namespace {
 
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kSerialElements = 16384;

@@ -13,6 +13,7 @@ import torch
 from support.optional import optional
 from support.tolerance import assert_near
 from torch import nn
+from torch.nn.utils import prune
 
 from epsa_fused import FusedPSAModule, PSAModule, why_not_fused
 
@@ -199,7 +200,37 @@ def opacus(net):
     return torch.cat([p.grad_sample.flatten() for p in module.parameters()])
 
 
-@pytest.mark.parametrize("change", (cpu_offload, lora, pruned, opacus))
+def globally_pruned(net):
+    layers = [(m, "weight") for m in net.modules() if isinstance(m, nn.Conv2d)]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
+    return net(images()).detach()
+
+
+def weight_norm_by_hooks(net):
+    torch.nn.utils.weight_norm(net.psa.conv_2)
+    torch.nn.utils.weight_norm(net.psa.se.fc2)
+    return net(images()).detach()
+
+
+def spectral_norm_by_hooks(net):
+    torch.manual_seed(0)  # of its first vectors
+    torch.nn.utils.spectral_norm(net.psa.se.fc1)
+    return net(images()).detach()
+
+
+def observed(net):
+    """Eager-mode quantisation: its observers' ranges, and the output."""
+    net.qconfig = torch.ao.quantization.default_qconfig
+    prepared = torch.ao.quantization.prepare(net)
+    out = prepared(images()).detach()
+    observer = prepared.psa.conv_3.activation_post_process
+    return torch.cat([out.flatten(), observer.min_val[None], observer.max_val[None]])
+
+
+OF_TORCH = (globally_pruned, weight_norm_by_hooks, spectral_norm_by_hooks, observed)
+
+
+@pytest.mark.parametrize("change", (cpu_offload, lora, pruned, opacus, *OF_TORCH))
 def test_a_changed_model(change):
     fused, plain = nets()
     expected = change(plain)
