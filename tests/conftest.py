@@ -36,7 +36,10 @@ if EMULATED:
 
 
 # Files of a minute or more are begun first: the last of them would keep one process busy alone.
-LONG = ("simt_kernels", "compile", "isa", "deployment", "kernels", "readme")
+LONG = (
+    *("simt_kernels", "compile", "isa", "deployment", "kernels", "readme"),
+    *("train", "processes", "resume", "signals"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -558,7 +558,7 @@ def test_a_module_that_warned_is_copied_and_pickled():
 def test_a_module_of_an_older_version():
     """Its pickle has no attribute that came later."""
     fused, plain = pair()
-    for name in ("save_output", "winograd", "_packed", "_packed_from"):
+    for name in ("save_output", "winograd", "_packed", "_frozen"):
         fused.__dict__.pop(name, None)
     assert fused.__dict__.keys() - plain.__dict__.keys() == set()
     assert_fused(fused, plain)

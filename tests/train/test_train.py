@@ -377,10 +377,10 @@ def test_a_failing_disk_is_fatal_even_where_corrupt_images_are_not(
 
     open_image = Image.open
 
-    def fails(path):
-        if path.parts[-2:] == ("bee", "2.JPEG"):
-            raise OSError(number, os.strerror(number), str(path))
-        return open_image(path)
+    def fails(file):
+        if file.name.endswith("bee/2.JPEG"):
+            raise OSError(number, os.strerror(number), file.name)
+        return open_image(file)
 
     data = str(image_folder(tmp_path / "data"))
     monkeypatch.setattr(Image, "open", fails)
