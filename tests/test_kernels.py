@@ -1,9 +1,12 @@
-"""The CPU kernels under sanitizers, for each instruction set that this machine runs."""
+"""The CPU kernels under sanitizers, for each instruction set of this machine and for ARM."""
 
 import re
+import shutil
+import subprocess
 
 import pytest
 from support import cpu_cases
+from support.paths import ROOT
 
 # what a program says before its summary, and a number that its cases exceed
 EXPECTED = {"attention": ("", 10000), "conv": (r"{isa}: \d+ left to the library", 1000)}
@@ -14,9 +17,10 @@ def noun(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def programs(noun, tmp_path_factory):
-    return cpu_cases.programs(noun, tmp_path_factory.mktemp(noun))
+@pytest.fixture(scope="module", params=["gcc", pytest.param("clang", marks=pytest.mark.slow)])
+def programs(request, noun, tmp_path_factory):
+    compiler = cpu_cases.clang() if request.param == "clang" else "g++"
+    return cpu_cases.programs(noun, tmp_path_factory.mktemp(noun), compiler)
 
 
 @pytest.mark.parametrize("isa", cpu_cases.ISAS)
@@ -25,3 +29,15 @@ def test_case_table(programs, noun, isa, monkeypatch):
     count, rest = cpu_cases.run(programs, isa, monkeypatch)
     assert re.fullmatch(words.format(isa=isa), rest)
     assert count > least
+
+
+@pytest.mark.slow
+def test_the_case_tables_for_64_bit_arm_in_an_emulator():
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on PATH")
+    output = subprocess.run(
+        ["make", "aarch64-check"], cwd=ROOT, capture_output=True, text=True, timeout=1800
+    ).stdout
+    counts = [int(n) for n in re.findall(r"^(\d+) cases, 0 failed$", output, flags=re.MULTILINE)]
+    assert len(counts) == 2 and counts[0] > 10000 and counts[1] > 1000, output[-3000:]

@@ -4,6 +4,7 @@ undefined-behaviour sanitizers, over a table of cases."""
 import functools
 import os
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,13 +30,21 @@ TARGETS = {
 }
 
 
-def programs(noun: str, directory: Path) -> dict[str, Path]:
+def clang() -> str:
+    """The newest clang++ on PATH; skips the test where there is none of version 16 or later."""
+    for name in (f"clang++-{version}" for version in range(30, 15, -1)):
+        if shutil.which(name):
+            return name
+    pytest.skip("no clang++-16 or newer on PATH")
+
+
+def programs(noun: str, directory: Path, compiler: str = "g++") -> dict[str, Path]:
     """A program for each instruction set that runs here. noun: attention or conv."""
     if reason := build.missing("asan"):
         pytest.skip(reason)
     sources = [CPU / "isa.cpp", CPU / f"{noun}_plan.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        start = functools.partial(pool.submit, _object, directory)
+        start = functools.partial(pool.submit, _object, compiler, directory)
         kernels = {}
         for isa in filter(runs_here, ISAS):  # these take the longest
             size, march = TARGETS[isa]
@@ -48,18 +57,18 @@ def programs(noun: str, directory: Path) -> dict[str, Path]:
     result = {}
     for isa, made in kernels.items():
         result[isa] = directory / f"{isa}_cases"
-        _gxx(*WATCHED, made.result(), *objects, "-o", result[isa])
+        _compile(compiler, *WATCHED, made.result(), *objects, "-o", result[isa])
     return result
 
 
-def _object(directory: Path, name: str, source: Path, flags: list[str]) -> Path:
+def _object(compiler: str, directory: Path, name: str, source: Path, flags: list[str]) -> Path:
     out = directory / f"{name}.o"
-    _gxx(*FLAGS, *flags, "-c", source, "-o", out)
+    _compile(compiler, *FLAGS, *flags, "-c", source, "-o", out)
     return out
 
 
-def _gxx(*args: str | Path) -> None:
-    result = subprocess.run(["g++", *map(str, args)], capture_output=True, text=True)
+def _compile(compiler: str, *args: str | Path) -> None:
+    result = subprocess.run([compiler, *map(str, args)], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stderr)
 
