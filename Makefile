@@ -80,7 +80,7 @@ wheel: $(VENV)/torch $(VENV)/packages-wheel
 wheel-check: $(VENV)/built $(VENV)/packages-dev $(VENV)/packages-wheel
 	$(PY) -m pytest tests/package/test_wheel.py $(PYTEST_ARGS)
 
-# the CPU kernels' cases for 64-bit ARM, in an emulator; about three minutes
+# the CPU kernels' cases for 64-bit ARM, in an emulator; a minute or two
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 aarch64-check:
 	@for tool in $(AARCH64_CXX) qemu-aarch64; do command -v $$tool > /dev/null || { \

@@ -47,6 +47,11 @@ class Files:
         path = self.folder / f"{self.device}-{kind}.csv"
         return list(csv.DictReader(path.open())) if path.exists() else []
 
+    def measured(self, kind: str) -> list[dict[str, str]]:
+        """The rows of gpu.py's table that these kernels gave."""
+        digest = sources()
+        return [r for r in self.rows("gpu") if (r["kind"], r["sources"]) == (kind, digest)]
+
     def text(self, kind: str) -> str:
         path = self.folder / f"{self.device}-{kind}.txt"
         return path.read_text() if path.exists() else ""
@@ -115,8 +120,7 @@ def missed_target(row: dict[str, str]) -> str:
 
 def attention(output: str, files: Files) -> Verdict:
     """One kernel a pass, and how far from the targets and from the opponents."""
-    measured = [r for r in files.rows("gpu") if r["kind"] == "attention"]
-    measured = [r for r in measured if r["sources"] == sources()]
+    measured = files.measured("attention")
     fused = [r for r in measured if r["contender"] == "fused"]
     if not fused:
         return False, "nothing was measured"
@@ -139,10 +143,9 @@ def attention(output: str, files: Files) -> Verdict:
 def module(output: str, files: Files) -> Verdict:
     """The attention step's part of a module, and whether merged groups pay in cuDNN."""
     parts: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in files.rows("gpu"):
-        if row["kind"] == "share":
-            key = tuple(row[k] for k in ("layout", "dtype", "planes", "size"))
-            parts.setdefault(key, {})[row["contender"]] = float(row["device_us"])
+    for row in files.measured("share"):
+        key = tuple(row[k] for k in ("layout", "dtype", "planes", "size"))
+        parts.setdefault(key, {})[row["contender"]] = float(row["device_us"])
     shares, gains = [], {}
     for key, times in parts.items():
         convs = [v for k, v in times.items() if re.fullmatch(r"conv \d+", k)]
@@ -163,12 +166,14 @@ def predictions(files: Files) -> list[str]:
     from devices import BANDWIDTH, DEVICES  # these need the extension
     from roofline import row as predicted
 
-    known = [name for name in DEVICES if name in files.device.split("-")]
+    words = files.device.split("-")
+    words += map("".join, zip(words, words[1:], strict=False))  # a rtx-4090 is an rtx4090
+    known = [name for name in DEVICES if name in words]
     if not known:
         return [f"roofline.py does not know {files.device}"]
     name, floors, wrong = known[0], [], []
-    for r in files.rows("gpu"):
-        if r["kind"] != "attention" or r["contender"] != "fused" or r["sources"] != sources():
+    for r in files.measured("attention"):
+        if r["contender"] != "fused":
             continue
         numbers = (int(r[k]) for k in ("n", "planes", "size"))
         p = predicted(DEVICES[name], BANDWIDTH[name], r["mode"], r["layout"], r["dtype"], *numbers)

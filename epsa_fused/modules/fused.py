@@ -196,7 +196,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 "FusedPSAModule.prepack: expected plain convolutions of one stride, got "
                 + ", ".join(map(repr, convs))
             )
-        weight = plain[0].weight
+        weights, *settings = _conv_arguments(plain)
+        weight = weights[0]
         if weight.device.type != "cpu":
             raise RuntimeError(
                 f"FusedPSAModule.prepack: expected weights on the CPU, got {weight.device}"
@@ -207,15 +208,14 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 f"frozen=True, got {self._conv_weights()} weights: to compare them in each call "
                 "costs more than to pack them"
             )
-        weights = tuple(conv.weight for conv in plain)
         if frozen:
-            _check_can_be_frozen(plain)
+            _check_can_be_frozen(plain, weights)
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
             self._packed = torch.ops.epsa_fused.spc_prepack.default(
-                x, weights, *_conv_arguments(plain)[1:], frozen, winograd_allowed(self.winograd)
+                x, weights, *settings, frozen, winograd_allowed(self.winograd)
             )
-        self._frozen = weights if frozen else None
+        self._frozen = tuple(weights) if frozen else None
         return self
 
     def unpack(self) -> Self:
@@ -295,13 +295,14 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
 
 
-def _check_can_be_frozen(convs: list[nn.Conv2d]) -> None:
-    for i, conv in enumerate(convs, 1):
-        if conv._parameters.get("weight") is None or conv.weight.is_inference():
+def _check_can_be_frozen(convs: list[nn.Conv2d], weights: list[Tensor]) -> None:
+    for i, (conv, weight) in enumerate(zip(convs, weights, strict=True), 1):
+        computed = conv._parameters.get("weight") is not weight
+        if computed or weight.is_inference():
             raise RuntimeError(
-                f"FusedPSAModule.prepack: frozen=True expects parameters with a version, got "
+                "FusedPSAModule.prepack: frozen=True expects parameters with a version, got "
                 f"conv_{i}.weight that "
-                + ("torch.inference_mode made" if conv.weight.is_inference() else "is computed")
+                + ("is computed" if computed else "torch.inference_mode made")
             )
 
 

@@ -180,7 +180,10 @@ def test_the_plans_of_the_committed_results():
     assert passed and re.match(words, verdict)
 
 
-def test_the_module_of_the_committed_results():
+def test_the_module_of_the_committed_results(monkeypatch):
+    assert first_hour.module("", H200) == (False, "nothing was measured")  # of these kernels
+    monkeypatch.setattr(first_hour, "sources", lambda: measured)
+    measured = next(r["sources"] for r in H200.rows("gpu") if r["kind"] == "share")
     passed, verdict = first_hour.module("", H200)
     assert passed and "merged groups gain up to" in verdict
 
@@ -226,6 +229,8 @@ def test_predictions(files):
     write_gpu(files)
     assert first_hour.predictions(files) == ["roofline.py does not know a-gpu"]
     (files.folder / "a-gpu-gpu.csv").rename(files.folder / "nvidia-h200-gpu.csv")
+    spaced = Files(files.folder, "nvidia-geforce-rtx-4090")
+    assert first_hour.predictions(spaced) == ["roofline.py: nothing was measured"]
     # 103 MB at 4.8 TB/s take 21.4 us
     assert first_hour.predictions(known) == [
         "4.7 to 4.7 times the floor of the memory's traffic, 0 of 1 cases below it",

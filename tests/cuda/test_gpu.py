@@ -74,7 +74,7 @@ def test_a_graph_captures_it(case):
 
 def test_a_first_call_is_captured():
     """Without a warm-up: in a process whose first call of the operator is inside a capture."""
-    run_code("""if True:
+    output = run_code("""if True:
         import torch
         from epsa_fused import psa_attention
         feats = [torch.randn(2, 16, 9, 9, device="cuda") for _ in range(4)]
@@ -84,8 +84,9 @@ def test_a_first_call_is_captured():
             out = psa_attention(feats, fc1, None, fc2, None)
         out.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(out, psa_attention(feats, fc1, None, fc2, None))
+        print(torch.equal(out, psa_attention(feats, fc1, None, fc2, None)))
     """)
+    assert output.splitlines()[-1] == "True"
 
 
 def test_several_streams_at_once():
@@ -108,12 +109,14 @@ def test_several_streams_at_once():
 def test_no_synchronisation():
     inputs = make_inputs(STAGE_CASES[0], device="cuda")
     grad_out, _ = make_cotangents(STAGE_CASES[0], torch.float32, device="cuda")
-    run(psa_attention, inputs, grad_out)
+    expected = run(psa_attention, inputs, grad_out)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(psa_attention, inputs, grad_out)
+        results = run(psa_attention, inputs, grad_out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.skipif("cuda" not in DEVICES or torch.cuda.device_count() < 2, reason="needs two GPUs")
