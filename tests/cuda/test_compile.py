@@ -116,7 +116,9 @@ def builds(request, tmp_path_factory) -> list[Build]:
     known = cuda_toolkit.run(NVCC, "--list-gpu-arch").split()
     rows = {arch: types for arch, types in request.param.items() if f"compute_{arch}" in known}
     if unknown := request.param.keys() - rows.keys():
-        warnings.warn(f"not compiled for {sorted(unknown)}, which {NVCC} does not know", stacklevel=1)
+        warnings.warn(
+            f"not compiled for {sorted(unknown)}, which {NVCC} does not know", stacklevel=1
+        )
     assert rows, f"{NVCC} knows none of {sorted(unknown)}, but {known}"
     folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor(2) as pool:

@@ -236,3 +236,33 @@ def test_predictions(files):
         "4.7 to 4.7 times the floor of the memory's traffic, 0 of 1 cases below it",
         "kernels and memsets as predicted",
     ]
+
+
+def test_the_command_compares_with_predictions_where_nothing_is_installed(files, tmp_path):
+    write_gpu(files)
+    (files.folder / "a-gpu-gpu.csv").rename(files.folder / "nvidia-h200-gpu.csv")
+    todo = step("build", "true", verdict=first_hour.built)
+    assert take_all([todo], Files(files.folder, "nvidia-h200"), minutes=5) == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    hidden = (
+        "import runpy, sys\n"
+        "sys.path = [path for path in sys.path if path != sys.argv[1]]\n"
+        "sys.argv[:3] = [sys.argv[2]]\n"
+        "sys.path[0] = sys.argv[0].rpartition('/')[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    program = ROOT / "benchmarks" / "first_hour.py"
+    command = [sys.executable, "-c", hidden, ROOT, program, "--only", "build"]
+    output = subprocess.run(
+        [*command, "--out", files.folder], cwd=tmp_path, env=environment, check=True,
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert output.splitlines() == [
+        "build: known, built",
+        "4.7 to 4.7 times the floor of the memory's traffic, 0 of 1 cases below it",
+        "kernels and memsets as predicted",
+        "every question has its answer",
+    ]
