@@ -44,3 +44,4 @@ from . import _C  # noqa: E402  after the check of its version
 
 MIN_BRANCHES, MAX_BRANCHES = _C.MIN_BRANCHES, _C.MAX_BRANCHES
 COMPARED_WEIGHTS = _C.COMPARED_WEIGHTS  # so many packed weights are compared in a call
+HAS_CUDA: bool = _C.build_info()["cuda"]  # whether the operators have CUDA kernels

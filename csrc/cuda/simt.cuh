@@ -1,11 +1,12 @@
 // The kernels' only access to the machine: threads, barriers, clusters, device-wide
-// arrivals, asynchronous copies, 16-bit floats.
+// arrivals, asynchronous copies, 16-bit floats, tensor cores.
 //
 // No other kernel source depends on CUDA. So the same source runs on a CPU: with
 // EPSA_EMULATED, tests/simt provides these functions.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef EPSA_EMULATED
 
@@ -168,6 +169,68 @@ EPSA_DEVICE void copy_async16(void* shared, const void* global) {
 }
 EPSA_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+struct alignas(16) Zeros16 {
+  uint32_t words[4] = {0, 0, 0, 0};
+};
+
+// ---- matrices of 16-bit floats on tensor cores: all lanes of a warp call these ----
+
+// A lane's part of a matrix [16, 16], as four matrices [8, 8]: above, below, and the same of
+// the right half. Lane l has the elements 2 * (l % 4) and one more of row l / 4.
+struct Matrices {
+  uint32_t words[4];
+};
+
+// A lane's part of a matrix [16, 8]: of column l / 4, rows 2 * (l % 4) and one more, and the
+// same of the lower half.
+struct alignas(8) Half4 {
+  uint32_t words[2];
+};
+
+EPSA_DEVICE Half4 load_once(const Half4* p) {
+  const uint2 words = __ldg(reinterpret_cast<const uint2*>(p));
+  return {{words.x, words.y}};
+}
+
+// Lanes 0 to 15 give the rows' first 8 elements, the others their last 8: the place in shared
+// memory, in bytes.
+EPSA_DEVICE Matrices load_matrices(int place) {
+  const unsigned from =
+      static_cast<unsigned>(__cvta_generic_to_shared(shared_memory())) + static_cast<unsigned>(place);
+  Matrices m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.words[0]), "=r"(m.words[1]), "=r"(m.words[2]), "=r"(m.words[3])
+               : "r"(from)
+               : "memory");
+  return m;
+}
+
+// sums [16, 8] += a b. A lane has two neighbouring columns, 2 * (l % 4), of row l / 4 and of
+// the row 8 below.
+template <class T>
+EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& b) {
+#define EPSA_MULTIPLY(type)                                                            \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                  \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])            \
+               : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]),   \
+                 "r"(b.words[0]), "r"(b.words[1]))
+  if constexpr (std::is_same_v<T, bf16>) {
+    EPSA_MULTIPLY("bf16");
+  } else {
+    EPSA_MULTIPLY("f16");
+  }
+#undef EPSA_MULTIPLY
+}
+
+// Two neighbouring elements, the first at an even place.
+EPSA_DEVICE void store_pair(bf16* to, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+EPSA_DEVICE void store_pair(f16* to, float a, float b) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
 }
 
 }  // namespace epsa::cuda::simt

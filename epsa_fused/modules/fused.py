@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from .._arguments import ModuleArguments
 from .._checks import check_flag, check_int, check_tensor
-from .._library import COMPARED_WEIGHTS
+from .._library import COMPARED_WEIGHTS, HAS_CUDA
 from .._winograd import winograd_allowed
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, is_reversed
@@ -30,8 +30,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
     On the CPU the whole module is one operator, psa_forward. Without gradients the convolutions
     write into the output, and each sample is reweighted in place. With gradients the operator runs
     :func:`epsa_fused.convolution.spc_conv` and :func:`epsa_fused.psa_attention`. The operator needs
-    convolutions of one stride, without bias. Other convolutions are called as layers, and so are
-    all convolutions on other devices. The attention step is fused there.
+    convolutions of one stride, without bias. Other convolutions are called as layers.
+
+    On a CUDA device the operator runs for bfloat16 and float16, also of autocast. It computes
+    grouped convolutions by tensor cores: of stride 1, with kernels of 5, 7 and 9, and groups of 4 to
+    256 channels with a quarter of outputs. PyTorch computes the others, and all gradients of
+    convolutions. Other dtypes and devices call the layers. The attention step is fused there.
 
     The operators read the layers' weights, each once a call, and call no layer. Where a call of a
     layer may mean something else, :class:`PSAModule`'s own forward runs instead, which calls the
@@ -124,9 +128,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
             warn_once(self, why)
             return super().forward(x)
         convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
-        if x.device.type != "cpu" or _why_not_taken(convs) is not None:
+        taken = x.device.type == "cpu" or _has_cuda_kernel(x)
+        if save_output and x.device.type != "cpu":
+            raise _no_save_output(f"x is on {x.device}")
+        if not taken or _why_not_taken(convs) is not None:
             if save_output:
-                raise _no_save_output(_why_not_taken(convs) or f"x is on {x.device}")
+                raise _no_save_output(cast(str, _why_not_taken(convs)))
             return self._fused_attention([conv(x) for conv in convs])
         fc1, fc2 = self.se.fc1, self.se.fc2
         arguments = ModuleArguments(
@@ -143,7 +150,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
             out = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)[0]
             return cast(Tensor, out)
         # Packed weights belong to this process; an exported program also runs in others.
-        packed = None if torch.compiler.is_exporting() else self._packed_for(arguments.weights)
+        local = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        packed = self._packed_for(arguments.weights) if local else None
         return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed, winograd))
 
     def attention(self, feats: list[Tensor]) -> Tensor:
@@ -304,6 +312,16 @@ def _check_can_be_frozen(convs: list[nn.Conv2d], weights: list[Tensor]) -> None:
                 f"conv_{i}.weight that "
                 + ("is computed" if computed else "torch.inference_mode made")
             )
+
+
+def _has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the operator may compute convolutions of x on a GPU: in 16-bit floats."""
+    if x.device.type != "cuda" or not HAS_CUDA:
+        return False
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _no_save_output(why: str) -> NotImplementedError:

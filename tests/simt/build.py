@@ -24,8 +24,16 @@ EMULATOR = sorted((HERE / "emulator").glob("*.cpp"))
 SELF_TEST = sorted((HERE / "self_test").glob("*.cpp"))
 CASES = sorted((HERE / "cases").glob("*.cpp"))
 KERNELS = HERE / "emulated_launch.cpp"
+CONV_KERNELS = HERE / "emulated_conv.cpp"
+OPERATORS = [HERE / "emulated_op.cpp", ROOT / "csrc" / "ops" / "attention.cpp"]
+CONV_OPERATORS = [
+    HERE / "emulated_conv_op.cpp",
+    *(ROOT / "csrc" / "ops" / f"{name}.cpp"
+      for name in ("attention", "conv", "module", "calls", "library")),
+]
 TEST_PLANS = HERE / "test_plans.cpp"
 PLAN = ROOT / broken.PLAN
+CONV_PLAN = ROOT / "csrc" / "cuda" / "conv_plan.cpp"
 
 # nvcc lets a cast read an object as a vector; -fno-strict-aliasing makes g++ do the same.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra"]
@@ -41,7 +49,10 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Program:
-    """`name` is "self_test", "cases" or "library": the operators, for torch.ops.load_library."""
+    """`name` is "self_test" or "cases", or a library for torch.ops.load_library.
+
+    "library" has the attention's operators, "convolutions" those of the convolutions.
+    """
 
     name: str
     sanitizer: str = ""
@@ -74,6 +85,9 @@ class Workshop:
         watched = SANITIZERS[program.sanitizer]
         if program.name == "self_test":
             return [*objects, self._together(SELF_TEST, watched)]
+        if program.name == "convolutions":
+            kernels = [self._object(CONV_KERNELS, ["-O2"]), self._object(CONV_PLAN)]
+            return [*objects, *kernels, *self._operators(CONV_OPERATORS)]
         root = self._planted(program.bug) if program.bug else ROOT
         types = [f"-DEPSA_TYPES={program.types}"] if program.types else []
         # A bug in the plan changes no kernel.
@@ -81,7 +95,7 @@ class Workshop:
         objects.append(self._object(KERNELS, [*types, *watched], ROOT if bug_in_plan else root))
         objects.append(self._object(PLAN, [], root if bug_in_plan else ROOT))
         if program.name == "library":
-            return [*objects, self._object(TEST_PLANS), *self._operators()]
+            return [*objects, self._object(TEST_PLANS), *self._operators(OPERATORS)]
         return [*objects, self._object(TEST_PLANS), self._together(CASES)]
 
     def path(self, program: Program) -> Path:
@@ -89,7 +103,7 @@ class Workshop:
         if program not in self.programs:
             parts = [made.result() for made in self.start(program)]
             options = []
-            if program.name == "library":
+            if program.name in ("library", "convolutions"):
                 parts += _torch_libraries()
                 options.append("-shared")
             out = self.directory / f"{program.name}-{len(self.programs)}"
@@ -99,7 +113,7 @@ class Workshop:
 
     def _together(self, sources: Sequence[Path], flags: Sequence[str] = ()) -> Future[Path]:
         """One object of several sources: most of a small file's time goes into its headers."""
-        path = self.directory / f"{sources[0].parent.name}.cpp"
+        path = self.directory / f"{sources[0].parent.name}-{sources[0].stem}.cpp"
         if not path.exists():
             path.write_text("".join(f'#include "{source}"\n' for source in sources))
         return self._object(path, flags)
@@ -119,12 +133,11 @@ class Workshop:
             self.objects[key] = self.pool.submit(compiled)
         return self.objects[key]
 
-    def _operators(self) -> list[Future[Path]]:
+    def _operators(self, sources: Sequence[Path]) -> list[Future[Path]]:
         from torch.utils.cpp_extension import include_paths
 
         flags = [f"-I{HERE / 'shims'}", *(f"-isystem{path}" for path in include_paths())]
-        checks = ROOT / "csrc" / "ops" / "attention.cpp"
-        return [self._together([HERE / "emulated_op.cpp", checks], flags)]
+        return [self._together(sources, flags)]
 
     def _planted(self, bug: str) -> Path:
         """A copy of the sources with the bug."""

@@ -51,6 +51,10 @@ uint64_t exchange(uint64_t bits, int mask);
 const void* peer(const void* shared, int rank);
 bool in_shared_memory(const void* begin, int64_t bytes);
 
+// All lanes of the warp show each other an object, until all of them have called `seen`.
+void show(const void* mine, const void* (&of_lanes)[32]);
+void seen();
+
 }  // namespace detail
 
 // ---- 16-bit floats: rounded to nearest even; NaN becomes CUDA's 0x7fff ----
@@ -188,6 +192,79 @@ EPSA_DEVICE void copy_async_wait() {
   }
   detail::here->copies.clear();
   detail::step(detail::Step::progress);
+}
+
+struct alignas(16) Zeros16 {
+  uint32_t words[4] = {0, 0, 0, 0};
+};
+
+// ---- tensor cores ----
+
+struct Matrices {
+  uint32_t words[4];
+};
+struct alignas(8) Half4 {
+  uint32_t words[2];
+};
+
+EPSA_DEVICE Half4 load_once(const Half4* p) {
+  return *p;
+}
+
+EPSA_DEVICE Matrices load_matrices(int place) {
+  const unsigned char* row = shared_memory() + place;
+  if (place % 16 != 0) {
+    detail::fail("misaligned load_matrices");
+  }
+  if (!detail::in_shared_memory(row, 16)) {
+    detail::fail("load_matrices outside of the block's shared memory");
+  }
+  const int lane = thread_id() % kWarp;
+  const void* rows[kWarp];
+  detail::show(row, rows);
+  Matrices m;
+  for (int i = 0; i < 4; ++i) {
+    const void* of_matrix = rows[8 * i + lane / 4];
+    std::memcpy(&m.words[i], static_cast<const unsigned char*>(of_matrix) + lane % 4 * 4, 4);
+  }
+  detail::seen();
+  return m;
+}
+
+template <class T>
+EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& b) {
+  struct Both {
+    Matrices a;
+    Half4 b;
+  };
+  const Both mine{a, b};
+  const void* of_lanes[kWarp];
+  detail::show(&mine, of_lanes);
+  const auto value = [](uint32_t word, int upper) {
+    T half;
+    half.bits = static_cast<uint16_t>(word >> 16 * upper);
+    return to_float(half);
+  };
+  const int lane = thread_id() % kWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const auto* left = static_cast<const Both*>(of_lanes[row % 8 * 4 + k % 8 / 2]);
+      const auto* right = static_cast<const Both*>(of_lanes[column * 4 + k % 8 / 2]);
+      sums[i] += value(left->a.words[row / 8 + k / 8 * 2], k % 2) *
+          value(right->b.words[k / 8], k % 2);
+    }
+  }
+  detail::seen();
+}
+
+template <class T>
+EPSA_DEVICE void store_pair(T* to, float a, float b) {
+  if (reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) != 0) {
+    detail::fail("misaligned store_pair");
+  }
+  from_float(a, to[0]);
+  from_float(b, to[1]);
 }
 
 }  // namespace epsa::cuda::simt

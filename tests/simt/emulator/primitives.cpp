@@ -79,6 +79,19 @@ uint64_t detail::exchange(uint64_t bits, int mask) {
   return self().taken;
 }
 
+void detail::show(const void* mine, const void* (&of_lanes)[32]) {
+  exchange(reinterpret_cast<uint64_t>(mine), 0);
+  const std::vector<Fiber>& fibers = self().owner->fibers;
+  const int first = here->thread / kWarp * kWarp;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    of_lanes[lane] = reinterpret_cast<const void*>(fibers[first + lane].given);
+  }
+}
+
+void detail::seen() {
+  exchange(self().given, 0);
+}
+
 const void* detail::peer(const void* shared, int rank) {
   Cluster& cluster = own_cluster();
   if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {

@@ -1,0 +1,107 @@
+"""The convolutions' kernels on a GPU, at real sizes. test_simt_conv.py runs them without one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import DEVICES
+from torch import nn
+
+from epsa_fused import FusedPSAModule, PSAModule
+from epsa_fused.functional import spc_conv
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and a build with CUDA kernels"),
+]
+
+STAGES = [(64, 56), (128, 28), (256, 14), (512, 7), (1024, 5), (64, 61)]  # planes, H = W
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # an output is rounded once
+KERNELS = (3, 5, 7, 9)
+GROUPS = (1, 4, 8, 16)
+
+
+def make_module(planes: int, dtype: torch.dtype = torch.float32) -> FusedPSAModule:
+    torch.manual_seed(0)
+    module = FusedPSAModule(planes, planes).to("cuda", dtype)
+    return module.to(memory_format=torch.channels_last)
+
+
+def image(n: int, planes: int, size: int, dtype: torch.dtype, layout=torch.channels_last):
+    torch.manual_seed(1)
+    x = torch.randn(n, planes, size, size, device="cuda", dtype=dtype)
+    return x.contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format), ids=str)
+@pytest.mark.parametrize("n", (1, 5, 64))
+@pytest.mark.parametrize(("planes", "size"), STAGES)
+def test_the_maps(planes, size, n, layout, dtype):
+    module = make_module(planes, dtype)
+    x = image(n, planes, size, dtype, layout)
+    weights = [getattr(module, f"conv_{i}").weight.detach() for i in (1, 2, 3, 4)]
+    feats, _ = spc_conv(x, weights, groups=GROUPS, padding=[k // 2 for k in KERNELS])
+    for f, w, k, g in zip(feats, weights, KERNELS, GROUPS, strict=True):
+        exact = nn.functional.conv2d(x.double(), w.double(), None, 1, k // 2, 1, g)
+        assert f.dtype == dtype and f.is_contiguous(memory_format=layout)
+        assert ((f.double() - exact).abs() / (exact.abs() + 1)).max().item() < BOUNDS[dtype], k
+
+
+@pytest.mark.parametrize(("planes", "size"), STAGES)
+def test_every_run_is_the_same(planes, size):
+    module, x = make_module(planes, torch.bfloat16), image(9, planes, size, torch.bfloat16)
+    with torch.no_grad():
+        expected = module(x)
+        assert all(torch.equal(module(x), expected) for _ in range(10))
+
+
+def test_training_under_autocast():
+    module = make_module(64)
+    plain = PSAModule(64, 64).double().cuda()
+    plain.load_state_dict(module.state_dict())
+    x = image(4, 64, 28, torch.float32).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = module(x)
+    exact = plain(exact_x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
+    grad = torch.randn_like(exact)
+    out.backward(grad.to(out.dtype))
+    exact.backward(grad)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, atol=6e-2, rtol=6e-2)
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() < 3e-2 * q.grad.abs().max() + 1e-3
+
+
+def test_a_graph_captures_it():
+    module, x = make_module(128, torch.float16), image(3, 128, 28, torch.float16)
+    with torch.no_grad():
+        expected = module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_compiled():
+    module, x = make_module(256, torch.bfloat16), image(3, 256, 14, torch.bfloat16)
+    with torch.no_grad():
+        out = torch.compile(copy.deepcopy(module), fullgraph=True)(x)
+        assert torch.equal(out, module(x))
+    out = torch.compile(copy.deepcopy(module), fullgraph=True)(x.requires_grad_())
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_other_dtypes_call_the_layers():
+    module = make_module(64)
+    plain = PSAModule(64, 64).double().cuda()
+    plain.load_state_dict(module.state_dict())
+    x = image(2, 64, 14, torch.float32)
+    torch.testing.assert_close(module(x).double(), plain(x.double()), atol=1e-3, rtol=1e-3)
