@@ -6,9 +6,10 @@
 Each case measures every contender: its time on the device, beside a copy of the features' bytes;
 the wall time of one call; the peak memory; the kernels and memsets of a call, from the profiler;
 the error against float64. A time on the device is that of a replayed CUDA graph over input sets
-that together exceed the L2 cache. The module's part measures its four convolutions beside its
-attention step, as they are and merged into fewer groups. A finished row is appended to
-<out>/<device>-gpu.csv. Rows that the file holds for the same sources (csrc) are skipped.
+that together exceed the L2 cache. The module's part measures whole modules in bfloat16. Then it
+measures cuDNN's four convolutions beside the attention step, as they are and merged into fewer
+groups. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds for the same
+sources (csrc) are skipped.
 """
 
 from __future__ import annotations
@@ -312,6 +313,58 @@ def module_rows(planes: int, size: int, results: Results, repeats: int) -> Itera
     torch.backends.cudnn.allow_tf32 = False
 
 
+def whole_rows(n: int, planes: int, size: int, results: Results, repeats: int) -> Iterator[dict]:
+    """The missing rows of a whole module in bfloat16: fused, as layers, and as published.
+
+    In inference. "layers" are cuDNN's convolutions before the fused attention step.
+    """
+    torch.backends.cudnn.benchmark = True
+    for layout in LAYOUTS:
+        module = epsa_fused.FusedPSAModule(planes, planes).to("cuda", torch.bfloat16)
+        published = epsa_fused.PSAModule(planes, planes).to("cuda", torch.bfloat16)
+        for m in (module, published):
+            m.to(memory_format=LAYOUTS[layout]).requires_grad_(False)
+        published.load_state_dict(module.state_dict())
+        shape = (n, planes, size, size)
+        image = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        image = image.contiguous(memory_format=LAYOUTS[layout])
+        images = [image.clone() for _ in range(sets_beyond_cache(image.nbytes))]
+        se = module.se.fc1.weight, module.se.fc1.bias, module.se.fc2.weight, module.se.fc2.bias
+        convolutions = [c for name, c in module.named_children() if name.startswith("conv")]
+
+        def layers(x: torch.Tensor, convolutions=convolutions, se=se) -> torch.Tensor:
+            return epsa_fused.psa_attention([c(x) for c in convolutions], *se)
+
+        exact = published.double()(image.double())
+        published.bfloat16()
+        contenders = {"fused": module, "layers": layers, "published eager": published}
+        for name, call in contenders.items():
+            row = {
+                "kind": "module",
+                "mode": "forward",
+                "layout": layout,
+                "dtype": "bfloat16",
+                "n": n,
+                "planes": planes,
+                "size": size,
+                "contender": name,
+            }
+            if results.key(row) in results.done:
+                continue
+            times, timing = device_times([partial(call, x) for x in images], repeats)
+            kernels, memsets = launches(partial(call, image))
+            yield row | {
+                "device_us": round(statistics.median(times) * 1e6, 2),
+                "iqr_us": round(spread(times) * 1e6, 2),
+                "wall_us": round(wall_time(partial(call, image), repeats) * 1e6, 2),
+                "peak_mb": round(peak_memory(partial(call, image)) / 1e6, 3),
+                "kernels": kernels,
+                "memsets": memsets,
+                "error": f"{largest_error([call(image)], [exact]):.2e}",
+                "timing": timing,
+            }
+
+
 class Results:
     """The CSV: the rows that it holds for this device and these sources, and new ones."""
 
@@ -390,6 +443,17 @@ def run_stage(planes: int, size: int, results: Results, repeats: int) -> None:
         )
 
 
+def run_whole(n: int, planes: int, size: int, results: Results, repeats: int) -> None:
+    for row in whole_rows(n, planes, size, results, repeats):
+        results.add(row)
+        print(
+            f"module {row['layout']} ({n}, {planes}, {size}): {row['contender']:<16}"
+            f"{row['device_us']:>10} us  wall {row['wall_us']} us  kernels {row['kernels']}"
+            f"  error {row['error']}",
+            flush=True,
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_float32_matmul_precision("highest")
@@ -403,6 +467,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.cuda.set_stream(torch.cuda.Stream())
     steps: list[Callable[[], object]] = []
     if options.part != "attention":
+        steps += [
+            partial(run_whole, n, *stage, results, options.repeats)
+            for n in (64, 8, 1)
+            for stage in STAGES
+        ]
         steps += [partial(run_stage, *stage, results, options.repeats) for stage in STAGES]
     if options.part != "module":
         steps += [

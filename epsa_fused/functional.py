@@ -167,8 +167,9 @@ def spc_conv(
     """The grouped convolutions of PSA's squeeze-and-concat step (arXiv 2105.14447, eq. 1 to 3).
 
     Branch s is ``conv2d(x, weights[s], None, stride, padding[s], dilation[s], groups[s])``. One
-    call computes all branches from one packed copy of x, and the means of their maps. CPU only; on
-    other devices call torch's own convolutions.
+    call computes all branches from one packed copy of x, and the means of their maps. It runs on
+    the CPU and on CUDA devices. There a kernel takes grouped convolutions of 16-bit floats
+    (docs/cuda.md), and torch's convolution the other branches.
 
     Args:
         x: [N, in_channels, H, W], float32, float64, bfloat16 or float16. Contiguous and
@@ -184,7 +185,8 @@ def spc_conv(
         feats: the branches' maps [N, C, H', W'], in x's dtype and memory layout.
         pooled: [N, S, C], the means of the maps over H' and W', for
             ``torch.ops.epsa_fused.psa_attention(..., pooled=)``. Its dtype is float64 for float64,
-            else float32; half-precision maps are averaged before rounding. Not differentiable.
+            else float32; the CPU averages half-precision maps before rounding. Not
+            differentiable.
 
     Sums are accumulated in float32 (float64 for float64).
 

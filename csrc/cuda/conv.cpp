@@ -44,12 +44,10 @@ Native native_branches(
     return native;
   }
   const auto as_int = [](int64_t n) { return static_cast<int>(n); };
-  native.problem = {
-      as_int(p.N), as_int(p.H), as_int(p.W), as_int(p.in_channels), as_int(p.C), {}};
+  native.problem = {as_int(p.N), as_int(p.H), as_int(p.W), as_int(p.in_channels), as_int(p.C), {}};
   for (int64_t s = 0; s < p.S; ++s) {
     const int64_t kernel = weights[s].size(2);
-    const ConvShape shape{
-        as_int(kernel), as_int(weights[s].size(1)), as_int(p.C / k.groups[s])};
+    const ConvShape shape{as_int(kernel), as_int(weights[s].size(1)), as_int(p.C / k.groups[s])};
     if (kernel == weights[s].size(3) && k.dilation[s] == 1 && 2 * k.padding[s] + 1 == kernel &&
         conv_supported(shape)) {
       native.branches.push_back(s);
@@ -81,8 +79,7 @@ void run(
   for (size_t i = 0; i < native.branches.size(); ++i) {
     const Tensor& weight = weights[native.branches[i]];
     Tensor& out = feats[native.branches[i]];
-    out = at::empty(
-        {x.size(0), native.problem.outputs, x.size(2), x.size(3)}, x.options(), kLast);
+    out = at::empty({x.size(0), native.problem.outputs, x.size(2), x.size(3)}, x.options(), kLast);
     ConvBranch& b = params.branch[i];
     b.weight = weight.const_data_ptr();
     for (int d = 0; d < 4; ++d) {
@@ -146,8 +143,8 @@ ConvBackward conv_backward(
     if (input.defined()) {
       grad_x = grad_x.defined() ? grad_x.add_(input) : input;
     }
-    Tensor g = output_mask.get(s + 1) ? at::empty_like(weights[s])
-                                      : at::empty({0}, weights[s].options());
+    Tensor g =
+        output_mask.get(s + 1) ? at::empty_like(weights[s]) : at::empty({0}, weights[s].options());
     if (weight.defined()) {
       if (g.strides() == weight.strides()) {
         g = weight;

@@ -17,8 +17,8 @@ struct ConvPlace {
   int slab, image, y, x;  // the first of each
 };
 
-EPSA_DEVICE ConvPlace conv_place(const ConvParams& p) {
-  auto id = simt::block_id();
+template <class Int>
+EPSA_DEVICE ConvPlace conv_place(const ConvParams& p, Int id) {
   const auto next = [&](int count) {
     const int i = static_cast<int>(id % count);
     id /= count;
@@ -35,8 +35,8 @@ EPSA_DEVICE ConvPlace conv_place(const ConvParams& p) {
 // ---- weights in the order of the kernel's reads ----
 
 template <class T>
-EPSA_DEVICE T packed_weight(const ConvBranch& b, int unit, int chunk, int ky, int step, int v,
-                            int column, int k) {
+EPSA_DEVICE T packed_weight(
+    const ConvBranch& b, int unit, int chunk, int ky, int step, int v, int column, int k) {
   const ConvUnit& u = b.unit;
   const int columns = 8 / u.positions;  // output channels
   const int position = column / columns;
@@ -51,15 +51,14 @@ EPSA_DEVICE T packed_weight(const ConvBranch& b, int unit, int chunk, int ky, in
     simt::from_float(0.0f, zero);
     return zero;
   }
-  return static_cast<const T*>(
-      b.weight)[output * b.stride[0] + input % b.inputs * b.stride[1] + ky * b.stride[2] +
-                kx * b.stride[3]];
+  return static_cast<const T*>(b.weight)
+      [output * b.stride[0] + input % b.inputs * b.stride[1] + ky * b.stride[2] + kx * b.stride[3]];
 }
 
 template <class T>
-EPSA_KERNEL(kConvThreads, 1) pack_weights(EPSA_PARAMETER ConvParams p) {
-  const int64_t index =
-      int64_t{simt::block_id()} * simt::block_threads() + simt::thread_id();
+EPSA_KERNEL(kConvThreads, 1)
+pack_weights(EPSA_PARAMETER ConvParams p) {
+  const int64_t index = int64_t{simt::block_id()} * simt::block_threads() + simt::thread_id();
   const int lane = static_cast<int>(index % kWarp);
   int64_t entry = index / kWarp;
   if (entry >= p.entries) {
@@ -81,8 +80,8 @@ EPSA_KERNEL(kConvThreads, 1) pack_weights(EPSA_PARAMETER ConvParams p) {
   const int v = next(b.unit.wide), step = next(b.unit.steps()), ky = next(b.unit.kernel);
   const int chunk = next(b.unit.chunks), unit = rest;
   for (int i = 0; i < 4; ++i) {
-    to[i] = packed_weight<T>(
-        b, unit, chunk, ky, step, v, lane / 4, lane % 4 * 2 + i % 2 + i / 2 * 8);
+    to[i] =
+        packed_weight<T>(b, unit, chunk, ky, step, v, lane / 4, lane % 4 * 2 + i % 2 + i / 2 * 8);
   }
 }
 
@@ -133,8 +132,7 @@ struct ConvRow {
 };
 
 template <class T, int K, int P, int W>
-EPSA_DEVICE void convolve(
-    const ConvParams& p, const ConvBranch& b, const ConvPlace& place, int unit, int part) {
+EPSA_DEVICE void convolve(const ConvParams& p, const ConvBranch& b, int slab, int unit, int part) {
   constexpr ConvUnit kUnit{K, P, W, 1};
   constexpr int kSteps = kUnit.steps(), kTaps = kUnit.taps();
   const int lane = simt::thread_id() % kWarp;
@@ -146,8 +144,8 @@ EPSA_DEVICE void convolve(
   const int plane =
       P > 1 ? unit * kUnit.inputs() / 8 : unit / (b.outputs / kUnit.outputs()) * 2 * b.unit.chunks;
   constexpr int kShift = kConvHalo - K / 2;
-  int from = plane * p.plane + (kShift * p.row + kShift) * 16 +
-      lane / 16 * (kTaps == 2 ? 16 : p.plane);
+  int from =
+      plane * p.plane + (kShift * p.row + kShift) * 16 + lane / 16 * (kTaps == 2 ? 16 : p.plane);
   int base[kConvTiles];
 #pragma unroll
   for (int i = 0; i < kConvTiles; ++i) {
@@ -157,9 +155,9 @@ EPSA_DEVICE void convolve(
   }
 
   // Each register is filled anew as soon as it was used, for a step or a line later.
-  const int64_t index = int64_t{place.slab} * b.units + unit;
+  const int index = slab * b.units + unit;
   const auto* packed = static_cast<const simt::Half4*>(b.packed) +
-      index * b.unit.chunks * K * kSteps * W * kWarp + lane;
+      int64_t{index} * b.unit.chunks * K * kSteps * W * kWarp + lane;
   simt::Half4 w[kSteps * W];
 #pragma unroll
   for (int u = 0; u < kSteps * W; ++u) {
@@ -179,8 +177,7 @@ EPSA_DEVICE void convolve(
     const bool more = line < lines;
     packed += more ? kSteps * W * kWarp : 0;
     ky = ky + 1 < K ? ky + 1 : 0;
-    const int next =
-        from + (!more ? 0 : ky > 0 ? p.row * 16 : 2 * p.plane - (K - 1) * p.row * 16);
+    const int next = from + (!more ? 0 : ky > 0 ? p.row * 16 : 2 * p.plane - (K - 1) * p.row * 16);
 #pragma unroll
     for (int u = 0; u < kSteps; ++u) {
       const int after = u + 1 < kSteps ? from + (u + 1) * kTaps * 16 : next;
@@ -200,7 +197,9 @@ EPSA_DEVICE void convolve(
     from = next;
   }
 
-  // A lane has two neighbouring channels of one position, in two rows.
+  // A lane has two neighbouring channels of one position, in two rows. The place is computed
+  // anew: it would hold four registers in the loop.
+  const ConvPlace place = conv_place(p, simt::block_id_read_again());
   constexpr int kChannels = 8 / P;
   const int column = lane % 4 * 2, position = column / kChannels;
   T* out = static_cast<T*>(b.out) + index * kUnit.outputs() + column % kChannels;
@@ -229,7 +228,7 @@ EPSA_DEVICE void convolve(
 template <class T, bool kLarge>
 EPSA_KERNEL(kLarge ? kConvLargeThreads : kConvThreads, kLarge ? 1 : 2)
 convolve_tile(EPSA_PARAMETER ConvParams p) {
-  const ConvPlace place = conv_place(p);
+  const ConvPlace place = conv_place(p, simt::block_id());
   load_tile<T>(p, place);
   const int warps = simt::block_threads() / kWarp;
   int pass = simt::thread_id() / kWarp;  // among those of the branch and of later ones
@@ -239,11 +238,11 @@ convolve_tile(EPSA_PARAMETER ConvParams p) {
     for (; pass < passes; pass += warps) {
       const int unit = pass / b.parts, part = pass % b.parts;
       switch (conv_instance(b.unit.kernel, b.unit.positions, b.unit.wide)) {
-#define EPSA_ENTRY(K, P, W)                              \
-  case conv_instance(K, P, W):                           \
-    if constexpr (kLarge || !ConvUnit{K, P, W, 1}.large()) {                     \
-      convolve<T, K, P, W>(p, b, place, unit, part);     \
-    }                                                    \
+#define EPSA_ENTRY(K, P, W)                                  \
+  case conv_instance(K, P, W):                               \
+    if constexpr (kLarge || !ConvUnit{K, P, W, 1}.large()) { \
+      convolve<T, K, P, W>(p, b, place.slab, unit, part);    \
+    }                                                        \
     break;
         EPSA_CONV_UNITS(EPSA_ENTRY)
 #undef EPSA_ENTRY

@@ -16,8 +16,7 @@ namespace {
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     cudaGetLastError();  // clears the error, or the next call reports it again
-    throw std::runtime_error(
-        std::string("epsa_fused: ") + what + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("epsa_fused: ") + what + ": " + cudaGetErrorString(error));
   }
 }
 
@@ -28,8 +27,7 @@ ConvDevice conv_device(int device) {
     return value;
   };
   return {
-      attribute(cudaDevAttrMultiProcessorCount),
-      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
@@ -51,8 +49,7 @@ void launch(const ConvPlan& plan, ConvParams params, cudaStream_t stream) {
         "launching the convolutions");
   };
   const int64_t packing = params.entries * kWarp;
-  run(pack_weights<T>, (packing + kConvThreads - 1) / kConvThreads, kConvThreads,
-      0);
+  run(pack_weights<T>, (packing + kConvThreads - 1) / kConvThreads, kConvThreads, 0);
   run(plan.large() ? convolve_tile<T, true> : convolve_tile<T, false>, plan.blocks, plan.threads,
       plan.shared_bytes);
 }

@@ -6,15 +6,15 @@
 namespace epsa::cuda {
 
 struct ConvBranch {
-  const void* weight;     // [C', I, k, k]
-  int64_t stride[4];      // its strides in elements
-  void* packed;           // [units, chunks, k, steps, wide, 32 lanes] of 8 bytes
-  int64_t first;          // of the branch among all packed entries
-  void* out;              // [N, C', H, W], channels_last
+  const void* weight;  // [C', I, k, k]
+  int64_t stride[4];   // its strides in elements
+  void* packed;        // [units, chunks, k, steps, wide, 32 lanes] of 8 bytes
+  int64_t first;       // of the branch among all packed entries
+  void* out;           // [N, C', H, W], channels_last
   ConvUnit unit;
-  int inputs, outputs;    // channels of a group
-  int units;              // of a slab
-  int parts;              // passes of a unit
+  int inputs, outputs;  // channels of a group
+  int units;            // of a slab
+  int parts;            // passes of a unit
   int run, hop;
 };
 

@@ -20,8 +20,7 @@ struct Tile {
 
 // The passes of a branch over one tile: each of a unit and of up to kConvTiles matrices.
 int parts(const ConvUnit& unit, const Tile& tile) {
-  return ceil_div(
-      tile.height * tile.width / unit.positions * tile.images, kRows * kConvTiles);
+  return ceil_div(tile.height * tile.width / unit.positions * tile.images, kRows * kConvTiles);
 }
 
 // Inputs are four times the outputs.
@@ -42,8 +41,9 @@ void order_columns(const Tile& tile, const ConvUnit& unit, int& run, int& hop) {
   run = columns / hop;
 }
 
-ConvPlan plan_of(const ConvProblem& p, const Tile& tile, int slab, int threads,
-                 const std::vector<ConvUnit>& units) {
+ConvPlan plan_of(
+    const ConvProblem& p, const Tile& tile, int slab, int threads,
+    const std::vector<ConvUnit>& units) {
   ConvPlan plan{};
   plan.tile_h = tile.height;
   plan.tile_w = tile.width;
@@ -56,8 +56,8 @@ ConvPlan plan_of(const ConvProblem& p, const Tile& tile, int slab, int threads,
   plan.plane = (tile.images * plan.rows * plan.row | 1) * 16;
   plan.tiles_y = ceil_div(p.height, tile.height);
   plan.tiles_x = ceil_div(p.width, tile.width);
-  plan.blocks = int64_t{p.channels / slab} * plan.tiles_y * plan.tiles_x *
-      ceil_div(p.samples, tile.images);
+  plan.blocks =
+      int64_t{p.channels / slab} * plan.tiles_y * plan.tiles_x * ceil_div(p.samples, tile.images);
   plan.shared_bytes = int64_t{plan.plane} * (slab / 8);
   plan.units = units;
   for (const ConvUnit& unit : units) {
@@ -69,41 +69,44 @@ ConvPlan plan_of(const ConvProblem& p, const Tile& tile, int slab, int threads,
   return plan;
 }
 
-// Cycles of a launch, roughly: fitted to measured times of an H200.
-double cost(const ConvProblem& p, const ConvPlan& plan, const ConvDevice& device) {
-  const int warps = plan.threads / kWarp;
-  const Tile tile{plan.tile_h, plan.tile_w, plan.images};
-  std::vector<double> of_warp(warps);
-  double total = 0;
-  int warp = 0;
+// Cycles of a launch, fitted to measured times of an H200: within 15% of them.
+double cost(const ConvPlan& plan, const ConvDevice& device) {
+  // A step multiplies kConvTiles matrices, once for each of the unit's width.
+  constexpr double kStart = 4000, kBytes = 12, kOfAll = 28, kOfOne = 90, kPass = 1500;
+  std::vector<double> warps(plan.threads / kWarp);
+  double all = 0;
+  size_t warp = 0;
   for (const ConvUnit& unit : plan.units) {
-    const int passes = units_of_slab(unit, plan.slab) * parts(unit, tile);
+    const int passes =
+        units_of_slab(unit, plan.slab) * parts(unit, {plan.tile_h, plan.tile_w, plan.images});
     const double steps = unit.chunks * unit.kernel * unit.steps();
     for (int i = 0; i < passes; ++i) {
-      of_warp[warp] += steps * (unit.wide > 1 ? 150 : 110) + 300;
-      total += steps * 7 * 4.5 + 300;
-      warp = (warp + 1) % warps;
+      warps[warp++ % warps.size()] +=
+          steps * (unit.wide > 1 ? 1.35 : 1) * kOfOne + kPass / static_cast<double>(warps.size());
+      all += steps * kOfAll;
     }
   }
-  const int64_t by_registers = plan.large() ? kConvLargeThreads / plan.threads
-                                           : 2 * kConvThreads / plan.threads;
-  const int64_t resident = std::max<int64_t>(
-      1, std::min(by_registers, device.shared_per_multiprocessor / (plan.shared_bytes + 1024)));
-  const int64_t held = resident * device.multiprocessors;
-  const int64_t waves = (plan.blocks + held - 1) / held;
-  const double busy =
-      static_cast<double>(std::min(held, plan.blocks)) / device.multiprocessors;
-  const double longest = *std::max_element(of_warp.begin(), of_warp.end());
-  const double load = 2000 + std::max(1.0, busy) * static_cast<double>(plan.shared_bytes) / 24;
-  return static_cast<double>(waves) * (load + std::max(longest, total * std::max(1.0, busy)));
+  const double longest = *std::max_element(warps.begin(), warps.end());
+  const int64_t by_registers = (plan.large() ? kConvLargeThreads : 2 * kConvThreads) / plan.threads;
+  const int64_t by_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
+  const int64_t held =
+      std::max<int64_t>(1, std::min(by_registers, by_memory)) * device.multiprocessors;
+  const auto wave = [&](int64_t blocks) {
+    const double share = std::max(1.0, static_cast<double>(blocks) / device.multiprocessors);
+    const double work = share * all;
+    return kStart + share * static_cast<double>(plan.shared_bytes) / kBytes +
+        0.75 * std::max(work, longest) + 0.25 * std::min(work, longest);
+  };
+  const int64_t rest = plan.blocks % held;
+  return static_cast<double>(plan.blocks / held) * wave(held) + (rest > 0 ? wave(rest) : 0);
 }
 
 }  // namespace
 
 bool conv_supported(const ConvShape& s) {
   const bool power = (s.inputs & (s.inputs - 1)) == 0;  // so that planes share a warp evenly
-  return (s.kernel == 5 || s.kernel == 7 || s.kernel == 9) && s.inputs == 4 * s.outputs &&
-      power && s.inputs >= 4 && s.inputs <= kMaxSlab;
+  return (s.kernel == 5 || s.kernel == 7 || s.kernel == 9) && s.inputs == 4 * s.outputs && power &&
+      s.inputs >= 4 && s.inputs <= kMaxSlab;
 }
 
 ConvUnit conv_unit(const ConvShape& s) {
@@ -179,14 +182,13 @@ std::vector<ConvPlan> conv_plans(const ConvProblem& p, const ConvDevice& device)
         const ConvPlan plan = plan_of(p, tile, slab, threads, units);
         if (plan.shared_bytes <= device.shared_per_block &&
             (threads <= kConvThreads || plan.large())) {
-          found.emplace_back(cost(p, plan, device), plan);
+          found.emplace_back(cost(plan, device), plan);
         }
       }
     }
   }
-  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
-    return a.first < b.first;
-  });
+  std::stable_sort(
+      found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   std::vector<ConvPlan> plans;
   for (auto& [cycles, plan] : found) {
     plans.push_back(std::move(plan));

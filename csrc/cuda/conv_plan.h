@@ -53,7 +53,9 @@ struct ConvUnit {
   EPSA_HOST_DEVICE constexpr int inputs() const { return positions == 4 ? 8 : 16 * chunks; }
   EPSA_HOST_DEVICE constexpr int outputs() const { return 8 / positions * wide; }
   EPSA_HOST_DEVICE constexpr int taps() const { return positions == 4 ? 2 : 1; }
-  EPSA_HOST_DEVICE constexpr int steps() const { return (kernel + positions - 1) / taps(); }  // of a line of taps
+  EPSA_HOST_DEVICE constexpr int steps() const {
+    return (kernel + positions - 1) / taps();
+  }  // of a line of taps
   // Does it need more registers for weights than the small kernel has?
   EPSA_HOST_DEVICE constexpr bool large() const { return steps() * wide > 8; }
   // Entries of the packed weights: of 4 elements for each lane.

@@ -63,6 +63,13 @@ EPSA_DEVICE int block_id() {
   return static_cast<int>(blockIdx.x);
 }
 
+// The same. The compiler does not know that, so the value takes no register before.
+EPSA_DEVICE int block_id_read_again() {
+  int id;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
+  return id;
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 EPSA_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -197,8 +204,8 @@ EPSA_DEVICE Half4 load_once(const Half4* p) {
 // Lanes 0 to 15 give the rows' first 8 elements, the others their last 8: the place in shared
 // memory, in bytes.
 EPSA_DEVICE Matrices load_matrices(int place) {
-  const unsigned from =
-      static_cast<unsigned>(__cvta_generic_to_shared(shared_memory())) + static_cast<unsigned>(place);
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory())) +
+      static_cast<unsigned>(place);
   Matrices m;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m.words[0]), "=r"(m.words[1]), "=r"(m.words[2]), "=r"(m.words[3])
@@ -211,11 +218,11 @@ EPSA_DEVICE Matrices load_matrices(int place) {
 // the row 8 below.
 template <class T>
 EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& b) {
-#define EPSA_MULTIPLY(type)                                                            \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                  \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])            \
-               : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]),   \
+#define EPSA_MULTIPLY(type)                                                           \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
+               : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]),  \
                  "r"(b.words[0]), "r"(b.words[1]))
   if constexpr (std::is_same_v<T, bf16>) {
     EPSA_MULTIPLY("bf16");

@@ -32,8 +32,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
     :func:`epsa_fused.convolution.spc_conv` and :func:`epsa_fused.psa_attention`. The operator needs
     convolutions of one stride, without bias. Other convolutions are called as layers.
 
-    On a CUDA device the operator runs for bfloat16 and float16, also of autocast. It computes
-    grouped convolutions by tensor cores: of stride 1, with kernels of 5, 7 and 9, and groups of 4 to
+    On a CUDA device the operator runs for bfloat16 and float16, also of autocast. Tensor cores
+    compute its grouped convolutions: of stride 1, with kernels of 5, 7 and 9, and groups of 4 to
     256 channels with a quarter of outputs. PyTorch computes the others, and all gradients of
     convolutions. Other dtypes and devices call the layers. The attention step is fused there.
 

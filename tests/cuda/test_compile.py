@@ -166,6 +166,33 @@ def loads_in_flight(code: list[str]) -> int:
     return most
 
 
+CONVOLUTIONS = """
+#include "cuda/conv.cuh"
+namespace epsa::cuda {
+template __global__ void convolve_tile<simt::bf16, false>(const __grid_constant__ ConvParams);
+template __global__ void convolve_tile<simt::bf16, true>(const __grid_constant__ ConvParams);
+template __global__ void pack_weights<simt::bf16>(const __grid_constant__ ConvParams);
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100, 120))]
+)
+def test_the_convolutions_do_not_spill(arch, tmp_path):
+    """The launch bounds give the small kernel 128 registers, so that two of its blocks fit."""
+    source = tmp_path / "convolutions.cu"
+    source.write_text(CONVOLUTIONS)
+    log = cuda_toolkit.run(
+        *(NVCC, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"),
+        *(f"-arch=sm_{arch}", "-cubin", "-o", tmp_path / "convolutions.cubin", source),
+    )
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert spills == [("0", "0")] * 3
+    assert all(int(registers) <= 170 for registers in re.findall(r"Used (\d+) registers", log))
+
+
 @needs_nvcc
 def test_aligned_kernels_access_128_bits(builds):
     """They read, copy to shared memory and write so. Unaligned kernels never access maps so. Each

@@ -52,9 +52,7 @@ def convolutions(workshop) -> Path:
 
 def plans(convolutions, code: str, **environment: str) -> list[str]:
     """Runs the code after the checks' definitions. The plans that the kernel took."""
-    output = run_code(
-        CHECK + code, LIBRARY=str(convolutions), EPSA_SIMT_TRACE="1", **environment
-    )
+    output = run_code(CHECK + code, LIBRARY=str(convolutions), EPSA_SIMT_TRACE="1", **environment)
     return re.findall(r"plan: (.*)", output)
 
 

@@ -28,8 +28,10 @@ CONV_KERNELS = HERE / "emulated_conv.cpp"
 OPERATORS = [HERE / "emulated_op.cpp", ROOT / "csrc" / "ops" / "attention.cpp"]
 CONV_OPERATORS = [
     HERE / "emulated_conv_op.cpp",
-    *(ROOT / "csrc" / "ops" / f"{name}.cpp"
-      for name in ("attention", "conv", "module", "calls", "library")),
+    *(
+        ROOT / "csrc" / "ops" / f"{name}.cpp"
+        for name in ("attention", "conv", "module", "calls", "library")
+    ),
 ]
 TEST_PLANS = HERE / "test_plans.cpp"
 PLAN = ROOT / broken.PLAN

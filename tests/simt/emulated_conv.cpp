@@ -29,8 +29,7 @@ void run(const std::function<void()>& kernel, int64_t blocks, int threads, int64
 template <class T>
 void launch(const ConvPlan& plan, const ConvParams& p) {
   const int64_t threads = p.entries * kWarp;
-  run([&] { pack_weights<T>(p); }, (threads + kConvThreads - 1) / kConvThreads,
-      kConvThreads, 0);
+  run([&] { pack_weights<T>(p); }, (threads + kConvThreads - 1) / kConvThreads, kConvThreads, 0);
   const auto kernel = plan.large() ? convolve_tile<T, true> : convolve_tile<T, false>;
   run([&] { kernel(p); }, plan.blocks, plan.threads, plan.shared_bytes);
 }

@@ -113,6 +113,9 @@ EPSA_DEVICE int block_threads() {
 EPSA_DEVICE int64_t block_id() {
   return detail::here->block;
 }
+EPSA_DEVICE int64_t block_id_read_again() {
+  return detail::here->block;
+}
 EPSA_DEVICE unsigned char* shared_memory() {
   return detail::here->shared;
 }
@@ -251,8 +254,8 @@ EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& 
     for (int k = 0; k < 16; ++k) {
       const auto* left = static_cast<const Both*>(of_lanes[row % 8 * 4 + k % 8 / 2]);
       const auto* right = static_cast<const Both*>(of_lanes[column * 4 + k % 8 / 2]);
-      sums[i] += value(left->a.words[row / 8 + k / 8 * 2], k % 2) *
-          value(right->b.words[k / 8], k % 2);
+      sums[i] +=
+          value(left->a.words[row / 8 + k / 8 * 2], k % 2) * value(right->b.words[k / 8], k % 2);
     }
   }
   detail::seen();
