@@ -173,15 +173,12 @@ Tensor module(
 
 }  // namespace
 
-#ifdef EPSA_EMULATED
-#define EPSA_CONV_KEY CPU
-#else
-#define EPSA_CONV_KEY CUDA
-#endif
-TORCH_LIBRARY_IMPL(epsa_fused, EPSA_CONV_KEY, m) {
+#ifndef EPSA_EMULATED
+TORCH_LIBRARY_IMPL(epsa_fused, CUDA, m) {
   m.impl("spc_conv", flat<conv>());
   m.impl("spc_conv_backward", flat<conv_backward>());
   m.impl("psa_forward", flat<module>());
 }
+#endif
 
 }  // namespace epsa::cuda

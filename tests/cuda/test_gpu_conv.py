@@ -1,4 +1,4 @@
-"""The convolutions' kernels on a GPU, at real sizes. test_simt_conv.py runs them without one."""
+"""The convolutions' kernels on a GPU, at real sizes. test_simt_kernels.py runs them without one."""
 
 from __future__ import annotations
 

@@ -91,6 +91,141 @@ def test_aligned_maps_are_read_by_16_bytes(library):
     assert vectors == expected
 
 
+# ---- the convolutions ----
+
+CHECK = """
+import os, torch, epsa_fused
+import torch.nn.functional as F
+torch.ops.load_library(os.environ["LIBRARY"])
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # an output is rounded once
+
+def make(N, C, H, W, dtype, kernels, groups, layout):
+    torch.manual_seed(1)
+    x = torch.randn(N, C, H, W).to(dtype).contiguous(memory_format=layout)
+    weights = [
+        (torch.randn(C // 4, C // g, k, k) / (C // g * k * k) ** 0.5).to(dtype)
+        for k, g in zip(kernels, groups)
+    ]
+    return x, weights
+
+def check(N, C, H, W, dtype=torch.bfloat16, kernels=(3, 5, 7, 9), groups=(1, 4, 8, 16),
+          layout=torch.channels_last, stride=1, change=lambda x: x):
+    x, weights = make(N, C, H, W, dtype, kernels, groups, layout)
+    x = change(x)
+    # weights as channels_last models hold them, too
+    weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
+    weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
+    padding = [k // 2 for k in kernels]
+    feats, pooled = torch.ops.epsa_fused.spc_conv(
+        x, weights, groups, stride, padding, [1] * len(groups)
+    )
+    for f, w, k, g, p in zip(feats, weights, kernels, groups, pooled.unbind(1)):
+        exact = F.conv2d(x.double(), w.double(), None, stride, k // 2, 1, g)
+        assert f.dtype == dtype and f.is_contiguous(memory_format=layout)
+        error = ((f.double() - exact).abs() / (exact.abs() + 1)).max().item()
+        assert error < BOUNDS[dtype], (C, k, g, error)
+        torch.testing.assert_close(p, f.float().mean((2, 3)))
+"""
+
+
+def conv_plans(library, code: str, **environment: str) -> list[str]:
+    """Runs the code after the checks' definitions. The plans that the kernel took."""
+    output = run_code(
+        CHECK + code,
+        LIBRARY=str(library),
+        EPSA_SIMT_CONVOLUTIONS="1",
+        EPSA_SIMT_TRACE="1",
+        **environment,
+    )
+    return re.findall(r"plan: (tiles .*)", output)
+
+
+def test_the_maps_of_convolutions(library):
+    """Groups of 4 to 256 channels, a pixel, lines that fill no tile, both layouts."""
+    small = """
+check(2, 64, 10, 9)
+check(1, 64, 9, 30, torch.float16)
+check(3, 128, 7, 8)
+check(2, 64, 1, 1)
+check(1, 64, 3, 70, torch.bfloat16, (9, 5), (16, 16))
+check(1, 64, 9, 8, layout=torch.contiguous_format)
+"""
+    large = """
+check(1, 256, 14, 14)
+check(2, 512, 7, 7)
+check(1, 1024, 4, 4)
+check(1, 64, 6, 6, torch.bfloat16, (7, 9), (4, 4))
+check(1, 64, 5, 6, torch.bfloat16, (5, 7), (1, 1))
+check(1, 128, 5, 6, torch.float16, (5, 9, 9), (16, 2, 4))
+"""
+    for calls, kernel in ((small, "large 0"), (large, "large 1")):
+        found = conv_plans(library, calls)
+        assert len(found) == 6 and all(plan.endswith(kernel) for plan in found)
+
+
+def test_convolutions_of_views(library):
+    """A sample of a batch, an odd address, and a slice of the channels."""
+    code = """
+last = torch.channels_last
+def odd(x):
+    memory = x.new_empty(x.numel() + 1)[1:].view(1, 8, 9, 64)
+    return memory.permute(0, 3, 1, 2).copy_(x)
+check(1, 64, 8, 9, change=lambda x: torch.cat([x, x])[1:], layout=torch.contiguous_format)
+check(1, 64, 8, 9, change=odd)
+check(1, 64, 8, 9, change=lambda x: torch.cat([x, x], 1).contiguous(memory_format=last)[:, :64])
+"""
+    assert len(conv_plans(library, code)) == 3
+
+
+def test_convolutions_in_random_order(library):
+    code = "check(1, 64, 8, 9); check(1, 256, 7, 7)"
+    assert len(conv_plans(library, code, EPSA_SIMT_SEED="3")) == 2
+
+
+def test_a_large_device_gets_small_tiles(library):
+    few, many = (
+        conv_plans(library, "check(1, 64, 14, 16)", EPSA_SIMT_MULTIPROCESSORS=count)[0]
+        for count in ("1", "132")
+    )
+    blocks = [int(re.search(r"(\d+) blocks", plan)[1]) for plan in (few, many)]
+    assert blocks[0] < blocks[1]
+
+
+def test_pytorch_computes_the_other_branches(library):
+    code = """
+check(1, 64, 9, 8, stride=2)
+check(1, 64, 9, 8, kernels=(3, 3), groups=(1, 4))
+check(1, 96, 9, 8, kernels=(5, 7), groups=(4, 8))  # no powers of two
+"""
+    assert conv_plans(library, code) == []
+
+
+def test_gradients_of_convolutions_and_the_module(library):
+    """With gradients the operator runs the same kernels; PyTorch computes the gradients."""
+    code = """
+from epsa_fused import FusedPSAModule, PSAModule
+torch.manual_seed(0)
+fused = FusedPSAModule(64, 64).bfloat16().to(memory_format=torch.channels_last)
+plain = PSAModule(64, 64).double()
+plain.load_state_dict(fused.state_dict())
+x = torch.randn(2, 64, 6, 7).bfloat16().contiguous(memory_format=torch.channels_last)
+a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+out, exact = fused(a), plain(b)
+assert out.is_contiguous(memory_format=torch.channels_last)
+torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=1e-2)
+grad = torch.randn_like(exact)
+out.backward(grad.bfloat16())
+exact.backward(grad.bfloat16().double())
+torch.testing.assert_close(a.grad.double(), b.grad, atol=3e-2, rtol=3e-2)
+for p, q in zip(fused.parameters(), plain.parameters()):
+    scale = q.grad.abs().max().item() + 1e-3
+    assert (p.grad.double() - q.grad).abs().max().item() < 2e-2 * scale
+with torch.no_grad():
+    torch.testing.assert_close(fused(x), out.detach(), atol=0, rtol=0.01)
+"""
+    assert len(conv_plans(library, code)) == 2
+
+
 # ---- the case table ----
 
 FIXED = "--mode resident --mode cluster2 --mode cluster4 --mode streaming --mode chunks"

@@ -25,9 +25,8 @@ SELF_TEST = sorted((HERE / "self_test").glob("*.cpp"))
 CASES = sorted((HERE / "cases").glob("*.cpp"))
 KERNELS = HERE / "emulated_launch.cpp"
 CONV_KERNELS = HERE / "emulated_conv.cpp"
-OPERATORS = [HERE / "emulated_op.cpp", ROOT / "csrc" / "ops" / "attention.cpp"]
-CONV_OPERATORS = [
-    HERE / "emulated_conv_op.cpp",
+OPERATORS = [
+    HERE / "emulated_op.cpp",
     *(
         ROOT / "csrc" / "ops" / f"{name}.cpp"
         for name in ("attention", "conv", "module", "calls", "library")
@@ -51,10 +50,7 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Program:
-    """`name` is "self_test" or "cases", or a library for torch.ops.load_library.
-
-    "library" has the attention's operators, "convolutions" those of the convolutions.
-    """
+    """`name` is "self_test", "cases" or "library": the operators, for torch.ops.load_library."""
 
     name: str
     sanitizer: str = ""
@@ -87,9 +83,6 @@ class Workshop:
         watched = SANITIZERS[program.sanitizer]
         if program.name == "self_test":
             return [*objects, self._together(SELF_TEST, watched)]
-        if program.name == "convolutions":
-            kernels = [self._object(CONV_KERNELS, ["-O2"]), self._object(CONV_PLAN)]
-            return [*objects, *kernels, *self._operators(CONV_OPERATORS)]
         root = self._planted(program.bug) if program.bug else ROOT
         types = [f"-DEPSA_TYPES={program.types}"] if program.types else []
         # A bug in the plan changes no kernel.
@@ -97,7 +90,8 @@ class Workshop:
         objects.append(self._object(KERNELS, [*types, *watched], ROOT if bug_in_plan else root))
         objects.append(self._object(PLAN, [], root if bug_in_plan else ROOT))
         if program.name == "library":
-            return [*objects, self._object(TEST_PLANS), *self._operators(OPERATORS)]
+            convolutions = [self._object(CONV_KERNELS, ["-O2"]), self._object(CONV_PLAN)]
+            return [*objects, self._object(TEST_PLANS), *convolutions, *self._operators()]
         return [*objects, self._object(TEST_PLANS), self._together(CASES)]
 
     def path(self, program: Program) -> Path:
@@ -105,7 +99,7 @@ class Workshop:
         if program not in self.programs:
             parts = [made.result() for made in self.start(program)]
             options = []
-            if program.name in ("library", "convolutions"):
+            if program.name == "library":
                 parts += _torch_libraries()
                 options.append("-shared")
             out = self.directory / f"{program.name}-{len(self.programs)}"
@@ -115,7 +109,7 @@ class Workshop:
 
     def _together(self, sources: Sequence[Path], flags: Sequence[str] = ()) -> Future[Path]:
         """One object of several sources: most of a small file's time goes into its headers."""
-        path = self.directory / f"{sources[0].parent.name}-{sources[0].stem}.cpp"
+        path = self.directory / f"{sources[0].parent.name}.cpp"
         if not path.exists():
             path.write_text("".join(f'#include "{source}"\n' for source in sources))
         return self._object(path, flags)
@@ -135,11 +129,11 @@ class Workshop:
             self.objects[key] = self.pool.submit(compiled)
         return self.objects[key]
 
-    def _operators(self, sources: Sequence[Path]) -> list[Future[Path]]:
+    def _operators(self) -> list[Future[Path]]:
         from torch.utils.cpp_extension import include_paths
 
         flags = [f"-I{HERE / 'shims'}", *(f"-isystem{path}" for path in include_paths())]
-        return [self._together(sources, flags)]
+        return [self._together(OPERATORS, flags)]
 
     def _planted(self, bug: str) -> Path:
         """A copy of the sources with the bug."""
