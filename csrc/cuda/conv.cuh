@@ -89,7 +89,7 @@ pack_weights(EPSA_PARAMETER ConvParams p) {
 
 template <class T>
 EPSA_DEVICE void load_tile(const ConvParams& p, const ConvPlace& place) {
-  const int planes = p.slab / 8;  // 2, 4, 8 or 16: a lane copies to one plane
+  const int planes = p.slab / 8;  // a power of two up to 32: a lane copies to one plane
   const int lane = simt::thread_id() % kWarp, plane = lane % planes;
   const T* x = static_cast<const T*>(p.x) + place.slab * p.slab + plane * 8;
   unsigned char* shared = simt::shared_memory() + plane * p.plane;
