@@ -197,7 +197,7 @@ def spc_conv(
     the largest float, may give NaN.
 
     torch's convolution computes branches without a kernel of their own, inside the same call.
-    ``epsa_fused._C.conv_plan`` tells which ones.
+    ``epsa_fused._C.conv_plan`` tells which ones on the CPU.
 
     Raises:
         ValueError: shapes, counts or settings do not fit, or an output would be empty.

@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
 namespace epsa::cuda {
@@ -54,12 +55,18 @@ Native native_branches(
       native.problem.branches.push_back(shape);
     }
   }
-  if (!native.branches.empty()) {
+  std::vector<ConvShape>& shapes = native.problem.branches;
+  while (!shapes.empty()) {
     if (std::optional<ConvPlan> plan = choose_conv_plan(native.problem, device)) {
       native.plan = *std::move(plan);
-    } else {
-      native.branches.clear();
+      break;
     }
+    // The others may fit without the branch that wants most of a block.
+    const auto widest = std::max_element(
+        shapes.begin(), shapes.end(),
+        [](const ConvShape& a, const ConvShape& b) { return a.inputs < b.inputs; });
+    native.branches.erase(native.branches.begin() + (widest - shapes.begin()));
+    shapes.erase(widest);
   }
   return native;
 }

@@ -20,13 +20,17 @@ void check(cudaError_t error, const char* what) {
   }
 }
 
-ConvDevice conv_device(int device) {
+// Nothing where the device is too old for the kernels.
+std::optional<ConvDevice> conv_device(int device) {
   const auto attribute = [&](cudaDeviceAttr name) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, name, device), "reading the properties of the device");
     return value;
   };
-  return {
+  if (attribute(cudaDevAttrComputeCapabilityMajor) < 8) {
+    return std::nullopt;
+  }
+  return ConvDevice{
       attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
@@ -38,10 +42,14 @@ void launch(const ConvPlan& plan, ConvParams params, cudaStream_t stream) {
   void* arguments[] = {&params};
   const auto run = [&](Kernel kernel, int64_t blocks, int threads, int64_t shared) {
     const auto* function = reinterpret_cast<const void*>(kernel);
-    check(
-        cudaFuncSetAttribute(
-            function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        "preparing the convolutions");
+    if (shared > 0) {
+      // All plans share the kernel, also those of other threads: each sets the same limit.
+      check(
+          cudaFuncSetAttribute(
+              function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+              static_cast<int>(plan.shared_limit)),
+          "preparing the convolutions");
+    }
     check(
         cudaLaunchKernel(
             function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
@@ -72,7 +80,8 @@ std::optional<ConvPlan> choose_conv_plan(const ConvProblem& p, int device) {
   if (chosen.size() >= kMost) {
     chosen.clear();
   }
-  const std::vector<ConvPlan> plans = conv_plans(p, conv_device(device));
+  const std::optional<ConvDevice> properties = conv_device(device);
+  const auto plans = properties ? conv_plans(p, *properties) : std::vector<ConvPlan>();
   const auto first = plans.empty() ? std::nullopt : std::optional(plans.front());
   return chosen.emplace(key, first).first->second;
 }

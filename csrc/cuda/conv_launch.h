@@ -8,7 +8,7 @@
 
 namespace epsa::cuda {
 
-// The best plan for the device, remembered. None if no tile fits.
+// The best plan for the device, remembered. None if there is none.
 std::optional<ConvPlan> choose_conv_plan(const ConvProblem& problem, int device);
 
 // Packs the weights and convolves. dtype is bf16 or f16.

@@ -164,10 +164,14 @@ std::vector<ConvPlan> conv_plans(const ConvProblem& p, const ConvDevice& device)
     positions = std::max(positions, units.back().positions);
   }
   const int width = ceil_div(p.width, positions) * positions;
+  std::vector<int> widths{8, 16, 28, 56};
+  if (width < 56 && std::count(widths.begin(), widths.end(), width) == 0) {
+    widths.push_back(width);
+  }
   std::vector<Tile> tiles;
   for (const int h : {7, 8, 14, 16, 28}) {
-    for (const int w : {8, 16, 28, 56, width <= 56 ? width : 0}) {
-      if (h < p.height + 7 && w > 0 && w <= width && w % positions == 0 && h * w <= 1024) {
+    for (const int w : widths) {
+      if (h < p.height + 7 && w <= width && w % positions == 0 && h * w <= 1024) {
         tiles.push_back({h, w, 1});
         if (h >= p.height && w >= p.width && h * w <= 256 && p.samples > 1) {
           tiles.push_back({h, w, 2});
@@ -177,11 +181,12 @@ std::vector<ConvPlan> conv_plans(const ConvProblem& p, const ConvDevice& device)
   }
   std::vector<std::pair<double, ConvPlan>> found;
   for (const Tile& tile : tiles) {
-    for (int slab = least; slab <= std::min(p.channels, kMaxSlab); slab *= 2) {
+    // Whole slabs: a block cannot hold a part of one.
+    for (int slab = least; slab <= kMaxSlab && p.channels % slab == 0; slab *= 2) {
       for (const int threads : {128, 192, 256, 384}) {
-        const ConvPlan plan = plan_of(p, tile, slab, threads, units);
-        if (plan.shared_bytes <= device.shared_per_block &&
-            (threads <= kConvThreads || plan.large())) {
+        ConvPlan plan = plan_of(p, tile, slab, threads, units);
+        plan.shared_limit = device.shared_per_block;
+        if (plan.shared_bytes <= plan.shared_limit && (threads <= kConvThreads || plan.large())) {
           found.emplace_back(cost(plan, device), plan);
         }
       }

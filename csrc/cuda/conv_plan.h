@@ -102,6 +102,7 @@ struct ConvPlan {
   int tiles_y, tiles_x;
   int64_t blocks;
   int64_t shared_bytes;
+  int64_t shared_limit;         // the device's: the same for all plans
   std::vector<ConvUnit> units;  // of the branches
   std::vector<int> runs, hops;  // the order of the columns of a tile
 
@@ -116,7 +117,8 @@ struct ConvDevice {
   int64_t shared_per_block, shared_per_multiprocessor;
 };
 
-// The plans that the device can run, the best first. None if no tile fits.
+// The plans that the device can run, the best first. None if no tile fits, or if the channels of
+// x are no multiple of 16 and of the largest group's.
 std::vector<ConvPlan> conv_plans(const ConvProblem& problem, const ConvDevice& device);
 
 // 8 bytes for each lane and entry.

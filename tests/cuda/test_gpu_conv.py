@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +88,44 @@ def test_a_graph_captures_it():
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_a_graph_holds_several_plans():
+    """A kernel's limit of shared memory must serve all of them, when they are replayed, too."""
+    modules = [make_module(planes, torch.bfloat16) for planes, _ in STAGES]
+    images = [image(8, planes, size, torch.bfloat16) for planes, size in STAGES]
+    with torch.no_grad():
+        expected = [module(x) for module, x in zip(modules, images, strict=True)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [module(x) for module, x in zip(modules, images, strict=True)]
+    graph.replay()
+    for out, exact in zip(outs, expected, strict=True):
+        assert torch.equal(out, exact)
+
+
+def test_threads_with_different_plans():
+    def work(stage: tuple[int, int]) -> bool:
+        module, x = make_module(stage[0], torch.bfloat16), image(4, *stage, torch.bfloat16)
+        with torch.no_grad():
+            expected = module(x)
+            return all(torch.equal(module(x), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, STAGES[:4]))
+
+
+@pytest.mark.parametrize("n", (1, 8, 64))
+def test_an_odd_number_of_groups(n):
+    groups = (1, 6, 12, 24)
+    torch.manual_seed(0)
+    module = FusedPSAModule(96, 96, conv_groups=groups).to("cuda", torch.bfloat16)
+    x = image(n, 96, 56, torch.bfloat16)
+    weights = [getattr(module, f"conv_{i}").weight.detach() for i in (1, 2, 3, 4)]
+    feats, _ = spc_conv(x, weights, groups=groups, padding=[k // 2 for k in KERNELS])
+    for f, w, k, g in zip(feats, weights, KERNELS, groups, strict=True):
+        exact = nn.functional.conv2d(x.double(), w.double(), None, 1, k // 2, 1, g)
+        assert ((f.double() - exact).abs() / (exact.abs() + 1)).max().item() < 4e-3, k
 
 
 def test_compiled():

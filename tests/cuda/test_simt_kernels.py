@@ -163,6 +163,23 @@ check(1, 128, 5, 6, torch.float16, (5, 9, 9), (16, 2, 4))
         assert len(found) == 6 and all(plan.endswith(kernel) for plan in found)
 
 
+@pytest.mark.parametrize("count", ("1", "132"))
+def test_convolutions_of_an_odd_number_of_groups(library, count):
+    """No slab is cut, on a device that prefers large ones, too. The rest is PyTorch's."""
+    code = """
+check(1, 96, 5, 30, kernels=(5, 7, 9), groups=(6, 12, 24))
+check(1, 48, 7, 8, kernels=(5, 7), groups=(3, 12))
+check(1, 128, 6, 6, kernels=(5, 7), groups=(2, 32))
+check(2, 24, 5, 6, kernels=(5, 7), groups=(6, 3))
+check(2, 20, 5, 6, kernels=(5, 9), groups=(5, 5))
+check(2, 36, 5, 6, kernels=(5, 9), groups=(9, 9))
+"""
+    found = conv_plans(library, code, EPSA_SIMT_MULTIPROCESSORS=count)
+    slabs = [int(re.search(r"slabs of (\d+)", plan)[1]) for plan in found]
+    assert len(slabs) == 3
+    assert all(channels % slab == 0 for channels, slab in zip((96, 48, 128), slabs, strict=True))
+
+
 def test_convolutions_of_views(library):
     """A sample of a batch, an odd address, and a slice of the channels."""
     code = """
