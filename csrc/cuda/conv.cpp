@@ -107,11 +107,12 @@ std::vector<Tensor> maps(
     const TorchProblem& p, const Tensor& x, at::TensorList weights, const ConvSettings& k) {
   std::vector<Tensor> feats(p.S);
   const Native native = native_branches(p, weights, k, x.device().index());
-  Tensor image = native.branches.empty() ? x : x.contiguous(kLast);
-  if (!native.branches.empty() && reinterpret_cast<uintptr_t>(image.const_data_ptr()) % 16) {
-    image = image.clone(kLast);  // the kernel copies 16 bytes at once
-  }
+  Tensor image = x;
   if (!native.branches.empty()) {
+    image = x.contiguous(kLast);
+    if (reinterpret_cast<uintptr_t>(image.const_data_ptr()) % 16) {
+      image = image.clone(kLast);  // the kernel copies 16 bytes at once
+    }
     run(native, image, weights, feats);
   }
   for (int64_t s = 0; s < p.S; ++s) {

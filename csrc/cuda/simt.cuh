@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/simt_types.h"
+
 #ifdef EPSA_EMULATED
 
 #include "emulated_simt.h"
@@ -178,23 +180,7 @@ EPSA_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-struct alignas(16) Zeros16 {
-  uint32_t words[4] = {0, 0, 0, 0};
-};
-
 // ---- matrices of 16-bit floats on tensor cores: all lanes of a warp call these ----
-
-// A lane's part of a matrix [16, 16], as four matrices [8, 8]: above, below, and the same of
-// the right half. Lane l has the elements 2 * (l % 4) and one more of row l / 4.
-struct Matrices {
-  uint32_t words[4];
-};
-
-// A lane's part of a matrix [16, 8]: of column l / 4, rows 2 * (l % 4) and one more, and the
-// same of the lower half.
-struct alignas(8) Half4 {
-  uint32_t words[2];
-};
 
 EPSA_DEVICE Half4 load_once(const Half4* p) {
   const uint2 words = __ldg(reinterpret_cast<const uint2*>(p));

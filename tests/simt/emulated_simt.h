@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/simt_types.h"
 #include "types.h"
 
 #define EPSA_DEVICE inline
@@ -197,18 +198,7 @@ EPSA_DEVICE void copy_async_wait() {
   detail::step(detail::Step::progress);
 }
 
-struct alignas(16) Zeros16 {
-  uint32_t words[4] = {0, 0, 0, 0};
-};
-
 // ---- tensor cores ----
-
-struct Matrices {
-  uint32_t words[4];
-};
-struct alignas(8) Half4 {
-  uint32_t words[2];
-};
 
 EPSA_DEVICE Half4 load_once(const Half4* p) {
   return *p;
