@@ -9,13 +9,44 @@ namespace epsa::cpu {
 
 // ---- plans ----
 
+namespace {
+
+std::vector<Conv> convs_of(
+    const ConvProblem& p, at::TensorList weights, const ConvSettings& settings) {
+  std::vector<Conv> convs;
+  for (int64_t s = 0; s < p.S; ++s) {
+    convs.push_back(conv_of(p, weights[s], settings, s));
+  }
+  return convs;
+}
+
+// All branches read one scratch, so they run in pairs together or not at all.
+bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa) {
+  return p.dtype == at::kBFloat16 && std::all_of(convs.begin(), convs.end(), [&](const Conv& c) {
+    return in_pairs(c, isa);
+  });
+}
+
+}  // namespace
+
+ForwardBank::ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool pairs)
+    : p_(p),
+      isa_(isa_in_use()),
+      convs_(std::move(convs)),
+      pairs_(pairs),
+      channels_(pairs ? p.in_channels / 2 : p.in_channels),
+      k_(pairs ? pair_kernels(isa_) : kernels_for(p, isa_)) {
+  if (pairs_) {
+    std::transform(convs_.begin(), convs_.end(), convs_.begin(), as_pairs);
+  }
+}
+
 ForwardBank::ForwardBank(
     const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
     const std::optional<Tensor>& prepacked)
-    : p_(p), isa_(isa_in_use()), k_(kernels_for(p, isa_)) {
-  for (int64_t s = 0; s < p.S; ++s) {
-    convs_.push_back(conv_of(p, weights[s], settings, s));
-  }
+    : ForwardBank(
+          p, convs_of(p, weights, settings),
+          all_in_pairs(p, convs_of(p, weights, settings), isa_in_use())) {
   header_ = PrepackHeader(p, convs_, isa_);
   // Packed weights are ignored where the weights were changed or replaced since, and where
   // the method that they are for is not wanted any more.
@@ -29,19 +60,37 @@ ForwardBank::ForwardBank(
   }
   for (int64_t s = 0; s < p.S; ++s) {
     Packing& packing = header_.branch[s].packing;
-    const ConvPlan plan = plan_conv(convs_[s], p.dtype == at::kDouble, isa_, packing);
+    const ConvPlan plan = plan_of(s, packing);
     TORCH_CHECK_VALUE(
         !use_packed || (plan.block == packing.block && plan.method == packing.method), op,
         ": packed has method ", static_cast<int>(packing.method), " and blocks of ", packing.block,
         " for weights[", s, "], expected one of this convolution's; prepack again");
     packing = {plan.method, plan.block};
-    weights_.push_back(use_packed ? weights[s] : evenly(weights[s]));
+    weights_.push_back(use_packed ? weights[s] : evenly(weights[s], pairs_));
     add_branch(s, plan);
   }
   if (use_packed) {
     check_prepacked_size(op, *prepacked, weight_floats_);
     prepacked_ = *prepacked;
   }
+}
+
+ForwardBank ForwardBank::in_floats() const {
+  std::vector<Conv> convs = convs_;
+  for (Conv& conv : convs) {
+    conv.in_channels = p_.in_channels;
+    conv.pairs = false;
+  }
+  ForwardBank result(p_, std::move(convs), /*pairs=*/false);
+  for (int64_t s = 0; s < p_.S; ++s) {
+    result.weights_.push_back(evenly(weights_[s]));
+    result.add_branch(s, result.plan_of(s, {}));
+  }
+  return result;
+}
+
+ConvPlan ForwardBank::plan_of(int64_t s, const Packing& packing) const {
+  return plan_conv(convs_[s], p_.dtype == at::kDouble, isa_, packing);
 }
 
 void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
@@ -69,9 +118,12 @@ void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
 }
 
 bool ForwardBank::has_all() const {
-  return std::none_of(plans_.begin(), plans_.end(), [](const ConvPlan& p) {
-    return p.method == ConvMethod::library;
-  });
+  return !has_method(ConvMethod::library);
+}
+
+bool ForwardBank::has_method(ConvMethod method) const {
+  return std::any_of(
+      plans_.begin(), plans_.end(), [&](const ConvPlan& p) { return p.method == method; });
 }
 
 std::vector<ConvWeights> ForwardBank::conv_weights() const {
@@ -118,16 +170,24 @@ struct ForwardBank::Call {
 
   Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H); }
 
-  void pack(int64_t n, float* image, int64_t begin, int64_t end) const {
-    self.k_.pack_image(image_of(x, n), self.p_.in_channels, self.p_.W, scratch(image), begin, end);
+  // Whether the methods can compute this image. Matrix multiplies idle lanes by zero, which
+  // makes NaN of an infinity or NaN in them.
+  bool pack(int64_t n, float* image, int64_t begin, int64_t end) const {
+    const bool finite = self.k_.pack_image(
+        image_of(x, n), self.channels_, self.p_.W, scratch(image), begin, end);
+    return finite || !self.has_method(ConvMethod::matrix);
   }
 
-  void pack_images(int64_t first, int64_t count, float* images, int64_t threads) const {
+  bool pack_images(int64_t first, int64_t count, float* images, int64_t threads) const {
     const int64_t blocks = self.blocks(), floats = self.image_floats();
+    std::atomic<bool> all{true};
     for_each(count * blocks, threads, [&](int64_t i) {
       const int64_t n = i / blocks, block = i % blocks;
-      pack(first + n, images + n * floats, block, block + 1);
+      if (!pack(first + n, images + n * floats, block, block + 1)) {
+        all = false;
+      }
     });
+    return all;
   }
 
   const float* unit_weights(const Task& task) const {
@@ -217,6 +277,13 @@ void ForwardBank::means(const float* sums, float* pooled) const {
 
 void ForwardBank::run(
     const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const {
+  if (!try_run(x, feats, pooled, done)) {
+    in_floats().try_run(x, feats, pooled, done);
+  }
+}
+
+bool ForwardBank::try_run(
+    const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const {
   const int64_t threads = threads_for(flops_);
   const std::vector<ConvWeights> weights = conv_weights();
   Call call{*this, x, feats, weights, pooled};
@@ -228,8 +295,7 @@ void ForwardBank::run(
   }
   // Weights that exceed the cache should be read once, rather than the images.
   if (weight_floats_ > kCacheFloats && (p_.N <= threads || weight_floats_ > 8 * image_floats())) {
-    by_unit(call, threads, done);
-    return;
+    return by_unit(call, threads, done);
   }
   if (!call.packed) {
     packed = pack_weights(k_, convs_, plans_, weights, threads);
@@ -237,18 +303,21 @@ void ForwardBank::run(
   }
   // Each thread takes whole samples. All threads share the samples that are left.
   const int64_t whole = p_.N - p_.N % threads;
-  by_sample(call, whole, threads, done);
-  shared(call, whole, threads, done);
+  return by_sample(call, whole, threads, done) && shared(call, whole, threads, done);
 }
 
 // Each thread takes its own samples, up to `count`, so that x stays in its cache.
-void ForwardBank::by_sample(
+bool ForwardBank::by_sample(
     const Call& call, int64_t count, int64_t threads, const Done& done) const {
+  std::atomic<bool> all{true};
   for_parts(count, threads, [&](int64_t begin, int64_t end) {
     const Floats image(image_floats()), sums(sums_);
     const Memory memory(*this);
-    for (int64_t n = begin; n < end; ++n) {
-      call.pack(n, image.get(), 0, blocks());
+    for (int64_t n = begin; n < end && all; ++n) {
+      if (!call.pack(n, image.get(), 0, blocks())) {
+        all = false;
+        return;
+      }
       for (const Task& task : tasks_) {
         call.task(task, n, image.get(), sums.get(), memory);
       }
@@ -256,18 +325,21 @@ void ForwardBank::by_sample(
       done(n, 1);
     }
   });
+  return all;
 }
 
 // All threads share the samples from `first` on, strip by strip.
-void ForwardBank::shared(const Call& call, int64_t first, int64_t threads, const Done& done) const {
+bool ForwardBank::shared(const Call& call, int64_t first, int64_t threads, const Done& done) const {
   const int64_t count = p_.N - first;
   const int64_t tasks = static_cast<int64_t>(tasks_.size());
   if (count == 0) {
-    return;
+    return true;
   }
   const Floats images(count * image_floats());
   const Floats sums(count * sums_);
-  call.pack_images(first, count, images.get(), threads);
+  if (!call.pack_images(first, count, images.get(), threads)) {
+    return false;
+  }
   for_each_with(
       count * tasks, threads, [&] { return Memory(*this); },
       [&](int64_t i, const Memory& memory) {
@@ -280,6 +352,7 @@ void ForwardBank::shared(const Call& call, int64_t first, int64_t threads, const
     call.finish(first + n, sums.get() + n * sums_);
     done(first + n, threads);
   }
+  return true;
 }
 
 // Samples [first, first + count), whose images are packed.
@@ -324,7 +397,7 @@ struct ForwardBank::Wave {
 
 // All threads share the units, and pack a unit's weights where they are used. A wave of
 // samples at a time: neither weights nor images need a large cache.
-void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) const {
+bool ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) const {
   constexpr int64_t kWaveFloats = 1 << 21;  // of packed images
   const int64_t most = std::clamp<int64_t>(kWaveFloats / image_floats(), 1, p_.N);
   const int64_t units = static_cast<int64_t>(units_.size());
@@ -337,7 +410,9 @@ void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) c
   for (int64_t first = 0; first < p_.N; first += most) {
     const int64_t count = std::min(most, p_.N - first);
     const Wave wave{call, first, count, images.get(), sums.get()};
-    call.pack_images(first, count, images.get(), threads);
+    if (!call.pack_images(first, count, images.get(), threads)) {
+      return false;
+    }
     // Several tasks for each thread let all threads end at about the same time.
     const int64_t parts = std::clamp<int64_t>((4 * threads + units - 1) / units, 1, count);
     const auto own = [&] {
@@ -361,6 +436,7 @@ void ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) c
       done(first + n, alone ? threads : 1);
     });
   }
+  return true;
 }
 
 // ---- with the branches that have no kernel here ----

@@ -23,13 +23,15 @@ class ForwardBank {
   bool has(int64_t s) const { return plans_[s].method != ConvMethod::library; }
   bool has_any() const { return !units_.empty(); }
   bool has_all() const;
+  bool has_method(ConvMethod method) const;
 
   // Sample n is complete, and the callee may use so many threads.
   using Done = std::function<void(int64_t n, int64_t threads)>;
 
   // Convolves all samples of x into `feats`, and writes the means of the maps to
   // `pooled` [N, S, C]. Branches without kernels here are left out. Calls `done` for
-  // each sample. The results do not depend on the threads.
+  // each sample; where x has infinities or NaN, twice for some of them, the second time
+  // with the right maps. The results do not depend on the threads.
   void run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
 
@@ -43,22 +45,35 @@ class ForwardBank {
   struct Call;
   struct Wave;
 
+  // Without plans.
+  ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool pairs);
+  // The same convolutions without pairs, from the weights as they are.
+  ForwardBank in_floats() const;
+
+  ConvPlan plan_of(int64_t s, const Packing& packing) const;
   void add_branch(int64_t s, const ConvPlan& plan);
+  // run(), as far as the images are finite, or matrix does not mind. Returns whether that
+  // was all.
+  bool try_run(
+      const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
   std::vector<ConvWeights> conv_weights() const;
-  int64_t image_floats() const { return size_.floats(p_.in_channels, p_.H, k_.lanes); }
+  int64_t image_floats() const { return size_.floats(channels_, p_.H, k_.lanes); }
   int64_t blocks() const {  // of an image's channels
-    return (p_.in_channels + k_.lanes - 1) / k_.lanes;
+    return (channels_ + k_.lanes - 1) / k_.lanes;
   }
   void means(const float* sums, float* pooled) const;
 
-  void by_sample(const Call&, int64_t count, int64_t threads, const Done&) const;
-  void shared(const Call&, int64_t first, int64_t threads, const Done&) const;
-  void by_unit(const Call&, int64_t threads, const Done&) const;
+  // Orders of work, of try_run.
+  bool by_sample(const Call&, int64_t count, int64_t threads, const Done&) const;
+  bool shared(const Call&, int64_t first, int64_t threads, const Done&) const;
+  bool by_unit(const Call&, int64_t threads, const Done&) const;
 
   ConvProblem p_;
   Isa isa_;
-  const ConvKernels& k_;
   std::vector<Conv> convs_;
+  bool pairs_;        // of bfloat16 channels
+  int64_t channels_;  // of x, or pairs
+  const ConvKernels& k_;
   std::vector<ConvPlan> plans_;
   std::vector<Tensor> weights_;
   PrepackHeader header_;

@@ -76,9 +76,21 @@ inline bool evenly_spaced(const Tensor& w) {
   return even && (tap_stride(w) == 1 || w.stride(1) == 1);
 }
 
+// Whether each pair of dense channels is an item of 32 bits at its natural place.
+inline bool pairs_are_items(const Tensor& w) {
+  return reinterpret_cast<uintptr_t>(w.const_data_ptr()) % 4 == 0 && w.stride(0) % 2 == 0 &&
+      (w.size(2) * w.size(3) == 1 || tap_stride(w) % 2 == 0);
+}
+
 inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
-  return {glue::data_of(w), conv.oc() * w.stride(0), w.stride(0), w.size(1) == 1 ? 1 : w.stride(1),
-          tap_stride(w),    /*turned=*/false};
+  ConvWeights weights{
+      glue::data_of(w), conv.oc() * w.stride(0), w.stride(0), w.size(1) == 1 ? 1 : w.stride(1),
+      tap_stride(w),    /*turned=*/false};
+  if (conv.pairs) {
+    weights.second = weights.in_stride;
+    weights.in_stride *= 2;
+  }
+  return weights;
 }
 
 // The weights of one phase of the input's gradient. Input and output channels of a
@@ -98,8 +110,9 @@ inline Conv conv_of(
   return conv;
 }
 
-inline Tensor evenly(const Tensor& w) {
-  return evenly_spaced(w) ? w : w.contiguous();
+inline Tensor evenly(const Tensor& w, bool pairs = false) {
+  const bool even = evenly_spaced(w) && !(pairs && w.stride(1) == 1 && !pairs_are_items(w));
+  return even ? w : w.contiguous();
 }
 
 inline const ConvKernels& kernels_for(const ConvProblem& p, Isa isa) {

@@ -73,7 +73,17 @@ double winograd_cycles(const Conv& conv, int pixels, int block) {
   return kWinogradPoints * cycles + kTransform * static_cast<double>(tiles);
 }
 
-ConvMethod choose_method(const Conv& conv, int lanes, const Packing& packed) {
+// Matrix's batches of tiles in an image, where a row of the output has `across` tiles. Each
+// batch reads all weights.
+int64_t matrix_batches(int64_t rows, int64_t across, int64_t strip) {
+  return rows / strip * pieces(strip * across, kMatrixTiles) +
+      pieces(rows % strip * across, kMatrixTiles);
+}
+
+ConvMethod choose_method(const Conv& conv, int lanes, Isa isa, const Packing& packed) {
+  if (conv.pairs && isa >= Isa::amx_bf16) {
+    return is_matrix(conv, lanes) ? ConvMethod::matrix : ConvMethod::library;
+  }
   if (DotLanes::fit(conv, lanes) && conv.oc() < lanes) {
     return ConvMethod::dot;
   }
@@ -116,6 +126,8 @@ std::string name(ConvMethod method) {
       return "winograd";
     case ConvMethod::library:
       return "library";
+    case ConvMethod::matrix:
+      return "matrix";
   }
   return "?";
 }
@@ -125,9 +137,16 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& pac
     return {};
   }
   const int lanes = lanes_of(isa);
-  const ConvMethod method = choose_method(conv, lanes, packed);
+  const ConvMethod method = choose_method(conv, lanes, isa, packed);
   if (method == ConvMethod::library) {
     return {};
+  }
+  if (method == ConvMethod::matrix) {
+    const int64_t position = MatrixTiles(conv, lanes).position;
+    const int64_t positions = pieces(conv.out_width, position);
+    return tile_plan(
+        conv, method, static_cast<int>(pieces(positions, pieces(positions, lanes))),
+        static_cast<int>(position), isa);
   }
   const bool dot = method == ConvMethod::dot;
   const bool winograd = method == ConvMethod::winograd;
@@ -154,6 +173,10 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& pac
       }
     }
   }
+  const bool slides = conv.pairs && conv.stride == 1 && conv.dilation == 1 && conv.kernel_w > 1;
+  if (slides && best_block == 1 && best_pixels == 28) {
+    best_pixels = 14;  // leaves registers for the weights of a kernel's row
+  }
   return best_block == 0 ? ConvPlan() : tile_plan(conv, method, best_pixels, best_block, isa);
 }
 
@@ -167,9 +190,22 @@ ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, I
     const DotLanes dot_lanes(conv, lanes);
     const int64_t outputs = dot_lanes.groups * conv.oc();  // of a cluster
     const int64_t clusters = std::max<int64_t>(1, lanes / outputs);
+    plan.by_group = false;
     plan.unit_channels = clusters * outputs;
     plan.units = pieces(dot_lanes.clusters(conv), clusters);
     plan.unit_weights = clusters * conv.oc() * dot_lanes.vectors * conv.taps() * lanes;
+  } else if (method == ConvMethod::matrix) {
+    const MatrixTiles tiles(conv, lanes);
+    plan.by_group = tiles.by_group();
+    if (plan.by_group) {
+      plan.unit_channels = lanes;
+      plan.units = conv.groups * pieces(conv.oc(), lanes);
+    } else {
+      plan.unit_channels = tiles.position * tiles.outputs;
+      plan.units = pieces(tiles.lanes.clusters(conv), tiles.position);
+    }
+    plan.unit_weights = tiles.position * tiles.lanes.vectors * conv.kernel_h * tiles.columns *
+        lanes * lanes;
   } else {
     plan.unit_channels = block * lanes;
     plan.units = conv.groups * (pieces(conv.oc(), lanes) / block);
@@ -183,12 +219,34 @@ ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, I
     plan.strip = winograd_strip(conv);
     return plan;
   }
-  plan.buffer_width = pieces(conv.out_width, pixels) * pixels;
+  const int64_t tile = method == ConvMethod::matrix ? pixels * block : pixels;
+  plan.buffer_width = pieces(conv.out_width, tile) * tile;
   // Half of a small first-level cache.
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(
       kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1, conv.out_height);
+  if (method == ConvMethod::matrix) {
+    const int64_t across = plan.buffer_width / tile;
+    for (int64_t strip = plan.strip - 1; strip > 0; --strip) {
+      if (matrix_batches(conv.out_height, across, strip) <
+          matrix_batches(conv.out_height, across, plan.strip)) {
+        plan.strip = strip;
+      }
+    }
+  }
   return plan;
+}
+
+Conv as_pairs(const Conv& conv) {
+  Conv result = conv;
+  result.in_channels /= 2;
+  result.pairs = true;
+  return result;
+}
+
+bool in_pairs(const Conv& conv, Isa isa) {
+  return isa >= Isa::avx512_bf16 && conv.ic() % 2 == 0 && conv.stride <= kMaxStride &&
+      choose_method(as_pairs(conv), lanes_of(isa), isa, {}) != ConvMethod::library;
 }
 
 Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column) {
@@ -262,7 +320,7 @@ void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
 }
 
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {
-  if (plan.method == ConvMethod::dot) {
+  if (!plan.by_group) {
     const int64_t first = unit * plan.unit_channels;
     return {first, std::min(plan.unit_channels, conv.out_channels - first)};
   }

@@ -12,13 +12,15 @@ namespace epsa::cpu {
 // One branch's convolution. The output's size is given, as it does not follow from the
 // input's where the convolution is part of a gradient.
 struct Conv {
-  int64_t in_channels, out_channels, groups;
+  int64_t in_channels, out_channels, groups;  // pairs: two inputs count as one
   int64_t kernel_h, kernel_w;
   int64_t stride, dilation;      // vertical and horizontal
   int64_t padding_h, padding_w;  // above and left
   int64_t height, width;         // of the input
   int64_t out_height, out_width;
   bool winograd = true;  // whether Winograd's method may compute it
+  // Whether two bfloat16 channels of the input stand where kernels have one of float.
+  bool pairs = false;
 
   int64_t ic() const { return in_channels / groups; }  // of one group
   int64_t oc() const { return out_channels / groups; }
@@ -40,6 +42,8 @@ enum class ConvMethod {
   winograd,
   // No kernel here fits: at::conv2d.
   library,
+  // Products of matrices in AMX's tiles. Needs pairs.
+  matrix,
 };
 
 std::string name(ConvMethod method);
@@ -49,10 +53,12 @@ std::string name(ConvMethod method);
 struct ConvPlan {
   ConvMethod method = ConvMethod::library;
   // Registers hold a tile's sums: `pixels` of an output row (winograd: transforms), times
-  // `block` vectors of output channels (dot: single output channels).
+  // `block` vectors of output channels (dot: single output channels). matrix: `pixels`
+  // positions of `block` pixels each.
   int pixels = 0;
   int block = 0;
   int64_t unit_channels = 0;  // output channels of a unit; the last may have fewer
+  bool by_group = true;       // whether they belong to one group, or run across groups
   int64_t units = 0;          // runs of output channels
   int64_t unit_pitch = 0;     // floats from pixel to pixel of the tile buffer
   int64_t unit_weights = 0;   // packed floats of one unit
@@ -152,11 +158,38 @@ struct DotLanes {
   int64_t clusters(const Conv& conv) const { return (conv.groups + groups - 1) / groups; }
 };
 
+// Matrix's tiles have L rows of a register each. A row of A is a vector of dot's lanes
+// under one tap. A column of B is one output channel of these lanes' groups. Where the
+// groups have few outputs, B also has columns for the pixels to the right: a `position`
+// is a run of output pixels. B is zero where a lane's group is not the column's.
+struct MatrixTiles {
+  DotLanes lanes;
+  int64_t outputs;   // of a vector's groups
+  int64_t position;  // pixels; 0: the convolution does not fit
+  int64_t columns;   // of the kernel, as far as a position sees
+
+  MatrixTiles(const Conv& conv, int64_t lanes_)
+      : lanes(conv, lanes_), outputs(lanes.groups * conv.oc()), position(0) {
+    const int64_t together = lanes_ / outputs;
+    if (lanes.groups == 1 || outputs <= lanes_) {
+      position = 2 * outputs > lanes_ ? 1
+          : lanes_ % outputs == 0 && together <= 4 && conv.dilation == 1 ? together
+                                                                         : 0;
+    }
+    columns = conv.kernel_w + conv.stride * (position - 1);
+  }
+
+  // Whether a unit is one group's run of outputs. Otherwise it is `position` vectors with
+  // all of their outputs.
+  bool by_group() const { return lanes.groups == 1 && position == 1; }
+};
+
 // ---- what the kernels are built for ----
 
 constexpr int lanes_of(Isa isa) {  // floats of a register
-  return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
+  return isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
 }
+
 
 // A core's own cache, in floats. Larger weights leave it before the next sample needs them.
 constexpr int64_t kCacheFloats = 1 << 18;
@@ -182,7 +215,7 @@ constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
 // Whether Winograd's method is allowed for conv, and can compute it.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
-  return conv.winograd && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
+  return conv.winograd && !conv.pairs && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
       conv.dilation == 1 && conv.ic() % lanes == 0;
 }
 
@@ -198,6 +231,21 @@ constexpr int64_t winograd_weights(const ConvPlan& plan, int64_t c, int64_t lane
   const int64_t calls = (c + kWinogradChannels - 1) / kWinogradChannels;
   return kWinogradPoints * (c * plan.unit_channels + calls * lanes);
 }
+
+// Whether matrix can compute conv, which is of pairs.
+inline bool is_matrix(const Conv& conv, int64_t lanes) {
+  return conv.stride <= kMaxStride && DotLanes::fit(conv, lanes) &&
+      MatrixTiles(conv, lanes).position > 0;
+}
+
+constexpr int kMatrixTiles = 6;  // of sums at a time; AMX has two more, for A and B
+
+// conv with its inputs counted in pairs.
+Conv as_pairs(const Conv& conv);
+
+// Whether the kernels of pairs compute a bfloat16 convolution. Where there is AMX, only
+// matrix: the processors that have it make products of pairs no faster than of floats.
+bool in_pairs(const Conv& conv, Isa isa);
 
 // Whether a tile's sums and operands fit into the registers.
 constexpr bool fits(int pixels, int block, int lanes) {

@@ -9,6 +9,10 @@
 #if EPSA_MULTI_ISA
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace epsa::cpu {
 namespace {
@@ -19,6 +23,30 @@ namespace {
 bool cpuid_has(unsigned leaf, unsigned bits) {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(leaf, &eax, &ebx, &ecx, &edx) && (ecx & bits) == bits;
+}
+
+// The features of leaf 7: eax of its second part, edx of its first.
+bool has_bf16_pairs() {
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16);
+}
+bool has_bf16_tiles() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+      (edx & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile);
+}
+
+// Linux saves the tiles of a process only if it has asked for them once.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -36,6 +64,10 @@ bool machine_runs(Isa isa) {
       return machine_runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+    case Isa::avx512_bf16:
+      return machine_runs(Isa::avx512) && has_bf16_pairs();
+    case Isa::amx_bf16:
+      return machine_runs(Isa::avx512_bf16) && has_bf16_tiles() && may_use_tiles();
   }
 #endif
   return isa == Isa::baseline;
@@ -94,6 +126,10 @@ std::string name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::amx_bf16:
+      return "amx_bf16";
   }
   return "?";
 }

@@ -26,6 +26,8 @@ struct ConvWeights {
   void* data;
   int64_t group_stride, out_stride, in_stride, tap_stride;
   bool turned;  // read from the last tap to the first
+  // Pairs: from a pair's first channel to its second. in_stride is from pair to pair.
+  int64_t second = 0;
 };
 
 // Where convolve puts its sums: [rows][pixels][channels] of float.
@@ -55,8 +57,10 @@ struct ConvKernels {
 
   // Null functions for ConvMethod::library.
   ConvMethodKernels (*method)(ConvMethod);
-  // Copies an image to the scratch with its padding: blocks [begin, end) of L channels.
-  void (*pack_image)(
+  // Copies an image to the scratch with its padding: blocks [begin, end) of L channels, or
+  // of L pairs. Returns false where it saw a value that is not finite; only the kernels of
+  // pairs look.
+  bool (*pack_image)(
       const Image& source, int64_t channels, int64_t width, const Scratch&, int64_t begin,
       int64_t end);
   // Copies sums to the destination. If `totals` is not null, it receives their sums over
@@ -77,5 +81,11 @@ struct ConvKernels {
 // The kernels of one dtype in memory (f32, bf16 or f16); sums are float. Throws
 // std::runtime_error for another dtype, and where `isa` is not built.
 const ConvKernels& conv_kernels(Dtype dtype, Isa isa);
+
+// The kernels of bfloat16 pairs. Where the others have a float of an input channel or
+// weight, these have two bfloat16 channels; sums are float. They have no gradient of the
+// weights. Their products flush denormal numbers to zero. Throws std::runtime_error where
+// `isa` has none.
+const ConvKernels& pair_kernels(Isa isa);
 
 }  // namespace epsa::cpu
