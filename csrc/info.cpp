@@ -223,10 +223,13 @@ py::dict conv_plan(
   if (isa) {
     wanted = named("isa", *isa, isas());
   }
+  const Dtype type = named("dtype", dtype, kDtypes);
+  const bool pairs = type == Dtype::bf16 && cpu::in_pairs(conv, wanted);
   const cpu::ConvPlan plan =
-      cpu::plan_conv(conv, named("dtype", dtype, kDtypes) == Dtype::f64, wanted);
+      cpu::plan_conv(pairs ? cpu::as_pairs(conv) : conv, type == Dtype::f64, wanted);
   py::dict result;
   result["method"] = cpu::name(plan.method);
+  result["pairs"] = pairs;
   result["pixels"] = plan.pixels;
   result["block"] = plan.block;
   result["units"] = plan.units;
@@ -275,15 +278,17 @@ void define_conv_plan(py::module_& m) {
       "How the CPU computes one branch's grouped convolution in spc_conv. "
       "method: 'broadcast' (lanes are output channels), 'dot' (lanes are input "
       "channels), 'winograd' (F(2 x 2, 3 x 3), arXiv 1509.09308: lanes are "
-      "output channels of 16 products in place of 36) or 'library' (torch's "
+      "output channels of 16 products in place of 36), 'matrix' (bfloat16 "
+      "products of matrices by AMX) or 'library' (torch's "
       "convolution: no kernel here fits; gradients go there also with dilation, "
       "with padding beyond the kernel, and where a group's channels are not "
       "whole vectors). Of all but the last also the pixels "
-      "(winograd: transforms) and the vectors (dot: output channels) of a "
+      "(winograd: transforms; matrix: positions) and the vectors (dot: output "
+      "channels; matrix: pixels of a position) of a "
       "register tile, the units that the output channels make, the channels of "
-      "one and its rows at a time. A pure function; winograd: may that method be "
-      "used? isa: "
-      "'baseline', 'avx2' or 'avx512', None for the one in use.",
+      "one and its rows at a time. pairs: whether kernels of bfloat16 pairs compute "
+      "it, as they do where all branches can. A pure function; winograd: may that "
+      "method be used? isa: one of build_info()['cpu_isas'], None for the one in use.",
       py::kw_only(), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"),
       py::arg("kernel"), py::arg("height"), py::arg("width"), py::arg("stride") = 1,
       py::arg("padding") = 0, py::arg("dilation") = 1, py::arg("winograd") = true,

@@ -9,7 +9,7 @@ from support import cpu_cases
 from support.paths import ROOT
 
 # what a program says before its summary, and a number that its cases exceed
-EXPECTED = {"attention": ("", 10000), "conv": (r"{isa}: \d+ left to the library", 1000)}
+EXPECTED = {"attention": ("", 10000), "conv": (r"{isa}: \d+ left to (the library|other kernels)", 1000)}
 
 
 @pytest.fixture(scope="module", params=EXPECTED)
@@ -25,6 +25,8 @@ def programs(request, noun, tmp_path_factory):
 
 @pytest.mark.parametrize("isa", cpu_cases.ISAS)
 def test_case_table(programs, noun, isa, monkeypatch):
+    if isa not in cpu_cases.isas_of(noun):
+        return  # it has the kernels of another one
     words, least = EXPECTED[noun]
     count, rest = cpu_cases.run(programs, isa, monkeypatch)
     assert re.fullmatch(words.format(isa=isa), rest)

@@ -22,9 +22,8 @@ std::vector<Conv> convs_of(
 
 // All branches read one scratch, so they run in pairs together or not at all.
 bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa) {
-  return p.dtype == at::kBFloat16 && std::all_of(convs.begin(), convs.end(), [&](const Conv& c) {
-    return in_pairs(c, isa);
-  });
+  return p.dtype == at::kBFloat16 &&
+      std::all_of(convs.begin(), convs.end(), [&](const Conv& c) { return in_pairs(c, isa); });
 }
 
 }  // namespace
@@ -173,8 +172,8 @@ struct ForwardBank::Call {
   // Whether the methods can compute this image. Matrix multiplies idle lanes by zero, which
   // makes NaN of an infinity or NaN in them.
   bool pack(int64_t n, float* image, int64_t begin, int64_t end) const {
-    const bool finite = self.k_.pack_image(
-        image_of(x, n), self.channels_, self.p_.W, scratch(image), begin, end);
+    const bool finite =
+        self.k_.pack_image(image_of(x, n), self.channels_, self.p_.W, scratch(image), begin, end);
     return finite || !self.has_method(ConvMethod::matrix);
   }
 

@@ -83,9 +83,9 @@ inline bool pairs_are_items(const Tensor& w) {
 }
 
 inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
-  ConvWeights weights{
-      glue::data_of(w), conv.oc() * w.stride(0), w.stride(0), w.size(1) == 1 ? 1 : w.stride(1),
-      tap_stride(w),    /*turned=*/false};
+  ConvWeights weights{glue::data_of(w), conv.oc() * w.stride(0),
+                      w.stride(0),      w.size(1) == 1 ? 1 : w.stride(1),
+                      tap_stride(w),    /*turned=*/false};
   if (conv.pairs) {
     weights.second = weights.in_stride;
     weights.in_stride *= 2;

@@ -204,8 +204,8 @@ ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, I
       plan.unit_channels = tiles.position * tiles.outputs;
       plan.units = pieces(tiles.lanes.clusters(conv), tiles.position);
     }
-    plan.unit_weights = tiles.position * tiles.lanes.vectors * conv.kernel_h * tiles.columns *
-        lanes * lanes;
+    plan.unit_weights =
+        tiles.position * tiles.lanes.vectors * conv.kernel_h * tiles.columns * lanes * lanes;
   } else {
     plan.unit_channels = block * lanes;
     plan.units = conv.groups * (pieces(conv.oc(), lanes) / block);

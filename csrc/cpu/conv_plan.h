@@ -172,7 +172,7 @@ struct MatrixTiles {
       : lanes(conv, lanes_), outputs(lanes.groups * conv.oc()), position(0) {
     const int64_t together = lanes_ / outputs;
     if (lanes.groups == 1 || outputs <= lanes_) {
-      position = 2 * outputs > lanes_ ? 1
+      position = 2 * outputs > lanes_                                    ? 1
           : lanes_ % outputs == 0 && together <= 4 && conv.dilation == 1 ? together
                                                                          : 0;
     }
@@ -189,7 +189,6 @@ struct MatrixTiles {
 constexpr int lanes_of(Isa isa) {  // floats of a register
   return isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
 }
-
 
 // A core's own cache, in floats. Larger weights leave it before the next sample needs them.
 constexpr int64_t kCacheFloats = 1 << 18;
@@ -215,8 +214,8 @@ constexpr int kTaps[] = {9, 7, 5, 3, 1};  // of a weight gradient's tile
 
 // Whether Winograd's method is allowed for conv, and can compute it.
 constexpr bool is_winograd(const Conv& conv, int64_t lanes) {
-  return conv.winograd && !conv.pairs && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 &&
-      conv.dilation == 1 && conv.ic() % lanes == 0;
+  return conv.winograd && !conv.pairs && conv.kernel_h == 3 && conv.kernel_w == 3 &&
+      conv.stride == 1 && conv.dilation == 1 && conv.ic() % lanes == 0;
 }
 
 constexpr int kWinogradPoints = 16;        // of a transform

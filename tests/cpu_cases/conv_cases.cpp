@@ -56,7 +56,7 @@ Axes strides_of(WeightOrder order, const Axes& weights) {
       {ic * taps, taps, 1},
       {ic * taps, 1, ic},
       {ic * (taps + 2) + 3, taps + 2, 1},
-      {taps * (ic + 1) + 2, 1, ic + 1}};
+      {taps * (ic + 2) + 2, 1, ic + 2}};
   return strides[static_cast<int>(order)];
 }
 
@@ -109,7 +109,9 @@ struct Stored {
     return {&at(c, h, 0), strides[0], strides[2], strides[1]};
   }
   ConvWeights weights(const Conv& c) const {
-    return {data.get(), c.oc() * strides[0], strides[0], strides[1], strides[2], /*turned=*/false};
+    const int64_t step = c.pairs ? 2 : 1;
+    return {data.get(), c.oc() * strides[0], strides[0], step * strides[1],
+            strides[2], /*turned=*/false,    strides[1]};
   }
   // The weights of a phase of stride 1.
   ConvWeights turned(const Conv& c) const {
@@ -129,13 +131,19 @@ struct Packed {
   Buffer<float> data;
   Scratch scratch;
 
+  // in_channels: as the kernels count them.
   template <class T>
-  Packed(const ConvKernels& kernels, const Stored<T>& x, const ScratchSize& size)
-      : data(filled<float>(size.floats(x.sizes[0], x.sizes[1], kernels.lanes), kNan)),
+  Packed(
+      const ConvKernels& kernels, const Stored<T>& x, int64_t in_channels, const ScratchSize& size)
+      : data(filled<float>(size.floats(in_channels, x.sizes[1], kernels.lanes), kNan)),
         scratch(size.scratch(data.get(), x.sizes[1])) {
-    const int64_t blocks = (x.sizes[0] + kernels.lanes - 1) / kernels.lanes;
-    kernels.pack_image(x.image(), x.sizes[0], x.sizes[2], scratch, 0, blocks / 2);
-    kernels.pack_image(x.image(), x.sizes[0], x.sizes[2], scratch, blocks / 2, blocks);
+    const int64_t blocks = (in_channels + kernels.lanes - 1) / kernels.lanes;
+    const bool finite =
+        kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, 0, blocks / 2) &&
+        kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, blocks / 2, blocks);
+    if (!finite) {
+      std::abort();
+    }
   }
 };
 
@@ -216,23 +224,25 @@ double worst_total(const Conv& c, const float* totals, int64_t strips, const Exp
   return error.worst;
 }
 
+// counted: k.conv, with the inputs as the kernels count them.
 template <class T>
-void check_forward(const Case& k, const ConvPlan& plan, Isa isa) {
+void check_forward(
+    const Case& k, const Conv& counted, const ConvPlan& plan, const ConvKernels& kernels,
+    bool add) {
   const Conv& c = k.conv;
-  const ConvKernels& kernels = conv_kernels(T::dtype, isa);
   uint64_t state = 1;
   ++cases;
   const auto x = drawn<T>(k.from, input_axes(c), state);
   const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
-  size.include(c, plan.buffer_width);
+  size.include(counted, plan.buffer_width);
   size.border += k.more_border;
   size.width += k.more_border;
-  const Packed image(kernels, x, size);
+  const Packed image(kernels, x, counted.in_channels, size);
   const Stored<T> out(k.to, output_axes(c));
   const int64_t strips = plan.strips(c.out_height);
   const auto totals = filled<float>(strips * c.out_channels, kNan);
-  convolve(kernels, c, plan, image.scratch, weights.weights(c), /*add=*/false, out, totals.get());
+  convolve(kernels, counted, plan, image.scratch, weights.weights(counted), add, out, totals.get());
 
   const auto inputs = x.values(), factors = weights.values();
   Expected expected(c.out_channels * c.out_height * c.out_width);
@@ -260,7 +270,8 @@ void check_weight_grad(const Case& k, Isa isa) {
   x_size.include(c, c.out_width);
   grad_size.border = k.more_border;
   grad_size.width = c.out_width + k.more_border;
-  const Packed packed_x(kernels, x, x_size), packed_grad(kernels, grad, grad_size);
+  const Packed packed_x(kernels, x, c.in_channels, x_size),
+      packed_grad(kernels, grad, c.out_channels, grad_size);
   const Stored<T> result(k.weights, weight_axes(c));
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const auto sums = filled<float>(plan.unit_sums, 0.0f);
@@ -297,7 +308,7 @@ void check_input_grad(const Case& k, Isa isa) {
   const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
   size.include(phase, plan.buffer_width);
-  const Packed packed(kernels, grad, size);
+  const Packed packed(kernels, grad, c.out_channels, size);
   const Stored<T> result(k.to, input_axes(c));
   convolve(kernels, phase, plan, packed.scratch, weights.turned(c), /*add=*/true, result, nullptr);
 
@@ -310,9 +321,15 @@ void check_input_grad(const Case& k, Isa isa) {
 }
 
 void run_case(const Case& k, const ConvPlan& plan, Isa isa) {
-  check_forward<Float>(k, plan, isa);
-  check_forward<Bfloat16>(k, plan, isa);
-  check_forward<Float16>(k, plan, isa);
+  check_forward<Float>(k, k.conv, plan, conv_kernels(Dtype::f32, isa), /*add=*/false);
+  check_forward<Bfloat16>(k, k.conv, plan, conv_kernels(Dtype::bf16, isa), /*add=*/false);
+  check_forward<Float16>(k, k.conv, plan, conv_kernels(Dtype::f16, isa), /*add=*/false);
+}
+
+void run_in_pairs(const Case& k, const ConvPlan& plan, Isa isa) {
+  for (const bool add : {false, true}) {
+    check_forward<Bfloat16>(k, as_pairs(k.conv), plan, pair_kernels(isa), add);
+  }
 }
 
 void run_weight_grads(const Case& k, Isa isa) {
@@ -377,6 +394,75 @@ Case table_case(int64_t turn) {
       " padding " + by({k.conv.padding_h}) + " from " + kOrders[static_cast<int>(k.from)] + " to " +
       kOrders[static_cast<int>(k.to)] + " weights " + kWeightOrders[static_cast<int>(k.weights)];
   return k;
+}
+
+// ---- pairs ----
+
+// Groups whose channels fit matrix: a vector of one group or several, the last one partly
+// idle, and one, two or four pixels of a position.
+constexpr int64_t kMatrixChannels[][3] = {
+    {1, 32, 16}, {2, 64, 24}, {3, 32, 8}, {2, 64, 4}, {5, 8, 2}, {17, 4, 1},
+    {16, 2, 1},  {3, 16, 6},  {2, 96, 9}, {9, 16, 2}, {4, 2, 1}, {1, 32, 40},
+};
+constexpr int64_t kWidths[] = {1, 5, 7, 16, 17, 33};
+
+// Runs a case where it has kernels of pairs. Counts the others.
+void run_where_paired(const Case& k, Isa isa, int& others) {
+  if (in_pairs(k.conv, isa)) {
+    run_in_pairs(k, plan_conv(as_pairs(k.conv), /*in_double=*/false, isa), isa);
+  } else {
+    ++others;
+  }
+}
+
+// The tiles of rows, sliding ones and others, in images of that width and of another.
+void run_pair_rows(int pixels, int64_t kernel, int64_t stride, int64_t more, Isa isa) {
+  Case k;
+  k.name = "pairs in rows of " + by({pixels}) + " and " + by({more}) + " kernel " + by({kernel}) +
+      " stride " + by({stride});
+  const int lanes = lanes_of(isa);
+  const auto run = [&](ConvMethod method, int64_t ic, int64_t oc, int block) {
+    k.conv = make_conv(
+        2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
+        stride * (pixels + more));
+    run_in_pairs(k, tile_plan(as_pairs(k.conv), method, pixels, block, isa), isa);
+  };
+  for (int block : {1, 2}) {
+    if (fits(pixels, block, lanes)) {
+      run(ConvMethod::broadcast, 2 * (lanes + 3), block * lanes, block);
+      run(ConvMethod::dot, 4 * lanes, block, block);
+    }
+  }
+}
+
+// Returns how many cases have no kernels of pairs.
+int run_pairs(Isa isa) {
+  int others = 0;
+  for (int64_t turn = 0; turn < kTable; ++turn) {
+    run_where_paired(table_case(turn), isa, others);
+  }
+  for (int64_t turn = 0; turn < kTable; ++turn) {
+    Case k = table_case(turn);
+    const auto& [groups, ic, oc] = kMatrixChannels[turn % std::size(kMatrixChannels)];
+    k.conv.groups = groups;
+    k.conv.in_channels = groups * ic;
+    k.conv.out_channels = groups * oc;
+    k.conv.width += kWidths[turn / 7 % std::size(kWidths)];
+    k.conv.out_width = conv_out_size(
+        k.conv.width, k.conv.kernel_w, k.conv.stride, k.conv.padding_w, k.conv.dilation);
+    k.name = "matrix " + by({groups, ic, oc}) + " width " + by({k.conv.width}) + " of " + k.name;
+    run_where_paired(k, isa, others);
+  }
+  for (int pixels : {7, 14}) {
+    for (int64_t kernel : {3, 5, 7, 9}) {
+      for (int64_t stride = 1; stride <= kMaxStride; ++stride) {
+        for (int64_t more : {0, 4}) {
+          run_pair_rows(pixels, kernel, stride, more, isa);
+        }
+      }
+    }
+  }
+  return others;
 }
 
 // Runs the table. Returns how many of its cases are the library's.
@@ -491,6 +577,11 @@ void run_tiles(Isa isa) {
 
 int main() {
   const Isa isa = isa_in_use();
+  if (isa >= Isa::avx512_bf16) {
+    const int others = run_pairs(isa);
+    std::printf("%s: %d left to other kernels\n", name(isa).c_str(), others);
+    return summary();
+  }
   const int library = run_table(isa);
   run_tiles(isa);
   run_rows(isa);

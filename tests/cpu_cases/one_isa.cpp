@@ -2,7 +2,8 @@
 // Builds with sanitizers take long, and a program of cases runs one instruction set.
 //
 // The build defines EPSA_CASES_ATTENTION or EPSA_CASES_CONV, and EPSA_VEC_BYTES together
-// with the -march flag of that instruction set.
+// with the -march flag of that instruction set. Where that has kernels of bfloat16 pairs,
+// they are compiled alone.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -19,6 +20,11 @@ namespace epsa::cpu {
 namespace one_isa {
 #ifdef EPSA_CASES_ATTENTION
 #include "cpu/kernels/attention.inc"
+#elif defined(__AVX512BF16__)
+#include "cpu/kernels/conv_pairs.inc"
+const ConvKernels* table(Dtype) {
+  return nullptr;
+}
 #else
 #include "cpu/kernels/conv.inc"
 #endif
@@ -39,6 +45,13 @@ const Kernels& kernels(Dtype dtype, Isa isa) {
 #else
 const ConvKernels& conv_kernels(Dtype dtype, Isa isa) {
   return one_isa::checked_table(dtype, isa);
+}
+const ConvKernels& pair_kernels(Isa) {
+#ifdef __AVX512BF16__
+  return one_isa::kTable;
+#else
+  std::abort();
+#endif
 }
 #endif
 

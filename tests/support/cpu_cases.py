@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from simt import build
-from support.isa import runs_here
+from support.isa import BFLOAT16_ALONE, runs_here
 from support.paths import TESTS
 
 from epsa_fused import _C
@@ -19,7 +19,7 @@ from epsa_fused import _C
 ISAS = _C.build_info()["cpu_isas"]
 CPU = build.ROOT / "csrc" / "cpu"
 CASES = TESTS / "cpu_cases"
-FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", f"-I{build.ROOT / 'csrc'}"]
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", f"-I{build.ROOT / 'csrc'}", f"-I{CASES}"]
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 WATCHED = build.SANITIZERS["asan"]
 # the bytes of a register, and what makes the compiler use it
@@ -27,7 +27,15 @@ TARGETS = {
     "baseline": (16, []),
     "avx2": (32, ["-march=x86-64-v3"]),
     "avx512": (64, ["-march=x86-64-v4"]),
+    "avx512_bf16": (64, ["-march=x86-64-v4", "-mavx512bf16"]),
 }
+# The sanitizers do not see what AMX's instructions read, so plain C++ stands for them.
+TARGETS["amx_bf16"] = (64, [*TARGETS["avx512_bf16"][1], '-DEPSA_TILES="emulated_tiles.inc"'])
+
+
+def isas_of(noun: str) -> list[str]:
+    """The instruction sets that have kernels of their own."""
+    return [isa for isa in ISAS if noun == "conv" or isa not in BFLOAT16_ALONE]
 
 
 def clang() -> str:
@@ -46,7 +54,8 @@ def programs(noun: str, directory: Path, compiler: str = "g++") -> dict[str, Pat
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         start = functools.partial(pool.submit, _object, compiler, directory)
         kernels = {}
-        for isa in filter(runs_here, ISAS):  # these take the longest
+        # these take the longest
+        for isa in filter(runs_here, isas_of(noun)):
             size, march = TARGETS[isa]
             flags = [f"-DEPSA_CASES_{noun.upper()}", f"-DEPSA_VEC_BYTES={size}", *march]
             kernels[isa] = start(isa, CASES / "one_isa.cpp", [*WATCHED, *flags])

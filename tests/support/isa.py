@@ -30,3 +30,10 @@ def cpu_flags() -> set[str]:
 # x86-64-v3 and v4, by Linux's names (abm: lzcnt)
 NEEDS = {"baseline": set(), "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}}
 NEEDS["avx512"] = NEEDS["avx2"] | {f"avx512{part}" for part in ("f", "bw", "dq", "vl", "cd")}
+NEEDS["avx512_bf16"] = NEEDS["avx512"] | {"avx512_bf16"}
+NEEDS["amx_bf16"] = NEEDS["avx512_bf16"] | {"amx_bf16", "amx_tile"}
+BFLOAT16_ALONE = ("avx512_bf16", "amx_bf16")  # the other dtypes run the kernels of avx512
+
+
+def is_intel() -> bool:
+    return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
