@@ -7,6 +7,7 @@ from support.convolutions import STAGES
 from epsa_fused import _C
 
 ISAS = ("baseline", "avx2", "avx512")
+PAIRS = ("avx512_bf16", "amx_bf16")
 LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
 GOOD = {
     "in_channels": 64,
@@ -51,6 +52,75 @@ def test_no_branch_of_epsanet_goes_to_the_library(call, isa):
             if b.kernel == (3, 3) and call.stride == 1 and transformed <= 2**18:
                 expected = "winograd"
             assert chosen["method"] == expected, (b, dtype)
+
+
+@pytest.mark.parametrize("isa", PAIRS)
+@pytest.mark.parametrize("call", STAGES, ids=str)
+def test_every_branch_of_epsanet_runs_in_pairs(call, isa):
+    for b in call.branches:
+        sizes = {
+            "in_channels": call.in_channels,
+            "out_channels": call.channels,
+            "groups": b.groups,
+            "kernel": b.kernel,
+            "height": call.height,
+            "width": call.width,
+            "stride": call.stride,
+            "padding": b.padding,
+            "isa": isa,
+        }
+        chosen = plan(dtype="bfloat16", **sizes)
+        outputs = call.channels // b.groups
+        expected = "matrix" if isa == "amx_bf16" else "broadcast" if outputs >= 16 else "dot"
+        assert chosen["pairs"] and chosen["method"] == expected, b
+        for dtype in ("float32", "float16", "float64"):
+            other = plan(dtype=dtype, **sizes)
+            assert not other["pairs"]
+            assert other == plan(dtype=dtype, **(sizes | {"isa": "avx512"}))
+
+
+# inputs and outputs of a group; the tiles' pixels of a position
+@pytest.mark.parametrize(
+    ("ic", "oc", "change", "position"),
+    (
+        (64, 16, {}, 1),
+        (64, 9, {}, 1),
+        (32, 8, {}, 2),
+        (32, 4, {}, 4),
+        (16, 4, {}, 2),
+        (4, 1, {}, 2),
+        (2, 1, {}, 1),
+        (16, 6, {}, 1),
+        (32, 8, {"stride": 2}, 2),
+        (64, 16, {"dilation": 2, "padding": 4}, 1),
+        # outputs that would leave most of a tile idle, and pixels that are no neighbours
+        (32, 3, {}, None),
+        (32, 8, {"dilation": 2, "padding": 4}, None),
+        (32, 8, {"stride": 3}, None),
+        # lanes that would hold parts of two groups; half a pair
+        (6, 4, {}, None),
+        (3, 3, {}, None),
+    ),
+)
+def test_what_fits_into_tiles_of_matrices(ic, oc, change, position):
+    sizes = {"in_channels": 16 * ic, "out_channels": 16 * oc, "groups": 16}
+    chosen = plan(dtype="bfloat16", isa="amx_bf16", **sizes, **change)
+    assert chosen["pairs"] == (position is not None)
+    if position:
+        assert (chosen["method"], chosen["block"]) == ("matrix", position)
+    else:
+        assert chosen == plan(dtype="bfloat16", isa="avx512", **sizes, **change)
+
+
+@pytest.mark.parametrize("width", (1, 5, 7, 14, 28, 56, 57, 100))
+def test_rows_of_tiles_cover_an_output_row_with_little_waste(width):
+    sizes = {"in_channels": 128, "out_channels": 32, "groups": 4}
+    chosen = plan(dtype="bfloat16", isa="amx_bf16", width=width, **sizes)
+    row = chosen["pixels"] * chosen["block"]
+    tiles = -(-width // row)
+    assert 1 <= chosen["pixels"] <= 16
+    assert tiles == -(-width // (16 * chosen["block"]))
+    assert tiles * row - width < tiles * chosen["block"]
 
 
 @pytest.mark.parametrize("isa", ISAS)

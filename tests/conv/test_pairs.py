@@ -1,0 +1,135 @@
+"""bfloat16 by instructions for pairs and for matrices, beside what other instruction sets do."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.cases import PLAIN_LAYOUTS, name_of
+
+from epsa_fused import _C, FusedPSAModule
+from epsa_fused.functional import spc_conv
+
+pytestmark = pytest.mark.per_isa
+
+KERNELS, GROUPS = (3, 5, 7, 9), (1, 4, 8, 16)
+PADDING = [k // 2 for k in KERNELS]
+NUMBERS = (float("inf"), -float("inf"), float("nan"))
+
+
+def operands(batch: int, channels: int, size: int, layout) -> tuple[torch.Tensor, list]:
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(batch, channels, size, size, generator=generator).bfloat16()
+    shapes = [(channels // 4, channels // g, k, k) for k, g in zip(KERNELS, GROUPS, strict=True)]
+    weights = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    return x.contiguous(memory_format=layout.out_format), weights
+
+
+def reference(x, weights):
+    return [
+        F.conv2d(x.double(), w.double(), None, 1, p, 1, g)
+        for w, p, g in zip(weights, PADDING, GROUPS, strict=True)
+    ]
+
+
+# samples alone, samples shared by threads, and units of more weights than a cache holds
+@pytest.mark.parametrize("batch, channels, size", ((1, 64, 9), (5, 64, 6), (2, 512, 3)))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_infinities_and_nan_of_x_stay_where_they_are_in_pairs(batch, channels, size, layout):
+    """Neither a product by zero, of an idle lane of a matrix, nor a sum of pairs spreads them."""
+    x, weights = operands(batch, channels, size, layout)
+    for number, place in itertools.product(NUMBERS, ((0, 0, 0), (-1, -1, -1), (7, 2, 1))):
+        x[-1][place] = number
+    feats, pooled = spc_conv(x, weights, GROUPS, padding=PADDING)
+    results = zip(feats, reference(x, weights), pooled.unbind(1), strict=True)
+    for feat, expected, means in results:
+        finite = expected.isfinite()
+        assert 0 < finite.sum() < finite.numel()
+        assert torch.equal(feat.isfinite(), finite)
+        assert torch.equal(feat.isnan(), expected.isnan())
+        infinite = expected.isinf()
+        assert torch.equal(feat[infinite].double(), expected[infinite])
+        allowed = 2.0**-8 * expected[finite].abs() + 1e-4 * expected[finite].abs().max()
+        assert ((feat[finite] - expected[finite]).abs() <= allowed).all()
+        assert torch.equal(means.isfinite(), finite.all(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("packed", (False, True), ids=("", "packed"))
+def test_a_sample_with_infinities_leaves_the_others_of_a_module_alone_in_pairs(layout, packed):
+    torch.manual_seed(0)
+    module = FusedPSAModule(64, 64).bfloat16().eval()
+    x, _ = operands(5, 64, 10, layout)
+    with torch.no_grad():
+        expected = module(x)
+        if packed:
+            module.prepack(10, 10)
+            assert torch.equal(module(x), expected)
+        x[3, 5, 4, 4] = float("inf")
+        out = module(x)
+    others = [0, 1, 2, 4]
+    atol = 2.0**-7 * expected.abs().max().item()
+    torch.testing.assert_close(out[others], expected[others], rtol=2.0**-7, atol=atol)
+    assert not out[3].isfinite().any()  # the means of all branches are infinite or NaN
+
+
+def test_an_odd_number_of_channels_of_a_group_runs_without_pairs():
+    x = torch.randn(2, 8, 7, 7).bfloat16()
+    weights = [torch.randn(8, 8 // groups, 3, 3).bfloat16() for groups in (1, 8)]
+    feats, _ = spc_conv(x, weights, [1, 8], padding=[1, 1])
+    for feat, weight, groups in zip(feats, weights, (1, 8), strict=True):
+        expected = F.conv2d(x.double(), weight.double(), None, 1, 1, 1, groups)
+        torch.testing.assert_close(feat.double(), expected, rtol=2.0**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("odd", ("x", "weights", "both"))
+def test_operands_at_odd_places_of_memory_in_pairs(odd):
+    """A pair of channels need not begin at a multiple of four bytes."""
+    x, weights = operands(2, 64, 7, PLAIN_LAYOUTS[1])
+    expected, _ = spc_conv(x, weights, GROUPS, padding=PADDING)
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        wide = torch.zeros(t.shape[0], t.shape[2], t.shape[3], t.shape[1] + 3, dtype=t.dtype)
+        result = wide.permute(0, 3, 1, 2)[:, 1:-2]
+        assert result.data_ptr() % 4 == 2
+        return result.copy_(t)
+
+    if odd != "weights":
+        x = moved(x)
+    if odd != "x":
+        weights = [moved(w) for w in weights]
+    feats, _ = spc_conv(x, weights, GROUPS, padding=PADDING)
+    for feat, same in zip(feats, expected, strict=True):
+        assert torch.equal(feat, same)
+
+
+def test_torch_and_the_operators_take_turns_with_the_tiles_of_matrices_in_pairs():
+    """oneDNN's kernels set AMX's tiles too, and may remember how."""
+    x, weights = operands(2, 64, 12, PLAIN_LAYOUTS[1])
+    a, b = (torch.randn(96, 96).bfloat16() for _ in range(2))
+    kernel = torch.randn(64, 64, 3, 3).bfloat16()
+
+    def ours():
+        return spc_conv(x, weights, GROUPS, padding=PADDING)[0]
+
+    def theirs():
+        return [a @ b, F.linear(a, b), F.conv2d(x, kernel, padding=1)]
+
+    expected, others = ours(), theirs()
+    for _ in range(3):
+        for result, same in zip(theirs() + ours(), others + expected, strict=True):
+            assert torch.equal(result, same)
+
+
+def test_denormal_numbers_are_zeros_to_pairs():
+    """vdpbf16ps and tdpbf16ps flush them; the other kernels keep them."""
+    tiny = 2.0**-130
+    x = torch.full((1, 64, 4, 4), tiny).bfloat16()
+    weights = [torch.ones(16, 64, 1, 1).bfloat16()] * 2
+    feats, _ = spc_conv(x, weights, [1, 1], padding=[0, 0])
+    in_pairs = _C.conv_plan(
+        in_channels=64, out_channels=16, groups=1, kernel=(1, 1), height=4, width=4,
+        dtype="bfloat16",
+    )["pairs"]  # fmt: skip
+    assert x.double()[0, 0, 0, 0] == tiny
+    assert (feats[0].double() == (0 if in_pairs else 64 * tiny)).all()
