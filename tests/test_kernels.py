@@ -9,7 +9,10 @@ from support import cpu_cases
 from support.paths import ROOT
 
 # what a program says before its summary, and a number that its cases exceed
-EXPECTED = {"attention": ("", 10000), "conv": (r"{isa}: \d+ left to (the library|other kernels)", 1000)}
+EXPECTED = {
+    "attention": ("", 10000),
+    "conv": (r"{isa}: \d+ left to (the library|other kernels)", 1000),
+}
 
 
 @pytest.fixture(scope="module", params=EXPECTED)
