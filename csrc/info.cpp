@@ -226,7 +226,7 @@ py::dict conv_plan(
   const Dtype type = named("dtype", dtype, kDtypes);
   const bool pairs = type == Dtype::bf16 && cpu::in_pairs(conv, wanted);
   const cpu::ConvPlan plan =
-      cpu::plan_conv(pairs ? cpu::as_pairs(conv) : conv, type == Dtype::f64, wanted);
+      cpu::plan_conv(cpu::counted_in(conv, pairs), type == Dtype::f64, wanted);
   py::dict result;
   result["method"] = cpu::name(plan.method);
   result["pairs"] = pairs;

@@ -28,24 +28,22 @@ bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa)
 
 }  // namespace
 
-ForwardBank::ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool pairs)
+ForwardBank::ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool may_pair)
     : p_(p),
       isa_(isa_in_use()),
       convs_(std::move(convs)),
-      pairs_(pairs),
-      channels_(pairs ? p.in_channels / 2 : p.in_channels),
-      k_(pairs ? pair_kernels(isa_) : kernels_for(p, isa_)) {
-  if (pairs_) {
-    std::transform(convs_.begin(), convs_.end(), convs_.begin(), as_pairs);
+      pairs_(may_pair && all_in_pairs(p, convs_, isa_)),
+      channels_(pairs_ ? p.in_channels / 2 : p.in_channels),
+      k_(pairs_ ? pair_kernels(isa_) : kernels_for(p, isa_)) {
+  for (Conv& conv : convs_) {
+    conv = counted_in(conv, pairs_);
   }
 }
 
 ForwardBank::ForwardBank(
     const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
     const std::optional<Tensor>& prepacked)
-    : ForwardBank(
-          p, convs_of(p, weights, settings),
-          all_in_pairs(p, convs_of(p, weights, settings), isa_in_use())) {
+    : ForwardBank(p, convs_of(p, weights, settings), /*may_pair=*/true) {
   header_ = PrepackHeader(p, convs_, isa_);
   // Packed weights are ignored where the weights were changed or replaced since, and where
   // the method that they are for is not wanted any more.
@@ -61,10 +59,10 @@ ForwardBank::ForwardBank(
     Packing& packing = header_.branch[s].packing;
     const ConvPlan plan = plan_of(s, packing);
     TORCH_CHECK_VALUE(
-        !use_packed || (plan.block == packing.block && plan.method == packing.method), op,
-        ": packed has method ", static_cast<int>(packing.method), " and blocks of ", packing.block,
-        " for weights[", s, "], expected one of this convolution's; prepack again");
-    packing = {plan.method, plan.block};
+        !use_packed || packing == packing_of(convs_[s], plan), op, ": packed has method ",
+        static_cast<int>(packing.method), ", blocks of ", packing.block, " and ", packing.columns,
+        " columns for weights[", s, "], expected those of this convolution; prepack again");
+    packing = packing_of(convs_[s], plan);
     weights_.push_back(use_packed ? weights[s] : evenly(weights[s], pairs_));
     add_branch(s, plan);
   }
@@ -75,16 +73,16 @@ ForwardBank::ForwardBank(
 }
 
 ForwardBank ForwardBank::in_floats() const {
-  std::vector<Conv> convs = convs_;
-  for (Conv& conv : convs) {
-    conv.in_channels = p_.in_channels;
-    conv.pairs = false;
+  std::vector<Conv> convs;
+  for (const Conv& conv : convs_) {
+    convs.push_back(counted_in(conv, /*pairs=*/false));
   }
-  ForwardBank result(p_, std::move(convs), /*pairs=*/false);
+  ForwardBank result(p_, std::move(convs), /*may_pair=*/false);
   for (int64_t s = 0; s < p_.S; ++s) {
     result.weights_.push_back(evenly(weights_[s]));
     result.add_branch(s, result.plan_of(s, {}));
   }
+  TORCH_INTERNAL_ASSERT(result.has_all());  // whose maps nobody else would compute
   return result;
 }
 
@@ -169,12 +167,13 @@ struct ForwardBank::Call {
 
   Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H); }
 
-  // Whether the methods can compute this image. Matrix multiplies idle lanes by zero, which
-  // makes NaN of an infinity or NaN in them.
+  // Whether the kernels can compute this image. Those of pairs cannot where it has an
+  // infinity or NaN: matrix multiplies idle lanes by zero, and denormal weights count as
+  // zeros. Either would make NaN of them.
   bool pack(int64_t n, float* image, int64_t begin, int64_t end) const {
     const bool finite =
         self.k_.pack_image(image_of(x, n), self.channels_, self.p_.W, scratch(image), begin, end);
-    return finite || !self.has_method(ConvMethod::matrix);
+    return finite || !self.pairs_;
   }
 
   bool pack_images(int64_t first, int64_t count, float* images, int64_t threads) const {

@@ -29,9 +29,9 @@ class ForwardBank {
   using Done = std::function<void(int64_t n, int64_t threads)>;
 
   // Convolves all samples of x into `feats`, and writes the means of the maps to
-  // `pooled` [N, S, C]. Branches without kernels here are left out. Calls `done` for
-  // each sample; where x has infinities or NaN, twice for some of them, the second time
-  // with the right maps. The results do not depend on the threads.
+  // `pooled` [N, S, C]. Branches without kernels here are left out. Calls `done` for each
+  // sample. Where x has an infinity or NaN, it may start again, and calls `done` again for
+  // samples with new maps. The results do not depend on the threads.
   void run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
 
@@ -45,15 +45,15 @@ class ForwardBank {
   struct Call;
   struct Wave;
 
-  // Without plans.
-  ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool pairs);
+  // Without plans. Runs in pairs if it may and all branches can.
+  ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool may_pair);
   // The same convolutions without pairs, from the weights as they are.
   ForwardBank in_floats() const;
 
   ConvPlan plan_of(int64_t s, const Packing& packing) const;
   void add_branch(int64_t s, const ConvPlan& plan);
-  // run(), as far as the images are finite, or matrix does not mind. Returns whether that
-  // was all.
+  // run(), up to the first image that these kernels cannot compute. Returns whether there
+  // was none.
   bool try_run(
       const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
   std::vector<ConvWeights> conv_weights() const;

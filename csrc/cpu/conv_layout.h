@@ -43,7 +43,8 @@ inline int64_t threads_for(double flops) {
 }
 
 inline double flops_of(const ConvProblem& p, const Conv& conv) {
-  return 2.0 * static_cast<double>(p.N * p.C * conv.ic() * conv.taps()) *
+  const int64_t inputs = conv.pairs ? 2 * conv.ic() : conv.ic();
+  return 2.0 * static_cast<double>(p.N * p.C * inputs * conv.taps()) *
       static_cast<double>(p.out_h * p.out_w);
 }
 
@@ -110,9 +111,10 @@ inline Conv conv_of(
   return conv;
 }
 
+// w, or a copy that the kernels can read. Those of pairs read dense channels as items.
 inline Tensor evenly(const Tensor& w, bool pairs = false) {
   const bool even = evenly_spaced(w) && !(pairs && w.stride(1) == 1 && !pairs_are_items(w));
-  return even ? w : w.contiguous();
+  return even ? w : w.clone(at::MemoryFormat::Contiguous);
 }
 
 inline const ConvKernels& kernels_for(const ConvProblem& p, Isa isa) {

@@ -173,8 +173,7 @@ ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& pac
       }
     }
   }
-  const bool slides = conv.pairs && conv.stride == 1 && conv.dilation == 1 && conv.kernel_w > 1;
-  if (slides && best_block == 1 && best_pixels == 28) {
+  if (slides(conv, best_block) && best_pixels == 28) {
     best_pixels = 14;  // leaves registers for the weights of a kernel's row
   }
   return best_block == 0 ? ConvPlan() : tile_plan(conv, method, best_pixels, best_block, isa);
@@ -237,16 +236,26 @@ ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, I
   return plan;
 }
 
-Conv as_pairs(const Conv& conv) {
+Packing packing_of(const Conv& conv, const ConvPlan& plan) {
+  const bool matrix = plan.method == ConvMethod::matrix;
+  return {
+      plan.method, plan.block,
+      matrix ? static_cast<int>(MatrixTiles(conv, kMatrixLanes).columns) : 0};
+}
+
+Conv counted_in(const Conv& conv, bool pairs) {
   Conv result = conv;
-  result.in_channels /= 2;
-  result.pairs = true;
+  if (pairs != conv.pairs) {
+    result.in_channels = pairs ? conv.in_channels / 2 : conv.in_channels * 2;
+    result.pairs = pairs;
+  }
   return result;
 }
 
 bool in_pairs(const Conv& conv, Isa isa) {
   return isa >= Isa::avx512_bf16 && conv.ic() % 2 == 0 && conv.stride <= kMaxStride &&
-      choose_method(as_pairs(conv), lanes_of(isa), isa, {}) != ConvMethod::library;
+      choose_method(counted_in(conv, /*pairs=*/true), lanes_of(isa), isa, {}) !=
+      ConvMethod::library;
 }
 
 Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column) {

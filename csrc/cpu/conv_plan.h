@@ -72,6 +72,11 @@ struct ConvPlan {
 struct Packing {
   ConvMethod method = ConvMethod::library;
   int block = 0;
+  int columns = 0;  // matrix: of the kernel, which depend on the stride
+
+  bool operator==(const Packing& other) const {
+    return method == other.method && block == other.block && columns == other.columns;
+  }
 };
 
 // in_double: float64, which has no kernels here. packed: the plan must read such weights.
@@ -237,10 +242,24 @@ inline bool is_matrix(const Conv& conv, int64_t lanes) {
       MatrixTiles(conv, lanes).position > 0;
 }
 
+constexpr int kMatrixLanes = lanes_of(Isa::amx_bf16);
 constexpr int kMatrixTiles = 6;  // of sums at a time; AMX has two more, for A and B
 
-// conv with its inputs counted in pairs.
-Conv as_pairs(const Conv& conv);
+// What plan's kernels read.
+Packing packing_of(const Conv& conv, const ConvPlan& plan);
+
+// conv with its inputs counted in pairs, or one by one.
+Conv counted_in(const Conv& conv, bool pairs);
+
+// Whether the tiles of pairs slide along a row: those of one vector, for these kernels.
+constexpr int kRowKernels[] = {3, 5, 7, 9};
+constexpr bool slides(const Conv& conv, int block) {
+  bool known = false;
+  for (const int k : kRowKernels) {
+    known = known || conv.kernel_w == k;
+  }
+  return conv.pairs && block == 1 && conv.stride == 1 && conv.dilation == 1 && known;
+}
 
 // Whether the kernels of pairs compute a bfloat16 convolution. Where there is AMX, only
 // matrix: the processors that have it make products of pairs no faster than of floats.

@@ -52,7 +52,7 @@ struct PrepackHeader {
 
   PrepackHeader(const ConvProblem& p, const std::vector<Conv>& convs, Isa instructions)
       : PrepackHeader() {
-    std::memcpy(magic, "EPSASPC4", sizeof(magic));
+    std::memcpy(magic, "EPSASPC5", sizeof(magic));
     isa = static_cast<int32_t>(instructions);
     dtype = static_cast<int32_t>(p.dtype);
     branches = static_cast<int32_t>(p.S);

@@ -103,6 +103,34 @@ def test_operands_at_odd_places_of_memory_in_pairs(odd):
         assert torch.equal(feat, same)
 
 
+@pytest.mark.parametrize("groups, outputs", ((1, 32), (4, 16), (8, 8)))
+@pytest.mark.parametrize("order", ("contiguous", "outputs inside", "at an odd place"))
+def test_weights_of_one_tap_in_pairs(groups, outputs, order):
+    """Any of their dimensions may be dense in memory."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, 5, 5, generator=generator).bfloat16()
+    weight = torch.randn(outputs, 64 // groups, 1, 1, generator=generator).bfloat16()
+    if order == "outputs inside":
+        weight = weight.flatten(1).t().contiguous().t()[:, :, None, None]
+        assert weight.stride()[:2] == (1, outputs)
+    elif order == "at an odd place":
+        flat = torch.zeros(weight.numel() + 1, dtype=torch.bfloat16)
+        weight = flat[1:].view(weight.shape).copy_(weight)
+        assert weight.data_ptr() % 4 == 2
+    feats, _ = spc_conv(x, [weight] * 2, [groups] * 2, padding=[0, 0])
+    expected = F.conv2d(x.double(), weight.double(), None, 1, 0, 1, groups)
+    torch.testing.assert_close(feats[1].double(), expected, rtol=2.0**-8, atol=1e-4)
+
+
+def test_an_infinity_times_a_denormal_number_in_pairs():
+    x = torch.ones(1, 64, 4, 4).bfloat16()
+    x[0, 3, 1, 1] = float("inf")
+    weights = [torch.full((16, 64, 1, 1), 2.0**-130).bfloat16()] * 2
+    feats, _ = spc_conv(x, weights, [1, 1], padding=[0, 0])
+    assert feats[0].isinf().nonzero().tolist() == [[0, c, 1, 1] for c in range(16)]
+    assert not feats[0].isnan().any()
+
+
 def test_torch_and_the_operators_take_turns_with_the_tiles_of_matrices_in_pairs():
     """oneDNN's kernels set AMX's tiles too, and may remember how."""
     x, weights = operands(2, 64, 12, PLAIN_LAYOUTS[1])

@@ -328,7 +328,7 @@ void run_case(const Case& k, const ConvPlan& plan, Isa isa) {
 
 void run_in_pairs(const Case& k, const ConvPlan& plan, Isa isa) {
   for (const bool add : {false, true}) {
-    check_forward<Bfloat16>(k, as_pairs(k.conv), plan, pair_kernels(isa), add);
+    check_forward<Bfloat16>(k, counted_in(k.conv, /*pairs=*/true), plan, pair_kernels(isa), add);
   }
 }
 
@@ -409,7 +409,7 @@ constexpr int64_t kWidths[] = {1, 5, 7, 16, 17, 33};
 // Runs a case where it has kernels of pairs. Counts the others.
 void run_where_paired(const Case& k, Isa isa, int& others) {
   if (in_pairs(k.conv, isa)) {
-    run_in_pairs(k, plan_conv(as_pairs(k.conv), /*in_double=*/false, isa), isa);
+    run_in_pairs(k, plan_conv(counted_in(k.conv, /*pairs=*/true), /*in_double=*/false, isa), isa);
   } else {
     ++others;
   }
@@ -425,7 +425,7 @@ void run_pair_rows(int pixels, int64_t kernel, int64_t stride, int64_t more, Isa
     k.conv = make_conv(
         2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
         stride * (pixels + more));
-    run_in_pairs(k, tile_plan(as_pairs(k.conv), method, pixels, block, isa), isa);
+    run_in_pairs(k, tile_plan(counted_in(k.conv, /*pairs=*/true), method, pixels, block, isa), isa);
   };
   for (int block : {1, 2}) {
     if (fits(pixels, block, lanes)) {

@@ -645,7 +645,7 @@ def test_bytes_of_something_else():
     refused(rf"packed has {len(packed) - 4} bytes, expected {len(packed)}", packed[:-4])
     method, block = packed.clone(), packed.clone()
     method[40] = 77
-    refused(r"packed has method 77 and blocks of \d for weights\[0\]", method)
+    refused(r"packed has method 77, blocks of \d and \d columns for weights\[0\]", method)
     block[44] = 77
     refused(r"packed has method 0 and blocks of 77 for weights\[0\]", block)
     branches = packed.clone()

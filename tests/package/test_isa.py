@@ -52,9 +52,12 @@ def test_the_best_instruction_set_is_chosen():
     if not flags:
         pytest.skip("no /proc/cpuinfo to compare with")
     # Intel's products of pairs are no faster than those of floats.
-    best = [i for i in built if NEEDS[i] <= flags and not (i == "avx512_bf16" and is_intel())][-1]
+    best = [i for i in built if runs_here(i) and not (i == "avx512_bf16" and is_intel())][-1]
     assert isa_of_a_process("") == best
-    assert all(runs_here(isa) == (NEEDS[isa] <= flags) for isa in built)
+    for isa in built:
+        # Linux may withhold the tiles of AMX, which the flags do not tell.
+        withheld = isa == "amx_bf16" and not runs_here(isa)
+        assert runs_here(isa) == (NEEDS[isa] <= flags) or withheld
 
 
 @pytest.mark.parametrize("wrong", ("AVX2", "sse2"))
@@ -73,7 +76,7 @@ def test_an_unknown_instruction_set_is_refused(wrong):
                 print(error)
     """
     lines = python("-c", code, EPSA_CPU_ISA=wrong).splitlines()
-    usable = ", ".join(isa for isa in _C.build_info()["cpu_isas"] if NEEDS[isa] <= cpu_flags())
+    usable = ", ".join(filter(runs_here, _C.build_info()["cpu_isas"]))
     expected = f"EPSA_CPU_ISA: expected one of {{{usable}}}"
     assert len([line for line in lines if expected in line and f"got '{wrong}'" in line]) == 3
 

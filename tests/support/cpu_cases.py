@@ -30,7 +30,10 @@ TARGETS = {
     "avx512_bf16": (64, ["-march=x86-64-v4", "-mavx512bf16"]),
 }
 # The sanitizers do not see what AMX's instructions read, so plain C++ stands for them.
-TARGETS["amx_bf16"] = (64, [*TARGETS["avx512_bf16"][1], '-DEPSA_TILES="emulated_tiles.inc"'])
+TARGETS["amx_bf16"] = (
+    64,
+    [*TARGETS["avx512_bf16"][1], '-DEPSA_TILE_INSTRUCTIONS="emulated_tiles.inc"'],
+)
 
 
 def isas_of(noun: str) -> list[str]:
