@@ -647,7 +647,7 @@ def test_bytes_of_something_else():
     method[40] = 77
     refused(r"packed has method 77, blocks of \d and \d columns for weights\[0\]", method)
     block[44] = 77
-    refused(r"packed has method 0 and blocks of 77 for weights\[0\]", block)
+    refused(r"packed has method 0, blocks of 77 and 0 columns for weights\[0\]", block)
     branches = packed.clone()
     branches[16:20] = torch.tensor([0, 0, 1, 0], dtype=torch.uint8)
     refused("packed was made for .* expected .*; prepack again", branches)
