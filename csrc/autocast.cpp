@@ -34,11 +34,11 @@ ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k)
 template <c10::DeviceType device>
 Tensor module(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed) {
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
   const Cast<device> cast(x, weights);
   // Packed weights hold the originals, so a cast leaves them unused.
   const bool same = weights.empty() || cast.weights[0].is_same(weights[0]);
-  return call_module(cast.x, cast.weights, k, se, reversed, same ? packed : std::nullopt);
+  return call_module(cast.x, cast.weights, k, se, reversed, same ? packed : std::nullopt, epilogue);
 }
 
 template <c10::DeviceType device>

@@ -38,6 +38,9 @@ def _psa_attention(
     fc2_bias: Tensor | None,
     reversed: bool,
     pooled: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As epsa_fused::psa_attention: out [N, S*C, H, W], and pooled and attention [N, S, C]."""
     dtype, channels = feats[0].dtype, feats[0].shape[1]
@@ -49,7 +52,12 @@ def _psa_attention(
     z = torch.sigmoid(_linear(hidden, fc2_weight, fc2_bias, hidden.shape[2]))
     attention = torch.softmax(z, 1)
     products = [f * attention[:, s, :, None, None] for s, f in enumerate(maps)]
-    return torch.cat(products[::-1] if reversed else products, 1).to(dtype), pooled, attention
+    out = torch.cat(products[::-1] if reversed else products, 1)
+    if scale is not None and shift is not None:
+        out = out * scale[:, None, None] + shift[:, None, None]
+    if relu:
+        out = torch.relu(out)
+    return out.to(dtype), pooled, attention
 
 
 def _convolve(
@@ -77,15 +85,22 @@ def _spc_conv(*arguments: Any) -> tuple[list[Tensor], Tensor]:
 def _psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As epsa_fused::psa_save_output: out, and pooled and attention [N, S, C].
 
-    The operators have further arguments behind the module's, which change no meaning.
+    `winograd`, behind the module's arguments, changes no meaning.
     """
-    module = ModuleArguments(*arguments[: len(ModuleArguments._fields)])
-    return _psa_attention(_convolve(*module[:6]), *module[6:])
+    return _module(arguments[:_MODULE])
 
 
 def _psa_forward(*arguments: Any) -> Tensor:
-    """As epsa_fused::psa_forward."""
-    return _psa_save_output(*arguments)[0]
+    """As epsa_fused::psa_forward. `packed` and `winograd` change no meaning."""
+    return _module(arguments[:_MODULE], *arguments[_MODULE + 2 :])[0]
+
+
+_MODULE = len(ModuleArguments._fields)
+
+
+def _module(arguments: tuple[Any, ...], *epilogue: Any) -> tuple[Tensor, Tensor, Tensor]:
+    module = ModuleArguments(*arguments)
+    return _psa_attention(_convolve(*module[:6]), *module[6:], None, *epilogue)
 
 
 def _register(name: str, decomposition: Callable[..., Any]) -> None:

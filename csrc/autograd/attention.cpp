@@ -185,8 +185,8 @@ class Attention : public torch::autograd::Function<Attention> {
       const OptTensor& fc1_bias, const Tensor& fc2_weight, const OptTensor& fc2_bias, bool reversed,
       const OptTensor& pooled_in, Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, pooled, attention] =
-        call_attention(feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, pooled_in);
+    auto [out, pooled, attention] = call_attention(
+        feats, {fc1_weight, fc1_bias, fc2_weight, fc2_bias}, reversed, pooled_in, {});
     *pooled_out = pooled;
     variable_list saved(feats.begin(), feats.end());
     saved.insert(
@@ -226,11 +226,14 @@ class Attention : public torch::autograd::Function<Attention> {
 };
 
 Forward attention_autograd(
-    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled) {
+    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled,
+    const Epilogue& epilogue) {
   refuse_forward_mode("psa_attention", has_tangent(feats) || has_tangent(se), kAttentionReference);
-  if (!at::GradMode::is_enabled() || !(needs_grad(feats) || needs_grad(se))) {
+  const bool grad = at::GradMode::is_enabled() && (needs_grad(feats) || needs_grad(se));
+  refuse_epilogue("psa_attention", epilogue, grad);
+  if (!grad) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_attention(feats, se, reversed, pooled);
+    return call_attention(feats, se, reversed, pooled, epilogue);
   }
   // pooled is not differentiable. Marking an output so would stop compiled autograd's
   // tracing, so pooled is none.

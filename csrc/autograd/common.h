@@ -83,6 +83,15 @@ inline void refuse_forward_mode(const char* op, bool any_tangent, const char* re
       reference);
 }
 
+// An epilogue has no derivative.
+inline void refuse_epilogue(const char* op, const Epilogue& e, bool inputs_need_grad) {
+  const bool own = at::GradMode::is_enabled() && (needs_grad(e.scale) || needs_grad(e.shift));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !e.any() || !(inputs_need_grad || own), op,
+      ": scale, shift and relu are for inference, expected tensors that need no gradient; "
+      "call it under torch.no_grad()");
+}
+
 constexpr const char* kAttentionReference = "psa_attention_reference supports it";
 constexpr const char* kModuleReference = "PSAModule, the reference, supports it";
 

@@ -22,14 +22,16 @@ void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, co
 
 Tensor module_autograd(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed) {
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
   refuse_tangents("psa_forward", x, weights, se);
-  if (any_needs_grad(x, weights, se)) {
+  const bool grad = any_needs_grad(x, weights, se);
+  refuse_epilogue("psa_forward", epilogue, grad);
+  if (grad) {
     const auto [feats, pooled] = call_conv(x, weights, k);
-    return std::get<0>(call_attention(feats, se, reversed, pooled));
+    return std::get<0>(call_attention(feats, se, reversed, pooled, {}));
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_module(x, weights, k, se, reversed, packed);
+  return call_module(x, weights, k, se, reversed, packed, epilogue);
 }
 
 // ---- psa_save_output: keeps the output in place of the maps ----
@@ -114,7 +116,7 @@ class SaveOutput : public torch::autograd::Function<SaveOutput> {
       feats.push_back(library_conv(inputs[0], inputs[1 + s], k, s));
     }
     const SavedSEWeights se(&inputs[branches + 1]);
-    const Tensor out = std::get<0>(call_attention(feats, se.view(), reversed, std::nullopt));
+    const Tensor out = std::get<0>(call_attention(feats, se.view(), reversed, std::nullopt, {}));
     const variable_list grads = torch::autograd::grad(
         {out}, wrt, {grad_out}, /*retain_graph=*/true, /*create_graph=*/true,
         /*allow_unused=*/true);

@@ -11,6 +11,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 namespace epsa::cpu {
 namespace {
 
@@ -111,6 +113,65 @@ struct PackedWeights {
   }
 };
 
+// ---- the epilogue in the form that the kernels read ----
+
+namespace {
+
+template <class A>
+void multiply(const void* a, const void* b, void* product, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    static_cast<A*>(product)[i] = static_cast<const A*>(a)[i] * static_cast<const A*>(b)[i];
+  }
+}
+
+}  // namespace
+
+// scale and shift [S, C] in the order of the branches; null without an epilogue.
+struct PackedEpilogue {
+  bool relu;
+  char *scale = nullptr, *shift = nullptr;
+
+  static int64_t elements(const Problem& p, const Epilogue& e) {  // of workspace
+    return e.any() ? 2 * p.S * p.C : 0;
+  }
+
+  PackedEpilogue(const Problem& p, const Epilogue& e, bool reversed, Workspace& workspace)
+      : relu(e.relu), acc_(p.acc), vector_(p.S * p.C) {
+    if (!e.any()) {
+      return;
+    }
+    const int64_t branch = p.C * static_cast<int64_t>(c10::elementSize(p.acc));
+    shift = workspace.take(vector_);
+    if (!e.scale) {
+      std::memset(shift, 0, p.S * branch);
+      return;
+    }
+    scale = workspace.take(vector_);
+    const Tensor by_slot[] = {e.scale->contiguous(), e.shift->contiguous()};
+    for (int s = 0; s < p.S; ++s) {
+      const int64_t slot = slot_of_branch(s, static_cast<int>(p.S), reversed);
+      for (int i = 0; i < 2; ++i) {
+        std::memcpy(
+            (i == 0 ? scale : shift) + s * branch,
+            static_cast<const char*>(by_slot[i].const_data_ptr()) + slot * branch, branch);
+      }
+    }
+  }
+
+  // What a sample's maps are multiplied by: its attention, or the product with scale.
+  const void* factors(const void* attention, void* product) const {
+    if (!scale) {
+      return attention;
+    }
+    (acc_ == at::kDouble ? multiply<double> : multiply<float>)(attention, scale, product, vector_);
+    return product;
+  }
+
+ private:
+  at::ScalarType acc_;
+  int64_t vector_;
+};
+
 // ---- threads ----
 
 namespace {
@@ -170,7 +231,7 @@ void for_samples(
 
 Forward attention_forward(
     const Problem& p, at::TensorList feats_, const SEWeights& se, bool reversed,
-    const OptTensor& pooled_in) {
+    const OptTensor& pooled_in, const Epilogue& epilogue_in) {
   const Kernels& k = kernels(dtype_of(p.dtype), isa_in_use());
   const at::MemoryFormat format = common_layout(feats_);
   Tensor out = empty({p.N, p.S * p.C, p.H, p.W}, p.dtype, format);
@@ -190,15 +251,20 @@ Forward attention_forward(
   const int64_t hidden_bytes = p.S * p.hidden * pooled.element_size();
   const bool chunked = g.chunks > 1;
   Workspace workspace(
-      p.acc, PackedWeights::elements(p) + p.N * p.S * p.hidden + (chunked ? p.N * g.partials() : 0),
-      3);
+      p.acc,
+      PackedWeights::elements(p) + PackedEpilogue::elements(p, epilogue_in) + p.N * p.S * p.hidden +
+          (chunked ? p.N * g.partials() : 0) + (epilogue_in.scale ? p.N * p.S * p.C : 0),
+      6);
   const PackedWeights weights(p, se, workspace);
+  const PackedEpilogue epilogue(p, epilogue_in, reversed, workspace);
   char* hidden = workspace.take(p.N * p.S * p.hidden);
   char* pooled_data = static_cast<char*>(pooled.mutable_data_ptr());
   char* attention_data = static_cast<char*>(attention.mutable_data_ptr());
   // With one chunk the partial sums are the sums, and lie where they will stay.
   char* partial = chunked ? workspace.take(p.N * g.partials()) : pooled_data;
   const int64_t partial_bytes = g.partials() * pooled.element_size();
+  // With a scale each sample's factors are not its attention.
+  char* factors = epilogue.scale ? workspace.take(p.N * p.S * p.C) : attention_data;
 
   const Maps x = maps_of(feats);
   const Maps y = slots_of(out, p, format, reversed);
@@ -212,9 +278,10 @@ Forward attention_forward(
         g, weights.view, pooled_in ? nullptr : partial + n * partial_bytes,
         pooled_data + n * vector_bytes, hidden + n * hidden_bytes,
         attention_data + n * vector_bytes);
+    epilogue.factors(attention_data + n * vector_bytes, factors + n * vector_bytes);
   };
   const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
-    k.scale(g, x, attention_data + n * vector_bytes, nullptr, y, n, begin, end);
+    k.scale(g, x, factors + n * vector_bytes, epilogue.shift, epilogue.relu, y, n, begin, end);
   };
   for_samples(g, p.N, reduce, gate, scale);
   return {out, pooled, attention};
@@ -337,8 +404,8 @@ struct BackwardStep {
     const auto scale = [&](int64_t n, int64_t begin, int64_t end) {
       if (through_out && any_feats) {
         k.scale(
-            g, dy, attention_data + n * vector_bytes, grad_pooled + n * vector_bytes, dx, n, begin,
-            end);
+            g, dy, attention_data + n * vector_bytes, grad_pooled + n * vector_bytes,
+            /*relu=*/false, dx, n, begin, end);
       }
     };
     for_samples(g, p.N, reduce, gate, scale);
@@ -410,23 +477,25 @@ struct AttentionStep::State {
   Geometry g;
   Workspace workspace;
   PackedWeights weights;
+  PackedEpilogue epilogue;
   Maps maps;
 
   State(
       const Problem& problem, const Tensor& out, at::MemoryFormat format, const SEWeights& se,
-      bool reversed)
+      bool reversed, const Epilogue& e)
       : p(problem),
         k(kernels(dtype_of(p.dtype), isa_in_use())),
         g(geometry_of(p, format)),
-        workspace(p.acc, PackedWeights::elements(p), 1),
+        workspace(p.acc, PackedWeights::elements(p) + PackedEpilogue::elements(p, e), 3),
         weights(p, se, workspace),
+        epilogue(p, e, reversed, workspace),
         maps(slots_of(out, p, format, reversed)) {}
 };
 
 AttentionStep::AttentionStep(
-    const Problem& p, const Tensor& out, const SEWeights& se, bool reversed) {
+    const Problem& p, const Tensor& out, const SEWeights& se, bool reversed, const Epilogue& e) {
   TORCH_INTERNAL_ASSERT(p.acc == at::kFloat);
-  state_ = std::make_unique<State>(p, out, common_layout({out}), se, reversed);
+  state_ = std::make_unique<State>(p, out, common_layout({out}), se, reversed, e);
 }
 
 AttentionStep::~AttentionStep() = default;
@@ -436,8 +505,10 @@ void AttentionStep::run(int64_t n, const float* pooled, float* attention, int64_
   std::vector<float> hidden(s.p.S * s.p.hidden);
   // Without partial sums, gate only reads the means.
   s.k.gate(s.g, s.weights.view, nullptr, const_cast<float*>(pooled), hidden.data(), attention);
+  std::vector<float> product(s.epilogue.scale ? s.p.S * s.p.C : 0);
+  const void* factors = s.epilogue.factors(attention, product.data());
   const auto scale = [&](int64_t begin, int64_t end) {
-    s.k.scale(s.g, s.maps, attention, nullptr, s.maps, n, begin, end);
+    s.k.scale(s.g, s.maps, factors, s.epilogue.shift, s.epilogue.relu, s.maps, n, begin, end);
   };
   if (threads == 1) {
     scale(0, s.g.units());
@@ -450,9 +521,11 @@ void AttentionStep::run(int64_t n, const float* pooled, float* attention, int64_
 
 namespace {
 
-Forward forward(at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled) {
-  const Problem p = check_arguments("psa_attention", feats, se, pooled);
-  return attention_forward(p, feats, se, reversed, pooled);
+Forward forward(
+    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled,
+    const Epilogue& epilogue) {
+  const Problem p = check_arguments("psa_attention", feats, se, pooled, epilogue);
+  return attention_forward(p, feats, se, reversed, pooled, epilogue);
 }
 
 Backward backward(

@@ -25,14 +25,15 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
 // without a kernel here makes a map of its own.
 epsa::Forward forward(
     const char* op, const Tensor& x, at::TensorList weights, const ConvSettings& settings,
-    const SEWeights& se, bool reversed, const OptTensor& packed) {
+    const SEWeights& se, bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
   const ModuleProblem problem = check_module_arguments(op, x, weights, settings, se);
   check_packed(op, x, packed);
+  check_epilogue({op, x.device(), "x"}, epilogue, problem.attention);
   const ConvProblem& p = problem.conv;
   const ForwardBank native(op, p, weights, settings, packed);
   if (!native.has_all()) {
     const auto [feats, pooled] = convolve(native, p, x, weights, settings);
-    return attention_forward(problem.attention, feats, se, reversed, pooled);
+    return attention_forward(problem.attention, feats, se, reversed, pooled, epilogue);
   }
   const at::MemoryFormat format = conv_layout(x);
   const auto empty = [](at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat layout) {
@@ -42,7 +43,7 @@ epsa::Forward forward(
   Tensor pooled = empty({p.N, p.S, p.C}, p.acc, at::MemoryFormat::Contiguous);
   Tensor attention = at::empty_like(pooled);
   if (p.N > 0) {
-    const AttentionStep step(problem.attention, out, se, reversed);
+    const AttentionStep step(problem.attention, out, se, reversed, epilogue);
     float* means = pooled.mutable_data_ptr<float>();
     float* a = attention.mutable_data_ptr<float>();
     native.run(
@@ -56,14 +57,14 @@ epsa::Forward forward(
 
 Tensor psa_forward(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed) {
-  return std::get<0>(forward("psa_forward", x, weights, k, se, reversed, packed));
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
+  return std::get<0>(forward("psa_forward", x, weights, k, se, reversed, packed, epilogue));
 }
 
 epsa::Forward psa_save_output(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed) {
-  return forward("psa_save_output", x, weights, k, se, reversed, std::nullopt);
+  return forward("psa_save_output", x, weights, k, se, reversed, std::nullopt, {});
 }
 
 ModuleBackward psa_save_output_backward(

@@ -87,9 +87,13 @@ c10::SmallVector<Tensor, kMaxBranches> feats_in_layout(
 }
 
 Forward forward(
-    at::TensorList feats_, const SEWeights& se, bool reversed, const OptTensor& pooled_in) {
+    at::TensorList feats_, const SEWeights& se, bool reversed, const OptTensor& pooled_in,
+    const Epilogue& epilogue) {
   const char* op = "psa_attention";
-  const epsa::Problem p = check_arguments(op, feats_, se, pooled_in);
+  const epsa::Problem p = check_arguments(op, feats_, se, pooled_in, epilogue);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !epilogue.any(), op, ": scale, shift and relu: expected tensors on the CPU, got feats[0] on ",
+      feats_[0].device());
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);

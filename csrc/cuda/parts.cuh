@@ -208,7 +208,7 @@ constexpr int kScaleTurns = kAdd && V == 8 ? 1 : 2;
 
 template <bool kAdd, class A>
 EPSA_DEVICE A scaled(A x, A mul, A add) {
-  return kAdd ? reweight_grad(x, mul, add) : reweight(x, mul);
+  return kAdd ? multiply_add(x, mul, add) : reweight(x, mul);
 }
 
 // Scales the pack that begins at element i of rows of `length` elements.

@@ -205,15 +205,34 @@ void check_grads(const Caller& caller, const GradArguments& grads, const Problem
 }
 
 template <class Int>
+void check_epilogue(const Caller& caller, const Epilogue& epilogue, const ProblemOf<Int>& p) {
+  TORCH_CHECK_VALUE(
+      epilogue.scale.has_value() == epilogue.shift.has_value(), caller.op, ": ",
+      epilogue.scale ? "scale is given and shift is not" : "shift is given and scale is not",
+      ", expected both or none");
+  for (const auto& [name, t] : {std::pair("scale", &epilogue.scale), {"shift", &epilogue.shift}}) {
+    if (!*t) {
+      continue;
+    }
+    check_device(caller, name, **t);
+    TORCH_CHECK_TYPE(
+        (*t)->scalar_type() == p.acc, caller.op, ": ", name, " has dtype ", (*t)->scalar_type(),
+        ", expected ", p.acc, ", the accumulation type of ", p.dtype, " features");
+    check_sizes<Int>(caller, name, **t, {p.C * p.S}, "[S*C]");
+  }
+}
+
+template <class Int>
 ProblemOf<Int> check_arguments(
     const char* op, at::TensorList feats, const SEWeights& se,
-    const std::optional<at::Tensor>& pooled) {
+    const std::optional<at::Tensor>& pooled, const Epilogue& epilogue) {
   ProblemOf<Int> p = check_feats<Int>(op, feats);
   const Caller caller = caller_of(op, feats);
   check_weights(caller, se, p);
   if (pooled) {
     check_branch_vector(caller, "pooled", *pooled, p);
   }
+  check_epilogue(caller, epilogue, p);
   return p;
 }
 
@@ -236,7 +255,9 @@ ProblemOf<Int> check_backward_arguments(
   template void check_weights(const Caller&, const SEWeights&, ProblemOf<Int>&);         \
   template void check_grads(const Caller&, const GradArguments&, const ProblemOf<Int>&); \
   template ProblemOf<Int> check_arguments(                                               \
-      const char*, at::TensorList, const SEWeights&, const std::optional<at::Tensor>&);  \
+      const char*, at::TensorList, const SEWeights&, const std::optional<at::Tensor>&,   \
+      const Epilogue&);                                                                  \
+  template void check_epilogue(const Caller&, const Epilogue&, const ProblemOf<Int>&);   \
   template ProblemOf<Int> check_backward_arguments(                                      \
       const char*, at::TensorList, const SEWeights&, const GradArguments&,               \
       const c10::List<bool>&);

@@ -72,6 +72,16 @@ struct SEWeights {
   const std::optional<at::Tensor>& fc2_bias;  // [C] or [S, C]
 };
 
+// What follows the attention step in inference, BatchNorm and ReLU say:
+// relu(out * scale + shift). The result is rounded once.
+struct Epilogue {
+  std::optional<at::Tensor> scale;  // [S*C] of the accumulation type, in the output's order
+  std::optional<at::Tensor> shift;  // the same; both or none
+  bool relu = false;
+
+  bool any() const { return scale || shift || relu; }
+};
+
 // Who is checked: the operator's name begins every message, and every tensor
 // must be on the device of `owner`, an argument of that operator.
 struct Caller {
@@ -103,11 +113,15 @@ void check_weights(const Caller& caller, const SEWeights& se, ProblemOf<Int>& p)
 template <class Int>
 void check_grads(const Caller& caller, const GradArguments& grads, const ProblemOf<Int>& p);
 
+// Checks an epilogue beside maps of p's sizes.
+template <class Int>
+void check_epilogue(const Caller& caller, const Epilogue& epilogue, const ProblemOf<Int>& p);
+
 // Checks the arguments of psa_attention.
 template <class Int = int64_t>
 ProblemOf<Int> check_arguments(
     const char* op, at::TensorList feats, const SEWeights& se,
-    const std::optional<at::Tensor>& pooled);
+    const std::optional<at::Tensor>& pooled, const Epilogue& epilogue = {});
 
 // Checks the arguments of psa_attention_backward.
 template <class Int = int64_t>

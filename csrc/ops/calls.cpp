@@ -37,9 +37,10 @@ class Operator<R(Args...)> {
 }  // namespace
 
 Forward call_attention(
-    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled) {
+    at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled,
+    const Epilogue& epilogue) {
   static const Operator<decltype(call_attention)> op("epsa_fused::psa_attention");
-  return op(feats, se, reversed, pooled);
+  return op(feats, se, reversed, pooled, epilogue);
 }
 
 Backward call_attention_backward(
@@ -65,9 +66,9 @@ ConvBackward call_conv_backward(
 
 Tensor call_module(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed) {
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
   static const Operator<decltype(call_module)> op("epsa_fused::psa_forward");
-  return op(x, weights, k, se, reversed, packed);
+  return op(x, weights, k, se, reversed, packed, epilogue);
 }
 
 Forward call_save_output(

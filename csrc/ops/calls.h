@@ -8,7 +8,7 @@ namespace epsa {
 
 Forward call_attention(
     at::TensorList feats, const SEWeights& se, bool reversed,
-    const std::optional<at::Tensor>& pooled);
+    const std::optional<at::Tensor>& pooled, const Epilogue& epilogue);
 Backward call_attention_backward(
     const std::optional<at::Tensor>& grad_out, const std::optional<at::Tensor>& grad_attention,
     at::TensorList feats, const SEWeights& se, const at::Tensor& pooled,
@@ -21,7 +21,7 @@ ConvBackward call_conv_backward(
 
 at::Tensor call_module(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const std::optional<at::Tensor>& packed);
+    bool reversed, const std::optional<at::Tensor>& packed, const Epilogue& epilogue);
 Forward call_save_output(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed);

@@ -52,6 +52,19 @@ struct Group<const SEWeights&> {
   }
 };
 
+template <>
+struct Group<const Epilogue&> {
+  using Members = std::tuple<>;
+  using Appended =
+      std::tuple<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool>;
+  static Members split(const Epilogue&) { return {}; }
+  static Appended appended(const Epilogue& e) { return {e.scale, e.shift, e.relu}; }
+  static Epilogue join(
+      const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool relu) {
+    return {scale, shift, relu};
+  }
+};
+
 template <class... Args>
 using FlatList = decltype(std::tuple_cat(
     std::declval<typename Group<Args>::Members>()...,

@@ -38,8 +38,9 @@ Tensor branch_vector(const Problem& p, const Tensor& like) {
 // ---- the attention step ----
 
 Forward attention(
-    at::TensorList feats, const SEWeights& se, bool /*reversed*/, const OptTensor& pooled) {
-  const auto p = check_arguments<SymInt>("psa_attention", feats, se, pooled);
+    at::TensorList feats, const SEWeights& se, bool /*reversed*/, const OptTensor& pooled,
+    const Epilogue& epilogue) {
+  const auto p = check_arguments<SymInt>("psa_attention", feats, se, pooled, epilogue);
   return {
       empty({p.N, p.C * p.S, p.H, p.W}, feats[0], p.dtype, common_layout<SymInt>(feats)),
       branch_vector(p, feats[0]), branch_vector(p, feats[0])};
@@ -106,9 +107,10 @@ Tensor module_output(const Problem& p, const Tensor& x) {
 
 Tensor module_forward(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool /*reversed*/, const OptTensor& packed) {
+    bool /*reversed*/, const OptTensor& packed, const Epilogue& epilogue) {
   const auto p = check_module_arguments<SymInt>("psa_forward", x, weights, k, se);
   check_packed("psa_forward", x, packed);
+  check_epilogue({"psa_forward", x.device(), "x"}, epilogue, p.attention);
   return module_output(p.conv, x);
 }
 

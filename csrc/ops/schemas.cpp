@@ -20,6 +20,7 @@ const std::string kConv =
     "Tensor x, Tensor[] weights, int[] groups, int stride, int[] padding, "
     "int[] dilation";
 const std::string kAppended = ", bool winograd=True";  // of the convolutions' settings
+const std::string kEpilogue = ", Tensor? scale=None, Tensor? shift=None, bool relu=False";
 const std::string kSE = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias";
 const std::string kForward = " -> (Tensor out, Tensor pooled, Tensor attention)";
 const std::string kGradSE =
@@ -32,7 +33,8 @@ TORCH_LIBRARY(epsa_fused, m) {
   m.set_python_module("epsa_fused._fake");
   define(
       m, "psa_attention",
-      "(Tensor[] feats, " + kSE + ", bool reversed, Tensor? pooled=None)" + kForward);
+      "(Tensor[] feats, " + kSE + ", bool reversed, Tensor? pooled=None" + kEpilogue + ")" +
+          kForward);
   define(
       m, "psa_attention_backward",
       "(Tensor? grad_out, Tensor? grad_attention, Tensor[] feats, " + kSE +
@@ -46,7 +48,7 @@ TORCH_LIBRARY(epsa_fused, m) {
           ") -> (Tensor grad_x, Tensor[] grad_weights)");
   define(
       m, "psa_forward",
-      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended +
+      "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended + kEpilogue +
           ") -> Tensor");
   define(
       m, "psa_save_output",

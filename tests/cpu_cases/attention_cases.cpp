@@ -139,7 +139,7 @@ void check_reduce(const Case& k, const Kernels& kernels, bool dot) {
 }
 
 template <class T>
-void check_scale(const Case& k, const Kernels& kernels, bool add, bool in_place) {
+void check_scale(const Case& k, const Kernels& kernels, bool add, bool relu, bool in_place) {
   using A = typename T::Acc;
   const Geometry& g = k.g;
   const int64_t vector = g.branches * g.channels;
@@ -163,10 +163,10 @@ void check_scale(const Case& k, const Kernels& kernels, bool add, bool in_place)
     const A* added = add ? plus.get() : nullptr;
     // As callers do, the last units come first.
     if (split < g.units()) {
-      kernels.scale(g, x.maps, mul.get(), added, to, n, split, g.units());
+      kernels.scale(g, x.maps, mul.get(), added, relu, to, n, split, g.units());
     }
     if (split > 0) {
-      kernels.scale(g, x.maps, mul.get(), added, to, n, 0, split);
+      kernels.scale(g, x.maps, mul.get(), added, relu, to, n, 0, split);
     }
     for (int64_t i = 0; i < vector * g.pixels; ++i) {
       const int s = static_cast<int>(i / g.pixels / g.channels);
@@ -175,6 +175,7 @@ void check_scale(const Case& k, const Kernels& kernels, bool add, bool in_place)
         Sum expected;
         expected.add(before.value(s, n, c, m) * mul[sc]);
         expected.add(add ? plus[sc] : 0);
+        expected.value = relu ? std::max(expected.value, 0.0) : expected.value;
         error.see(result.value(s, n, c, m), expected);
       }
     }
@@ -432,10 +433,12 @@ void run_case(const Case& k, Isa isa) {
   const Kernels& kernels = epsa::cpu::kernels(T::dtype, isa);
   for (const bool second : {false, true}) {
     check_reduce<T>(k, kernels, second);
-    check_scale<T>(k, kernels, second, /*in_place=*/false);
-    check_scale<T>(k, kernels, second, /*in_place=*/true);
+    check_scale<T>(k, kernels, second, /*relu=*/false, /*in_place=*/false);
+    check_scale<T>(k, kernels, second, /*relu=*/false, /*in_place=*/true);
     check_gate<T>(k, kernels, second);
   }
+  check_scale<T>(k, kernels, /*add=*/true, /*relu=*/true, /*in_place=*/false);
+  check_scale<T>(k, kernels, /*add=*/true, /*relu=*/true, /*in_place=*/true);
   check_gate_grad<T>(k, kernels, true, false, false);
   check_gate_grad<T>(k, kernels, true, true, true);
   check_gate_grad<T>(k, kernels, false, false, true);

@@ -40,11 +40,11 @@ struct Kernels {
   void (*reduce)(
       const Geometry&, const Maps& x, const Maps* y, void* partial, int64_t n, int64_t begin,
       int64_t end);
-  // dst = x * mul + add for units [begin, end). mul and add are this sample's [S, C]; a
-  // null add is zero.
+  // dst = x * mul + add for units [begin, end), or relu of it. mul and add are this sample's
+  // [S, C]. A null add is zero; relu needs one.
   void (*scale)(
-      const Geometry&, const Maps& x, const void* mul, const void* add, const Maps& dst, int64_t n,
-      int64_t begin, int64_t end);
+      const Geometry&, const Maps& x, const void* mul, const void* add, bool relu, const Maps& dst,
+      int64_t n, int64_t begin, int64_t end);
   // Writes the means of the partial sums to pooled [S, C], then attention [S, C]. Where
   // partial is null, pooled is read only. hidden [S, r] is scratch.
   void (*gate)(

@@ -1,0 +1,238 @@
+"""scale, shift and relu behind the attention step, in the pass that writes the output."""
+
+import itertools
+
+import pytest
+import torch
+from support.cases import BY_NAME, DTYPES, FORMATS, ORDERS, PLAIN_LAYOUTS, make_inputs, name_of
+from support.errors import assert_raises, assert_same_words_on_meta, raising
+from support.modules import CASES, arguments, build, image
+from support.tolerance import accumulation_type
+from torch import Tensor
+
+from epsa_fused import PSAModule
+from epsa_fused._decompositions import _psa_attention, _psa_forward
+
+OP = torch.ops.epsa_fused.psa_forward.default
+CONV = torch.ops.epsa_fused.spc_conv.default
+ATTENTION = torch.ops.epsa_fused.psa_attention.default
+
+
+def factors(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale and shift of an output's channels, no two alike."""
+    random = torch.Generator().manual_seed(3)
+    made = [torch.randn(channels, generator=random, dtype=torch.float64) for _ in range(2)]
+    return tuple(v.to(accumulation_type(dtype)) for v in made)
+
+
+def assert_is_epilogue(out, feats, attention, reversed_, scale, shift, relu):
+    """Each output is rounded once; before, the sums' own rounding may add a little."""
+    products = [f.double() * a[:, :, None, None].double() for f, a in zip(
+        feats, attention.unbind(1), strict=True)]  # fmt: skip
+    plain = torch.cat(products[::-1] if reversed_ else products, 1)
+    exact, size = plain, plain.abs()
+    if scale is not None:
+        wide = [v.double()[:, None, None] for v in (scale, shift)]
+        exact, size = plain * wide[0] + wide[1], size * wide[0].abs() + wide[1].abs()
+    exact = exact.relu() if relu else exact
+    eps = torch.finfo(out.dtype).eps / 2
+    allowed = eps * exact.abs() + 4 * torch.finfo(attention.dtype).eps * size
+    tiny = torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
+    assert ((out.double() - exact).abs() <= allowed + tiny).all()
+
+
+EPILOGUES = [(True, True), (True, False), (False, True)]  # scale and shift; relu
+
+
+@pytest.mark.per_isa
+@pytest.mark.parametrize(("affine", "relu"), EPILOGUES)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_of_a_module(name, dtype, memory_format, affine, relu):
+    order = ORDERS[len(name) % 2]
+    module = build(name, PSAModule, dtype, branch_order=order)
+    args = arguments(module, image(name, dtype, memory_format))
+    planes = CASES[name].planes
+    scale, shift = factors(planes, dtype) if affine else (None, None)
+    out = OP(*args, None, True, scale, shift, relu)
+    feats, pooled = CONV(*args[:6])
+    plain, _, attention = ATTENTION(feats, *args[6:], pooled)
+    assert out.shape == plain.shape and out.stride() == plain.stride() and out.dtype == dtype
+    assert_is_epilogue(out, feats, attention, args[-1], scale, shift, relu)
+
+
+@pytest.mark.per_isa
+@pytest.mark.parametrize(("affine", "relu"), EPILOGUES)
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", ("stage1", "stage4", "odd"))
+def test_of_the_attention_step(name, dtype, layout, affine, relu):
+    case = BY_NAME[name]
+    feats, *weights = make_inputs(case, dtype, layout).args
+    scale, shift = factors(case.branches * case.channels, dtype) if affine else (None, None)
+    for order in (True, False):
+        plain = ATTENTION(feats, *weights, order)
+        out, pooled, attention = ATTENTION(feats, *weights, order, None, scale, shift, relu)
+        assert torch.equal(pooled, plain[1]) and torch.equal(attention, plain[2])
+        assert_is_epilogue(out, feats, attention, order, scale, shift, relu)
+
+
+def call(batch: int = 3) -> tuple:
+    module = build("stage3", PSAModule)
+    return (*arguments(module, image("stage3")[:batch]), None, True, *factors(256, torch.float32))
+
+
+def test_the_same_for_any_number_of_threads():
+    outs = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        outs.append([OP(*call(batch), True) for batch in (1, 2, 3)])
+    for a, b in itertools.pairwise(outs):
+        assert all(map(torch.equal, a, b))
+
+
+def test_relu_keeps_nan():
+    args = list(call())
+    args[0] = args[0].clone()
+    args[0][1, 7, 3, 3] = float("nan")
+    out = OP(*args, True)
+    assert out[1].isnan().all() and not out[0].isnan().any() and not out[2].isnan().any()
+
+
+def test_packed_weights():
+    args = list(call())
+    args[11] = torch.ops.epsa_fused.spc_prepack(*args[:6], True)
+    assert torch.equal(OP(*args, True), OP(*call(), True))
+
+
+def test_autocast_casts_the_convolutions_alone():
+    args = call()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = OP(*args, True)
+    cast = [args[0].bfloat16(), [w.bfloat16() for w in args[1]], *args[2:]]
+    assert out.dtype == torch.bfloat16 and torch.equal(out, OP(*cast, True))
+
+
+def test_decompositions():
+    args = call()
+    torch.testing.assert_close(_psa_forward(*args, True), OP(*args, True), rtol=1e-4, atol=1e-5)
+    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32).args
+    epilogue = (*factors(15, torch.float32), True)
+    torch.testing.assert_close(
+        _psa_attention(feats, *weights, False, None, *epilogue),
+        ATTENTION(feats, *weights, False, None, *epilogue),
+    )
+
+
+@pytest.mark.parametrize("relu", (False, True))
+def test_opcheck(relu):
+    torch.library.opcheck(OP, (*call(), relu))
+    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32).args
+    arguments_ = (feats, *weights, True, None, *factors(15, torch.float32), relu)
+    torch.library.opcheck(ATTENTION, arguments_)
+
+
+def test_compiled():
+    args = call()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: OP(*a) * 2, fullgraph=True)
+    assert torch.equal(compiled(*args, True), OP(*args, True) * 2)
+
+
+# ---- bad input ----
+
+NAMES = (
+    "feats",
+    "fc1",
+    "fc1_bias",
+    "fc2",
+    "fc2_bias",
+    "reversed",
+    "pooled",
+    "scale",
+    "shift",
+    "relu",
+)
+
+
+def attention_call() -> dict:
+    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32).args
+    values = (feats, *weights, True, None, *factors(15, torch.float32), True)
+    return dict(zip(NAMES, values, strict=True))
+
+
+def module_call() -> dict:
+    values = (*call(), True)
+    names = [f"argument_{i}" for i in range(len(values) - 3)]
+    return dict(zip((*names, *NAMES[-3:]), values, strict=True))
+
+
+def changed(name: str, change) -> dict:
+    return lambda given: given | {name: change(given[name])}
+
+
+BAD = raising(
+    ValueError,
+    {
+        "scale alone": (
+            changed("shift", lambda t: None),
+            r"scale is given and shift is not, expected both or none",
+        ),
+        "shift alone": (
+            changed("scale", lambda t: None),
+            r"shift is given and scale is not, expected both or none",
+        ),
+        "length": (
+            changed("scale", lambda t: t[1:]),
+            r"scale has shape \[\d+\], expected \[\d+\] \(\[S\*C\]\)",
+        ),
+        "rank": (
+            changed("shift", lambda t: t[:, None]),
+            r"shift has shape \[\d+, 1\], expected \[\d+\] \(\[S\*C\]\)",
+        ),
+    },
+) | raising(
+    TypeError,
+    {
+        "dtype": (
+            changed("shift", Tensor.double),
+            r"shift has dtype Double, expected Float, the accumulation type of Float features",
+        ),
+        "half": (changed("scale", Tensor.bfloat16), r"scale has dtype BFloat16, expected Float"),
+    },
+)
+CALLS = {"attention": (ATTENTION, attention_call), "module": (OP, module_call)}
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments(bad, operator):
+    op, good = CALLS[operator]
+    assert_raises(op, BAD[bad], good)
+    assert_same_words_on_meta(op, BAD[bad], good)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("name", ("scale", "shift"))
+def test_another_device(name, operator):
+    op, good = CALLS[operator]
+    wrong = changed(name, lambda t: t.to("meta"))(good())
+    with pytest.raises(RuntimeError, match=f"{name} is on meta, expected cpu, the device of"):
+        op(*wrong.values())
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("wanting", ("scale", "shift", "an input"))
+def test_a_gradient_is_refused(wanting, operator):
+    op, good = CALLS[operator]
+    given = good()
+    if wanting == "an input":
+        first = next(iter(given.values()))
+        (first[0] if isinstance(first, list) else first).requires_grad_()
+    else:
+        given[wanting].requires_grad_()
+    with pytest.raises(NotImplementedError, match="scale, shift and relu are for inference"):
+        op(*given.values())
+    with torch.no_grad():
+        assert not (op(*given.values())[0]).requires_grad
