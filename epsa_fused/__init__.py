@@ -6,6 +6,7 @@ from ._version import __version__
 from ._winograd import set_winograd, winograd_allowed
 from .functional import psa_attention
 from .fuse import FuseReport, fuse, unfuse
+from .inference import InferenceModel, InferenceReport, optimize_for_inference
 from .models import epsanet, register_timm
 from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
 from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
@@ -15,11 +16,14 @@ __all__ = [
     "FuseReport",
     "FusedPSAModule",
     "FusedSplitPSA",
+    "InferenceModel",
+    "InferenceReport",
     "PSAModule",
     "SplitPSA",
     "__version__",
     "convolution",
     "fuse",
+    "optimize_for_inference",
     "prepack",
     "psa_attention",
     "psa_attention_reference",

@@ -126,7 +126,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(why)
             warn_once(self, why)
-            return super().forward(x)
+            return self._finish(super().forward(x))
         convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
@@ -134,7 +134,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if not taken or _why_not_taken(convs) is not None:
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._fused_attention([conv(x) for conv in convs])
+            return self._finish(self._fused_attention([conv(x) for conv in convs]))
         fc1, fc2 = self.se.fc1, self.se.fc2
         arguments = ModuleArguments(
             x,
@@ -152,7 +152,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
         # Packed weights belong to this process; an exported program also runs in others.
         local = x.device.type == "cpu" and not torch.compiler.is_exporting()
         packed = self._packed_for(arguments.weights) if local else None
-        return cast(Tensor, torch.ops.epsa_fused.psa_forward.default(*arguments, packed, winograd))
+        operator = torch.ops.epsa_fused.psa_forward.default
+        return cast(Tensor, operator(*arguments, packed, winograd, *self._epilogue()))
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
@@ -162,6 +163,16 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if why is not None or not all(map(is_plain, feats)):
             return super().attention(feats)  # torch.fx gets the layers by this, too
         return self._fused_attention(feats)
+
+    # ---- serving: what follows in the same pass, see epsa_fused.inference ----
+
+    def _epilogue(self) -> tuple[Any, ...]:
+        """The operator's arguments for it."""
+        return ()
+
+    def _finish(self, out: Tensor) -> Tensor:
+        """The same for an output that the operator did not make."""
+        return out
 
     # ---- serving: weights packed ahead ----
 

@@ -1,0 +1,159 @@
+"""Convolutions with the sum and the ReLU behind them in one call of oneDNN.
+
+torch.compile uses the same operators of PyTorch. Here they serve without a compiler.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .graph import called, finish, is_relu, only_user, put
+
+_SUMS = (operator.add, operator.iadd, torch.add)
+_SUM_METHODS = ("add", "add_")
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PointwiseConv2d(nn.Module):
+    """relu(conv(x) + other), where sum and ReLU may be absent.
+
+    Args:
+        conv: a plain nn.Conv2d, on the CPU, in float32 or bfloat16. Its weight is copied into the
+            order that oneDNN prefers for inputs of `input_size`; other sizes work too.
+        relu: whether a ReLU follows.
+        input_size: of x [N, C, H, W].
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, input_size: list[int]) -> None:
+        super().__init__()
+        padding = cast(tuple[int, int], conv.padding)
+        self._settings = ([*padding], [*conv.stride], [*conv.dilation], conv.groups)
+        self._relu = relu
+        self._description = repr(conv)
+        with torch.no_grad():
+            # no buffer: neither copies nor state_dicts can hold such tensors
+            self._weight = torch.ops.mkldnn._reorder_convolution_weight(
+                conv.weight.detach(), *self._settings, input_size
+            )
+            self._bias = None if conv.bias is None else conv.bias.detach().clone()
+
+    def extra_repr(self) -> str:
+        return self._description + (", relu" if self._relu else "")
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        operators = torch.ops.mkldnn._convolution_pointwise
+        arguments = (self._weight, self._bias, *self._settings)
+        if other is None:
+            unary = "relu" if self._relu else "none"
+            return cast(Tensor, operators.default(x, *arguments, unary, [], ""))
+        after = "relu" if self._relu else None
+        return cast(Tensor, operators.binary(x, other, *arguments, "add", 1.0, after, [], None))
+
+
+def is_available() -> bool:
+    """Whether this PyTorch has oneDNN's fused convolutions."""
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(
+        torch.ops.mkldnn, "_convolution_pointwise"
+    )
+
+
+def fuse_pointwise(graph_module: GraphModule) -> int:
+    """Put a :class:`PointwiseConv2d` in the place of each plain convolution, sum and ReLU.
+
+    Args:
+        graph_module: changed in place; each node's meta["tensor_meta"] tells its shape, as
+            torch.fx.passes.shape_prop does.
+
+    Returns:
+        The number of convolutions that were replaced.
+    """
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        conv = called(graph_module, node, nn.Conv2d)
+        if conv is not None and _is_taken(conv):
+            _replace(graph_module, node, conv)
+            count += 1
+    finish(graph_module)
+    return count
+
+
+def _is_taken(conv: nn.Conv2d) -> bool:
+    return (
+        conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.weight.dtype in DTYPES
+        and conv.weight.device.type == "cpu"
+    )
+
+
+def _replace(graph_module: GraphModule, node: Node, conv: nn.Conv2d) -> None:
+    chain, other = [node], None
+    total = only_user(node)
+    has_sum = total is not None and _is_sum(total, node)
+    if has_sum:
+        chain.append(cast(Node, total))
+    relu = only_user(chain[-1])
+    has_relu = relu is not None and is_relu(graph_module, relu)
+    if has_relu:
+        chain.append(cast(Node, relu))
+    if _changes_something_else(graph_module, chain):
+        chain, has_sum, has_relu = [node], False, False
+    if has_sum:
+        other = next(arg for arg in cast(Node, total).args if arg is not node)
+    module = PointwiseConv2d(conv, has_relu, list(_shape(cast(Node, node.args[0]))))
+    call = put(graph_module, f"{node.target}_pointwise", module, chain[-1], chain)
+    if other is not None:
+        call.args = (*call.args, other)
+
+
+def _changes_something_else(graph_module: GraphModule, chain: list[Node]) -> bool:
+    """Whether a node between those of `chain` works in place, on a tensor of another node.
+
+    The one call that stands for the chain would read that tensor later, or earlier.
+    """
+    node = chain[0]
+    while node is not chain[-1]:
+        node = node.next
+        if node in chain:
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        module = graph_module.get_submodule(name) if node.op == "call_module" else None
+        in_place = (
+            getattr(module, "inplace", False)
+            or node.kwargs.get("inplace", False)
+            or (node.op != "call_module" and (name.endswith("_") or name in _IN_PLACE))
+            or "out" in node.kwargs
+        )
+        if in_place and not (node.args and node.args[0] in chain):
+            return True
+    return False
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(cast(Any, node.meta["tensor_meta"]).shape)
+
+
+def _is_sum(node: Node, conv: Node) -> bool:
+    """Whether `node` adds to the convolution a different tensor of the same shape and dtype."""
+    is_add = (node.op == "call_function" and node.target in _SUMS) or (
+        node.op == "call_method" and node.target in _SUM_METHODS
+    )
+    if not is_add or node.kwargs or len(node.args) != 2:
+        return False
+    others = [arg for arg in node.args if arg is not conv]
+    if len(others) != 1 or not isinstance(others[0], Node):
+        return False
+    meta = [n.meta.get("tensor_meta") for n in (conv, others[0])]
+    if any(not isinstance(getattr(m, "shape", None), torch.Size) for m in meta):
+        return False
+    a, b = cast(list[Any], meta)
+    # An in-place sum into the other tensor would be seen by its other users.
+    in_place = node.target is operator.iadd or node.target == "add_"
+    safe = not in_place or node.args[0] is conv or len(others[0].users) == 1
+    return bool(a.shape == b.shape and a.dtype == b.dtype and safe)

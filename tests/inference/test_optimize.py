@@ -1,0 +1,385 @@
+"""optimize_for_inference(): what it does, what it says, what it refuses; without a compiler."""
+
+import copy
+
+import pytest
+import torch
+from support import published
+from support.processes import run_code
+from torch import nn
+
+import epsa_fused
+from epsa_fused import epsanet50, optimize_for_inference
+from epsa_fused.inference import optimize, pointwise
+
+MODULES = 16  # PSA modules of EPSANet-50
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def images(batch: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """BatchNorms start as the identity, which folding could leave out without notice."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return with_statistics(epsanet50())
+
+
+class Net(nn.Module):
+    """A foreign network around a PSA module of the published code."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels))
+        self.psa = published.PSAModule(channels, channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.last = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return (self.last(self.norm(self.psa(x)).relu()) + x).relu()
+
+
+class Branching(Net):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+def plain(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(model).to(dtype)(x.to(dtype)).double()
+
+
+def assert_as_good_as_the_model(served, model, x, dtype):
+    exact, usual = plain(model, x, torch.float64), plain(model, x, dtype)
+    allowed = 3 * (usual - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
+    out = served(x)
+    assert out.dtype == next(model.parameters()).dtype
+    assert not out.requires_grad
+    assert (out.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epsanet(network, dtype):
+    before = copy.deepcopy(network.state_dict())
+    x = images()
+    served = optimize_for_inference(network, x, dtype=dtype, compile=False)
+    assert_as_good_as_the_model(served, network, x, dtype)
+    report = served.report
+    assert report.dtype == dtype and report.psa_modules == report.packed == MODULES
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    assert len(report.folded) == norms
+    psa = [m for m in network.modules() if isinstance(m, epsa_fused.FusedPSAModule)]
+    inside = {id(conv) for m in psa for conv in m.modules()}
+    convs = [m for m in network.modules() if isinstance(m, nn.Conv2d) and id(m) not in inside]
+    assert report.pointwise == len(convs)
+    assert not report.compiled and not report.notes and not report.fuse.left
+    assert f"{MODULES} fused PSA modules" in str(report) == repr(served)
+    # the blocks' sums and ReLUs are part of a convolution's call
+    nodes = list(served.module.graph.nodes)
+    modules = [served.module.get_submodule(n.target) for n in nodes if n.op == "call_module"]
+    assert not any(isinstance(m, (nn.ReLU, nn.BatchNorm2d, nn.Conv2d)) for m in modules)
+    assert not [n for n in nodes if n.op == "call_function" and "add" in str(n.target)]
+    # the model given is as before, and further calls do not depend on it
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert not any(m._packed is not None for m in psa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_batches_and_sizes(network, dtype):
+    served = optimize_for_inference(network, images(), dtype=dtype, compile=False)
+    for batch, size in ((1, 64), (5, 64), (2, 96), (1, 33)):
+        assert_as_good_as_the_model(served, network, images(batch, size), dtype)
+
+
+def test_a_foreign_model():
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(3, 20), torch.float32)
+    report = served.report
+    assert report.fuse.replaced.keys() == {"psa"}
+    assert report.folded == ["stem.1", "norm"] and report.pointwise == 2 and report.packed == 1
+    assert isinstance(model.psa, published.PSAModule)
+
+
+def test_a_model_that_cannot_be_traced_is_served_layer_by_layer():
+    torch.manual_seed(0)
+    model = with_statistics(Branching())
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(3, 20), torch.float32)
+    assert served.report.packed == 1 and served.report.folded == [] and served.report.pointwise == 0
+    assert any("torch.fx cannot trace" in note for note in served.report.notes)
+
+
+def test_a_model_that_needs_contiguous_maps():
+    class Flat(Net):
+        def forward(self, x):
+            return super().forward(x).view(x.shape[0], -1)
+
+    torch.manual_seed(0)
+    model = with_statistics(Flat())
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(3, 20), torch.float32)
+    first, second = served.report.notes
+    assert first.startswith("images stay contiguous: in channels_last the model fails (view size")
+    assert second.startswith("convolutions are called one by one")
+
+
+def test_a_model_without_psa_modules():
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(), torch.float32)
+    assert served.report.notes == ["no PSA module was found"]
+    assert served.report.folded == ["1"] and served.report.pointwise == 1
+
+
+def test_later_changes_of_the_weights_have_no_effect():
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    served = optimize_for_inference(model, images(), compile=False)
+    expected = served(images())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(served(images()), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_of_bfloat16_gives_bfloat16(dtype):
+    torch.manual_seed(0)
+    model = with_statistics(Net()).bfloat16()
+    served = optimize_for_inference(model, images(), dtype=dtype, compile=False)
+    assert served.report.dtype == dtype
+    assert served(images()).dtype == torch.bfloat16
+
+
+# ---- passes ----
+
+
+class Chain(nn.Module):
+    """Convolutions whose sums and ReLUs may not be taken into their calls."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.narrow = nn.Conv2d(8, 1, 1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.kind == "used twice":
+            return y.relu() + y
+        if self.kind == "normalised, used twice":
+            return self.norm(y) * y
+        if self.kind == "broadcast":
+            return self.b(y) + self.narrow(y)
+        if self.kind == "scaled":
+            return torch.add(self.b(y), y, alpha=2)
+        if self.kind == "to itself":
+            return y + y
+        if self.kind == "number":
+            return (y + 1).relu()
+        if self.kind == "changed between":
+            z = x * 1
+            y = self.a(z)
+            z.relu_()
+            return y + z
+        if self.kind == "into the other":
+            z = x * 1
+            z += self.a(x)
+            return z.relu()
+        if self.kind == "into a tensor that others read":
+            z = x * 1
+            w = z[:1]
+            z += self.a(x)
+            return torch.cat([w, z.relu()])
+        assert self.kind == "both convolutions"
+        return (self.a(x) + self.b(x)).relu()
+
+
+KINDS = (
+    "used twice", "normalised, used twice", "broadcast", "scaled", "to itself", "number",
+    "changed between", "into the other", "into a tensor that others read", "both convolutions",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chains_keep_their_meaning(kind):
+    torch.manual_seed(0)
+    model = with_statistics(Chain(kind))
+    x = torch.randn(2, 8, 9, 9)
+    served = optimize_for_inference(model, x, compile=False)
+    with torch.no_grad():
+        torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-4)
+    if kind == "into a tensor that others read":  # torch.fx makes another sum of it
+        assert "computes something else" in str(served.report)
+    else:
+        assert served.report.pointwise > 0
+
+
+def test_convolutions_of_other_kinds_are_left_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2),
+        nn.Conv2d(4, 4, (1, 3), stride=(1, 2), padding=(0, 1)),
+    ).eval()
+    served = optimize_for_inference(model, images(), compile=False)
+    assert served.report.pointwise == 2
+    assert_as_good_as_the_model(served, model, images(), torch.float32)
+
+
+def test_a_hooked_convolution_is_called():
+    seen = []
+    model = with_statistics(Net())
+    model.last.register_forward_hook(lambda *_: seen.append(1))
+    served = optimize_for_inference(model, images(), compile=False)
+    seen.clear()
+    served(images())
+    assert served.report.pointwise == 1
+
+
+@pytest.mark.parametrize("relu", (False, True))
+def test_a_psa_module_whose_layers_are_called_is_normalised_too(relu):
+    """By itself, where the operator does not compute it: here a convolution has a hook."""
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.psa, self.norm = epsa_fused.FusedPSAModule(64, 64), nn.BatchNorm2d(64)
+
+        def forward(self, x):
+            out = self.norm(self.psa(x))
+            return torch.relu(out) if relu else out
+
+    torch.manual_seed(0)
+    model = with_statistics(Normalised())
+    x = torch.randn(2, 64, 9, 9)
+    served = optimize_for_inference(model, x, compile=False)
+    (psa,) = (m for m in served.module.modules() if isinstance(m, epsa_fused.FusedPSAModule))
+    assert "then BatchNorm" in repr(psa) and ("and ReLU" in repr(psa)) == relu
+    expected = served(x)
+    psa.conv_2.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="conv_2 has hooks"):
+        out = served(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert (expected.min() >= 0) == relu
+
+
+def test_a_wrong_result_is_an_error(monkeypatch):
+    def broken(graph_module):
+        names = fold(graph_module)
+        next(graph_module.parameters()).data.mul_(1.01)
+        return names
+
+    fold = optimize.fold_batch_norms
+    monkeypatch.setattr(optimize, "fold_batch_norms", broken)
+    with pytest.raises(RuntimeError, match=r"differs by .* from the model's in float64, expected"):
+        optimize_for_inference(with_statistics(Net()), images(), compile=False)
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(optimize, "is_available", lambda: False)
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    assert served.report.pointwise == 0 and "lacks oneDNN" in str(served.report)
+    assert pointwise.is_available()
+
+
+# ---- compiled ----
+
+
+def test_compiled_and_frozen():
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    torch._dynamo.reset()
+    served = optimize_for_inference(model, images(), dtype=torch.bfloat16)
+    assert served.report.compiled and served.report.packed == 1
+    assert served.report.folded == ["stem.1", "norm"]
+    assert_as_good_as_the_model(served, model, images(), torch.bfloat16)
+    assert_as_good_as_the_model(served, model, images(1, 20), torch.bfloat16)
+
+
+def test_no_compiler_is_needed_without_compile():
+    code = """if True:
+        import torch
+        from epsa_fused import EPSANet, optimize_for_inference
+        model = EPSANet([1, 1, 1, 1], 10, planes=(64, 64, 64, 64)).eval()
+        served = optimize_for_inference(model, torch.randn(1, 3, 64, 64), compile=False)
+        print(tuple(served(torch.randn(2, 3, 64, 64)).shape))
+    """
+    assert run_code(code, PATH="/nonexistent", CXX="/nonexistent").strip() == "(2, 10)"
+
+
+# ---- bad input ----
+
+
+def bad(change: str):
+    model, example, options = with_statistics(Net()), (images(),), {"compile": False}
+    if change == "training":
+        model.train()
+    elif change == "one module in training":
+        model.norm.train()
+    elif change == "no example":
+        example = ()
+    elif change == "an example without tensors":
+        example = (3,)
+    elif change == "meta example":
+        example = (images().to("meta"),)
+    elif change == "meta model":
+        model.to("meta")
+    elif change == "float16":
+        options["dtype"] = torch.float16
+    elif change == "float64 model":
+        model.double()
+    elif change == "two dtypes":
+        model.last.bfloat16()
+    elif change == "no module":
+        model = model.forward
+    elif change == "compile":
+        options["compile"] = "no"
+    elif change == "infinite":
+        example = (images() * float("inf"),)
+    return model, example, options
+
+
+BAD = (
+    ("training", RuntimeError, "expected a model in eval mode, got one in training mode"),
+    ("one module in training", RuntimeError, "expected a model in eval mode"),
+    ("no example", ValueError, r"example: expected the arguments of one call.*got \(\)"),
+    ("an example without tensors", ValueError, r"example: expected .* got \(3,\)"),
+    ("meta example", ValueError, "expected the model and the example on the CPU, got .* meta"),
+    ("meta model", ValueError, "expected the model and the example on the CPU, got .* meta"),
+    ("float16", ValueError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
+    ("float64 model", ValueError, "dtype: expected .* got torch.float64"),
+    ("two dtypes", ValueError, "model: expected parameters of one floating-point dtype, got"),
+    ("no module", TypeError, "optimize_for_inference: model: expected"),
+    ("compile", TypeError, "optimize_for_inference: compile: expected"),
+    ("infinite", ValueError, "example: expected one with finite outputs"),
+)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[row[0] for row in BAD])
+def test_bad_input(change, error, message):
+    model, example, options = bad(change)
+    with pytest.raises(error, match=message):
+        optimize_for_inference(model, *example, **options)
+
+
+def test_an_input_on_another_device_is_refused_later():
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    with pytest.raises(ValueError, match="expected tensors on the CPU, got meta"):
+        served(images().to("meta"))
