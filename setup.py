@@ -11,7 +11,9 @@ toolkit is there, 1 insists on them, 0 leaves them out.
 """
 
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -43,9 +45,20 @@ def missing_packages() -> list[str]:
     for name in ("torch", "pybind11"):
         try:
             import_module(name)
-        except ImportError as error:
-            failures.append(f"{name} ({error})")
+        except Exception as error:  # a torch that is torn may raise anything
+            failures.append(f"{name} ({type(error).__name__}: {error})")
     return failures
+
+
+def nvcc_release(home: str) -> str:
+    """13.0, say, as `nvcc --version` of a toolkit prints it; empty where it does not run."""
+    nvcc = Path(home) / "bin" / "nvcc"
+    try:
+        result = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    found = re.search(r"release (\d+\.\d+)", result.stdout)
+    return found[1] if found else ""
 
 
 def cuda_wanted() -> bool:
@@ -68,9 +81,21 @@ def cuda_wanted() -> bool:
     elif not (Path(cpp_extension.CUDA_HOME) / "include" / "cuda_runtime.h").exists():
         # torch guesses the root from the nvcc on PATH, which may be a wrapper elsewhere
         missing = f"CUDA_HOME={cpp_extension.CUDA_HOME} holds no include/cuda_runtime.h"
+    elif major(release := nvcc_release(cpp_extension.CUDA_HOME)) != major(torch.version.cuda):
+        missing = (
+            f"nvcc in CUDA_HOME={cpp_extension.CUDA_HOME} is of CUDA {release or '(unknown)'}, "
+            f"and torch {torch.__version__} is built with CUDA {torch.version.cuda}: set CUDA_HOME "
+            f"to a toolkit of CUDA {major(torch.version.cuda)}"
+        )
     if missing and choice == "1":
         raise SystemExit(f"EPSA_CUDA=1, but {missing}")
+    if missing and torch.version.cuda:
+        print(f"epsa_fused: CUDA kernels are left out: {missing}", file=sys.stderr)
     return missing is None
+
+
+def major(version: str) -> str:
+    return version.split(".")[0]
 
 
 def architectures(listed: str) -> str:
@@ -186,6 +211,15 @@ def builder() -> type:
     class BuildExtension(cpp_extension.BuildExtension):
         """torch's builder, with a plain file name for the library that is no Python module."""
 
+        def build_extensions(self) -> None:
+            compiler = os.environ.get("CXX", "c++").split()[0]
+            if shutil.which(compiler) is None:
+                raise SystemExit(
+                    "epsa_fused is compiled by a C++ compiler, GCC 11 or newer: expected one on "
+                    f"PATH, got no {compiler}; the variable CXX may name another"
+                )
+            super().build_extensions()
+
         def get_ext_filename(self, ext_name: str) -> str:
             if ext_name.rpartition(".")[2] == "_ops":
                 return os.path.join(*ext_name.split(".")) + ".so"
@@ -199,9 +233,14 @@ def for_this_torch() -> dict:
     import torch
 
     with_cuda = cuda_wanted()
-    cuda = torch.version.cuda if with_cuda else None
+    version = VERSION["__version__"]
+    # Wheels that are given to others name their torch. A source distribution cannot, and pip
+    # wants the same version of what it builds from one.
+    if os.environ.get("EPSA_LOCAL_VERSION", "0") == "1":
+        cuda = torch.version.cuda if with_cuda else None
+        version = VERSION["built_for"](torch.__version__, cuda)
     return {
-        "version": VERSION["built_for"](torch.__version__, cuda),
+        "version": version,
         "install_requires": [f"torch=={VERSION['minor'](torch.__version__)}.*"],
         "ext_modules": extensions(with_cuda),
         "cmdclass": {"build_ext": builder()},

@@ -19,10 +19,6 @@ VARIABLES = ("EPSA_", "OMP_", "GOMP_", "KMP_", "CUDA_", "TORCH_")
 
 def short() -> dict[str, str]:
     info = _C.build_info()
-    devices = [
-        "{} (sm_{}{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
-        for i in range(torch.cuda.device_count())
-    ]
     return {
         "epsa_fused": f"{__version__} in {Path(__file__).parent}",
         "built with": f"torch {info['torch']}, compiler {info['compiler']}",
@@ -30,8 +26,21 @@ def short() -> dict[str, str]:
         "CPU kernels": f"{', '.join(info['cpu_isas'])}; this machine uses {_C.cpu_isa()}",
         "CPU threads": f"{torch.get_num_threads()} (OpenMP {info['openmp']})",
         "CUDA kernels": "built" if info["cuda"] else "not built",
-        "CUDA devices": ", ".join(devices) or "none found",
+        "CUDA devices": _devices(),
     }
+
+
+def _devices() -> str:
+    try:
+        names = [
+            "{} (sm_{}{})".format(
+                torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)
+            )
+            for i in range(torch.cuda.device_count())
+        ]
+    except Exception as error:  # a driver that is too old, say; the report is for such cases
+        return f"cannot be asked: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return ", ".join(names) or "none found"
 
 
 def report() -> dict[str, str]:
@@ -62,4 +71,5 @@ def _cpu() -> dict[str, str]:
 def _installed() -> list[str]:
     """Versions and places of every installation that this Python finds, the first one wins."""
     found = importlib.metadata.distributions(name="epsa_fused")
-    return [f"{one.version} in {one.locate_file('')}" for one in found]
+    # a folder may be on the path twice
+    return list(dict.fromkeys(f"{one.version} in {one.locate_file('')}" for one in found))

@@ -35,7 +35,13 @@ def _load_library() -> None:
             f"epsa_fused was built for torch {minor(built_with)}, but torch {running} is running: "
             f"install the wheel {built_for(running, torch.version.cuda)}, or {BUILD}"
         )
-    torch.ops.load_library(FOLDER / "_ops.so")
+    try:
+        torch.ops.load_library(FOLDER / "_ops.so")
+    except OSError as error:
+        raise ImportError(
+            f"epsa_fused's operators in {FOLDER}: this system cannot load _ops.so ({error}). "
+            f"Install the wheel for torch {minor(running)} and this system, or {BUILD}"
+        ) from error
 
 
 _load_library()

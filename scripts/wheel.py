@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def run(*command: str | Path) -> None:
 
 def build() -> Path:
     """The wheel, tagged for Linux in general. It takes what an earlier build compiled."""
+    # cibuildwheel sets it, too; see setup.py
+    os.environ["EPSA_LOCAL_VERSION"] = "1"
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and setup["cuda_wanted"]():
+        # for other machines than this one, whatever GPU it has
+        os.environ["TORCH_CUDA_ARCH_LIST"] = setup["default_architectures"]()
     base = Path("build", "wheel")
     shutil.rmtree(ROOT / base, ignore_errors=True)  # modules that are gone would be packed too
     run(

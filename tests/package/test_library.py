@@ -68,6 +68,14 @@ def test_nothing_for_this_python(rename, found, package):
     assert len(message.splitlines()) == 1
 
 
+def test_operators_that_the_system_cannot_load(package):
+    (package / "_ops.so").write_bytes(b"no library")
+    message = imported(package)
+    assert message.startswith(f"epsa_fused's operators in {package}: this system cannot load")
+    assert "invalid ELF header" in message and message.endswith(BUILD)
+    assert len(message.splitlines()) == 1
+
+
 def test_a_file_that_the_system_cannot_load(package):
     """As with a C library that is too old: what the linker says is part of the line."""
     (library,) = package.glob("_C.*.so")

@@ -62,9 +62,28 @@ def test_metadata_without_torch_gives_the_range(kind, tmp_path):
 
 def test_metadata_beside_a_torch_names_it(tmp_path):
     metadata = metadata_of("prepare_metadata_for_build_wheel", tmp_path)
+    assert metadata["Version"] == epsa_fused.__version__
+    assert requirements(metadata) == [f"torch=={minor(torch.__version__)}.*"]
+
+
+def test_the_version_of_a_wheel_for_others_names_it_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPSA_LOCAL_VERSION", "1")
+    metadata = metadata_of("prepare_metadata_for_build_wheel", tmp_path)
     cuda = torch.version.cuda if _C.build_info()["cuda"] else None
     assert metadata["Version"] == built_for(torch.__version__, cuda)
     assert requirements(metadata) == [f"torch=={minor(torch.__version__)}.*"]
+
+
+def test_pip_takes_a_source_distribution_from_an_index(tmp_path):
+    """It refuses one whose metadata has another version than its name."""
+    pytest.importorskip("pip")
+    name = call("build_sdist", tmp_path)
+    options = ("--no-index", "--find-links", tmp_path, "--no-build-isolation", "--no-deps")
+    output = python(
+        *("-m", "pip", "download", *map(str, options), "--dest", str(tmp_path / "got")),
+        f"epsa_fused=={epsa_fused.__version__}",
+    )
+    assert (tmp_path / "got" / name).exists(), output
 
 
 # What pip's isolated builds see: packages of their own, here setuptools, and not the environment's.

@@ -6,6 +6,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from setuptools import Distribution
 from support.paths import ROOT
 from torch.utils import cpp_extension
 
@@ -33,6 +35,35 @@ def setup() -> dict:
 def test_only_architectures_that_nvcc_names_are_chosen(setup, listed, chosen):
     printed = "".join(f"compute_{number}\n" for number in listed.split())
     assert setup["architectures"](printed) == chosen
+
+
+@pytest.mark.parametrize(
+    ("release", "choice", "wanted"),
+    [("13.0", "1", True), ("13.2", "auto", True), ("12.6", "auto", False), ("", "auto", False)],
+)
+def test_a_toolkit_of_another_cuda_than_torchs_is_left_alone(
+    setup, tmp_path, monkeypatch, capsys, release, choice, wanted
+):
+    fake_nvcc(tmp_path, f"echo 'Cuda compilation tools, release {release}, V{release}.1'")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("EPSA_CUDA", choice)
+    assert setup["cuda_wanted"]() == wanted
+    told = capsys.readouterr().err
+    assert told == "" if wanted else f"is of CUDA {release or '(unknown)'}, and torch" in told
+    if not wanted:
+        monkeypatch.setenv("EPSA_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"EPSA_CUDA=1, but nvcc in CUDA_HOME=.* of CUDA 13$"):
+            setup["cuda_wanted"]()
+
+
+def test_a_build_without_a_compiler_ends_in_one_line(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    command = setup["builder"]()(Distribution())
+    with pytest.raises(SystemExit, match="expected one on PATH, got no no-such-compiler; "):
+        command.build_extensions()
 
 
 def fake_nvcc(home: Path, script: str) -> None:
