@@ -19,6 +19,7 @@ from ..fuse import FuseReport, fuse
 from ..modules import FusedPSAModule, prepack
 from .accuracy import cast_floats, check_results, tensors_of
 from .compiled import FrozenModule
+from .epilogue import pack_arguments
 from .folding import fold_batch_norms
 from .pointwise import DTYPES, fuse_pointwise, is_available
 
@@ -69,7 +70,7 @@ class InferenceModel:
 
     Call it as the model that it was made from, on CPU tensors. Floating-point inputs are cast, and
     images are brought into its layout. Outputs come in the dtype that the model given had. No call
-    records gradients.
+    records gradients, and autocast changes nothing.
 
     Attributes:
         report: an :class:`InferenceReport`.
@@ -101,7 +102,7 @@ class InferenceModel:
             raise ValueError(f"InferenceModel: expected tensors on the CPU, got {places.pop()}")
         given = cast_floats((args, kwargs), self._dtype)
         args, kwargs = _laid_out(given, self._memory_format)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -177,6 +178,8 @@ def optimize_for_inference(
     if compile:
         function = FrozenModule(module)
         report.compiled = True
+    else:
+        pack_arguments(module)
     result = InferenceModel(module, function, memory_format, dtype, own, report)
     report.error = check_results(model, example, dtype, result._unrounded(*example))
     return result

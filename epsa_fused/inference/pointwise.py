@@ -32,28 +32,35 @@ class PointwiseConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, relu: bool, input_size: list[int]) -> None:
         super().__init__()
+        self._description = repr(conv) + (", relu" if relu else "")
         padding = cast(tuple[int, int], conv.padding)
-        self._settings = ([*padding], [*conv.stride], [*conv.dilation], conv.groups)
-        self._relu = relu
-        self._description = repr(conv)
+        settings = ([*padding], [*conv.stride], [*conv.dilation], conv.groups)
         with torch.no_grad():
-            # no buffer: neither copies nor state_dicts can hold such tensors
-            self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-                conv.weight.detach(), *self._settings, input_size
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
+                conv.weight.detach(), *settings, input_size
             )
-            self._bias = None if conv.bias is None else conv.bias.detach().clone()
+            bias = None if conv.bias is None else conv.bias.detach().clone()
+        # no buffers: neither copies nor state_dicts can hold such weights
+        arguments = (weight, bias, *settings)
+        operators = torch.ops.mkldnn._convolution_pointwise
+        self._alone, self._with_sum = operators.default, operators.binary
+        self._arguments: tuple[Any, ...] = (*arguments, "relu" if relu else "none", [], "")
+        self._arguments_with_sum: tuple[Any, ...] = (
+            *arguments,
+            "add",
+            1.0,
+            "relu" if relu else None,
+            [],
+            None,
+        )
 
     def extra_repr(self) -> str:
-        return self._description + (", relu" if self._relu else "")
+        return self._description
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        operators = torch.ops.mkldnn._convolution_pointwise
-        arguments = (self._weight, self._bias, *self._settings)
         if other is None:
-            unary = "relu" if self._relu else "none"
-            return cast(Tensor, operators.default(x, *arguments, unary, [], ""))
-        after = "relu" if self._relu else None
-        return cast(Tensor, operators.binary(x, other, *arguments, "add", 1.0, after, [], None))
+            return cast(Tensor, self._alone(x, *self._arguments))
+        return cast(Tensor, self._with_sum(x, other, *self._arguments_with_sum))
 
 
 def is_available() -> bool:

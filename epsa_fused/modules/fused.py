@@ -135,16 +135,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
             return self._finish(self._fused_attention([conv(x) for conv in convs]))
-        fc1, fc2 = self.se.fc1, self.se.fc2
-        arguments = ModuleArguments(
-            x,
-            *_conv_arguments(convs),
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            is_reversed(self.branch_order),
-        )
+        arguments = self._arguments(x, convs)
         winograd = winograd_allowed(self.winograd)
         if save_output:
             out = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)[0]
@@ -306,6 +297,18 @@ class FusedPSAModule(NotScriptable, PSAModule):
             return None
         convs = cast(list[nn.Conv2d], self._convs())
         return convs if _why_not_taken(convs) is None else None
+
+    def _arguments(self, x: Tensor, convs: list[nn.Conv2d]) -> ModuleArguments:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return ModuleArguments(
+            x,
+            *_conv_arguments(convs),
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            is_reversed(self.branch_order),
+        )
 
     def _fused_attention(self, feats: list[Tensor]) -> Tensor:
         fc1, fc2 = self.se.fc1, self.se.fc2

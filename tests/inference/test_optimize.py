@@ -269,15 +269,32 @@ def test_a_psa_module_whose_layers_are_called_is_normalised_too(relu):
     torch.manual_seed(0)
     model = with_statistics(Normalised())
     x = torch.randn(2, 64, 9, 9)
-    served = optimize_for_inference(model, x, compile=False)
+    calls = []
+    model.psa.conv_2.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="conv_2 has hooks"):
+        served = optimize_for_inference(model, x, compile=False)
     (psa,) = (m for m in served.module.modules() if isinstance(m, epsa_fused.FusedPSAModule))
     assert "then BatchNorm" in repr(psa) and ("and ReLU" in repr(psa)) == relu
-    expected = served(x)
-    psa.conv_2.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="conv_2 has hooks"):
-        out = served(x)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert (expected.min() >= 0) == relu
+    assert served.report.packed == 0 and "weights are packed in each call" in str(served.report)
+    calls.clear()
+    out = served(x)
+    assert calls == [1]
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(x), rtol=1e-5, atol=1e-5)
+    assert (out.min() >= 0) == relu
+
+
+def test_a_packed_psa_module_is_one_call():
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    (psa,) = (m for m in served.module.modules() if type(m).__name__ == "PackedPSA")
+    assert "then BatchNorm and ReLU" in repr(psa) and "prepacked" in repr(psa)
+
+
+def test_autocast_changes_nothing():
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = served(images())
+    assert torch.equal(out, served(images()))
 
 
 def test_a_wrong_result_is_an_error(monkeypatch):
