@@ -212,7 +212,7 @@ def builder() -> type:
         """torch's builder, with a plain file name for the library that is no Python module."""
 
         def build_extensions(self) -> None:
-            compiler = os.environ.get("CXX", "c++").split()[0]
+            compiler = (os.environ.get("CXX") or "c++").split()[0]
             if shutil.which(compiler) is None:
                 raise SystemExit(
                     "epsa_fused is compiled by a C++ compiler, GCC 11 or newer: expected one on "
@@ -236,7 +236,10 @@ def for_this_torch() -> dict:
     version = VERSION["__version__"]
     # Wheels that are given to others name their torch. A source distribution cannot, and pip
     # wants the same version of what it builds from one.
-    if os.environ.get("EPSA_LOCAL_VERSION", "0") == "1":
+    named = os.environ.get("EPSA_LOCAL_VERSION", "0")
+    if named not in ("0", "1"):
+        raise SystemExit(f"EPSA_LOCAL_VERSION: expected 0 or 1, got {named!r}")
+    if named == "1":
         cuda = torch.version.cuda if with_cuda else None
         version = VERSION["built_for"](torch.__version__, cuda)
     return {

@@ -34,12 +34,11 @@ from torch import Tensor, nn
 
 import epsa_fused
 from epsa_fused import _C
+from epsa_fused.inference.accuracy import FACTOR
 
 SIZE = 224
 OURS = "optimize_for_inference"
-# Logits may differ from float64 by so many times as much as eager PyTorch's in the same dtype.
-FACTOR = 3
-# Reduced precision of other engines: so many roundings of the largest logit.
+# So many roundings of the largest logit beside FACTOR times eager PyTorch's error.
 ROUNDINGS = 16
 
 Run = Callable[[], Tensor]

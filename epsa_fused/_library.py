@@ -38,8 +38,9 @@ def _load_library() -> None:
     try:
         torch.ops.load_library(FOLDER / "_ops.so")
     except OSError as error:
+        why = error.__cause__ or error  # what the linker says
         raise ImportError(
-            f"epsa_fused's operators in {FOLDER}: this system cannot load _ops.so ({error}). "
+            f"epsa_fused's operators in {FOLDER}: this system cannot load _ops.so ({why}). "
             f"Install the wheel for torch {minor(running)} and this system, or {BUILD}"
         ) from error
 

@@ -31,7 +31,7 @@ def build() -> Path:
     # cibuildwheel sets it, too; see setup.py
     os.environ["EPSA_LOCAL_VERSION"] = "1"
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and setup["cuda_wanted"]():
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and setup["cuda_wanted"]():
         # for other machines than this one, whatever GPU it has
         os.environ["TORCH_CUDA_ARCH_LIST"] = setup["default_architectures"]()
     base = Path("build", "wheel")

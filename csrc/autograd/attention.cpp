@@ -228,7 +228,9 @@ class Attention : public torch::autograd::Function<Attention> {
 Forward attention_autograd(
     at::TensorList feats, const SEWeights& se, bool reversed, const OptTensor& pooled,
     const Epilogue& epilogue) {
-  refuse_forward_mode("psa_attention", has_tangent(feats) || has_tangent(se), kAttentionReference);
+  refuse_forward_mode(
+      "psa_attention", has_tangent(feats) || has_tangent(se) || has_tangent(epilogue),
+      kAttentionReference);
   const bool grad = at::GradMode::is_enabled() && (needs_grad(feats) || needs_grad(se));
   refuse_epilogue("psa_attention", epilogue, grad);
   if (!grad) {

@@ -73,6 +73,10 @@ inline bool has_tangent(const SEWeights& se) {
       has_tangent(se.fc2_bias);
 }
 
+inline bool has_tangent(const Epilogue& e) {
+  return has_tangent(e.scale) || has_tangent(e.shift);
+}
+
 // Function rejects tangents only on inputs that require grad. Others are
 // rejected here, or they would be dropped silently.
 inline void refuse_forward_mode(const char* op, bool any_tangent, const char* reference) {

@@ -12,9 +12,12 @@ bool any_needs_grad(const Tensor& x, at::TensorList weights, const SEWeights& se
   return at::GradMode::is_enabled() && (needs_grad(x) || needs_grad(weights) || needs_grad(se));
 }
 
-void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, const SEWeights& se) {
+void refuse_tangents(
+    const char* op, const Tensor& x, at::TensorList weights, const SEWeights& se,
+    const Epilogue& epilogue = {}) {
   refuse_forward_mode(
-      op, has_tangent(x) || has_tangent(weights) || has_tangent(se), kModuleReference);
+      op, has_tangent(x) || has_tangent(weights) || has_tangent(se) || has_tangent(epilogue),
+      kModuleReference);
 }
 
 // ---- psa_forward: two operators where a gradient may be asked for, since they keep
@@ -23,7 +26,7 @@ void refuse_tangents(const char* op, const Tensor& x, at::TensorList weights, co
 Tensor module_autograd(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
-  refuse_tangents("psa_forward", x, weights, se);
+  refuse_tangents("psa_forward", x, weights, se, epilogue);
   const bool grad = any_needs_grad(x, weights, se);
   refuse_epilogue("psa_forward", epilogue, grad);
   if (grad) {

@@ -1,5 +1,6 @@
 """optimize_for_inference(): a model with PSA modules, prepared for serving on the CPU."""
 
-from .optimize import InferenceModel, InferenceReport, optimize_for_inference
+from .model import InferenceModel, InferenceReport
+from .optimize import optimize_for_inference
 
 __all__ = ["InferenceModel", "InferenceReport", "optimize_for_inference"]

@@ -7,28 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
+
+from .arguments import cast_floats, cloned, tensors_of
 
 # An optimised model may differ from float64 by so many times as much as the plain one in the same
 # dtype does: sums have another order, and folded weights are rounded elsewhere.
-_FACTOR = 3
+FACTOR = 3
 # So many roundings of the largest output, where the plain model happens to be exact.
-_ROUNDINGS = 8
+ROUNDINGS = 8
+# The same where float64 cannot be had, and float32 stands for it.
+ROUNDINGS_OF_FLOAT32 = 256
 
-
-def cast_floats(value: Any, dtype: torch.dtype) -> Any:
-    """`value`, a tree of arguments, with its floating-point tensors in `dtype`."""
-    return tree_map(
-        lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, value
-    )
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    return [v for v in tree_flatten(value)[0] if isinstance(v, Tensor)]
+_NAME = "optimize_for_inference"
 
 
 def check_results(
-    model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype, results: Any
+    model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype, results: Any, notes: list[str]
 ) -> float:
     """Compare the results of an optimised model with those of `model` in float64.
 
@@ -37,49 +32,73 @@ def check_results(
         args: of one call.
         dtype: of the optimised model.
         results: its outputs, floating-point ones in any dtype.
+        notes: gets a line if `model` does not run in float64; float32 stands for it then.
 
     Returns:
         The largest error, relative to the largest output.
 
     Raises:
-        RuntimeError: the error is larger than `dtype` explains, or results are missing.
-        ValueError: the outputs of `model` are not finite.
+        RuntimeError: the error is larger than `dtype` explains, or the outputs are of another kind.
+        ValueError: `model` gives no tensors, or NaN, or other outputs in a second call.
     """
-    exact = _run(model, args, torch.float64)
-    plain = _run(model, args, dtype)
-    given = tensors_of(results)
-    if [t.shape for t in given] != [t.shape for t in exact]:
-        raise RuntimeError(
-            f"optimize_for_inference: expected outputs {[list(t.shape) for t in exact]}, "
-            f"the optimised model gave {[list(t.shape) for t in given]}"
-        )
+    roundings = ROUNDINGS
+    try:
+        exact = _run(model, args, torch.float64)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        notes.append(f"compared with float32, since the model fails in float64 ({first})")
+        exact, roundings = _run(model, args, torch.float32), ROUNDINGS_OF_FLOAT32
+    plain, again = _run(model, args, dtype), _run(model, args, dtype)
+    _check_kinds(exact, plain, again, results)
     worst = 0.0
-    for mine, usual, right in zip(given, plain, exact, strict=True):
-        if not right.is_floating_point() or right.numel() == 0:
+    for mine, usual, right in zip(*map(tensors_of, (results, plain, exact)), strict=True):
+        if not right.is_floating_point():
+            if not torch.equal(mine, usual):
+                raise RuntimeError(f"{_NAME}: an output of {right.dtype} differs from the model's")
             continue
-        if not right.isfinite().all():
-            raise ValueError(
-                "optimize_for_inference: example: expected one with finite outputs of the model, "
-                "got infinities or NaN"
-            )
-        size = right.abs().max().item()
-        error = _distance(mine, right)
-        allowed = _FACTOR * _distance(usual, right) + _ROUNDINGS * torch.finfo(dtype).eps * size
-        if not error <= allowed:
+        difference = _error(mine, right)
+        finite = right[right.isfinite()].abs().double()
+        size = finite.max().item() if finite.numel() else 0.0
+        allowed = FACTOR * _error(usual, right) + roundings * torch.finfo(dtype).eps * size
+        if not difference <= allowed:
             raise RuntimeError(
-                f"optimize_for_inference: the optimised model's output differs by {error:.3g} from "
-                f"the model's in float64, expected at most {allowed:.3g}, as {dtype} explains "
+                f"{_NAME}: the optimised model's output differs by {difference:.3g} from the "
+                f"model's in {right.dtype}, expected at most {allowed:.3g}, as {dtype} explains "
                 f"(largest output {size:.3g})"
             )
-        worst = max(worst, error / size if size else 0.0)
+        worst = max(worst, difference / size if size else 0.0)
     return worst
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+def _run(model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
     own = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
-        return tensors_of(own(*cast_floats(args, dtype)))
+        return own(*cast_floats(cloned(args), dtype))
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b).abs().max().item()
+def _check_kinds(exact: Any, plain: Any, again: Any, results: Any) -> None:
+    if not tensors_of(exact):
+        raise ValueError(
+            f"{_NAME}: expected a model that returns tensors, alone or in lists, tuples and dicts, "
+            f"got {type(exact).__name__}"
+        )
+    if any(t.isnan().any() for t in tensors_of(exact)):
+        raise ValueError(f"{_NAME}: example: expected one without NaN in the outputs, got NaN")
+    if not all(map(torch.equal, tensors_of(plain), tensors_of(again))):
+        raise ValueError(f"{_NAME}: expected a model that gives the same outputs in each call")
+    given, expected = (
+        (tree_flatten(tree)[1], [list(t.shape) for t in tensors_of(tree)])
+        for tree in (results, exact)
+    )
+    if given != expected:
+        raise RuntimeError(
+            f"{_NAME}: expected outputs {expected[1]} in {expected[0]}, the optimised model gave "
+            f"{given[1]} in {given[0]}"
+        )
+
+
+def _error(a: Tensor, exact: Tensor) -> float:
+    """The largest difference; infinite where one of the two is and the other is another."""
+    wide, right = a.double(), exact.double()
+    difference = torch.where(wide == right, 0.0, (wide - right).abs())
+    return difference.max().item() if difference.numel() else 0.0

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+# Compiled code is kept for so many kinds of arguments, the latest ones.
+_KINDS = 64
 
 
 class FrozenModule:
     """Calls a module compiled for each kind of its arguments. For calls without gradients.
 
-    A kind is the shapes, strides and dtypes of the tensors, and the values of everything else. The
-    compiled code checks nothing further: with the guards of torch.compile a call of EPSANet-50
-    takes a millisecond longer.
+    A kind is the shapes, strides and dtypes of the tensors, and the values of everything else.
+
+    Args:
+        module: in eval mode.
+        whole: whether it is one graph that depends on nothing but its arguments, as torch.fx
+            traces one. Its compiled code checks nothing further then: with the guards of
+            torch.compile a call of EPSANet-50 takes a millisecond longer.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, whole: bool) -> None:
         self._module = module
+        self._whole = whole
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = _kind_of((args, kwargs))
         compiled = self._compiled.get(kind)
-        if compiled is not None:
+        if compiled is not None and self._whole:
             return compiled(*args, **kwargs)
-        compiled = torch.compile(
+        # Without `whole` each call may compile again.
+        import torch._inductor.config  # takes seconds, so importing the package does not do it
+
+        with self._lock, torch._inductor.config.patch(freezing=True):
+            compiled = self._compiled.get(kind) or self._compile()
+            try:
+                result = compiled(*args, **kwargs)
+            except Exception as error:
+                compiler = os.environ.get("CXX") or "g++"
+                if shutil.which(compiler) is None:
+                    raise RuntimeError(
+                        "optimize_for_inference: compile: expected a C++ compiler on PATH, got no "
+                        f"{compiler}; compile=False needs none"
+                    ) from error
+                raise
+            self._compiled[kind] = compiled
+            while len(self._compiled) > _KINDS:
+                del self._compiled[next(iter(self._compiled))]
+        return result
+
+    def _compile(self) -> Callable[..., Any]:
+        # `options` come too late for freezing: the tracing reads the process's setting.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        return torch.compile(
             _own_function(self._module),
             dynamic=False,
-            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            fullgraph=self._whole,
+            options=options if self._whole else None,
         )
-        # `options` come too late for freezing: the tracing reads the process's setting.
-        with torch._inductor.config.patch(freezing=True):
-            result = compiled(*args, **kwargs)
-        self._compiled[kind] = compiled
-        return result
 
 
 def _own_function(module: nn.Module) -> Callable[..., Any]:

@@ -37,9 +37,11 @@ class PSAWithEpilogue(FusedPSAModule):
     def _epilogue(self) -> tuple[Any, ...]:
         return self._scale, self._shift, self._relu
 
-    def _finish(self, out: Tensor) -> Tensor:
-        wide = out.float() * self._scale[:, None, None] + self._shift[:, None, None]
-        return (torch.relu(wide) if self._relu else wide).to(out.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        why = self._why_not_fused()
+        if why is not None:  # the layers' output would lack what follows
+            raise NotImplementedError(f"PSAWithEpilogue: expected the fused operator, got: {why}")
+        return super().forward(x)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -85,8 +87,9 @@ def pack_arguments(module: nn.Module) -> None:
         if (
             name
             and isinstance(psa, FusedPSAModule)
+            and type(psa) in (FusedPSAModule, PSAWithEpilogue)
             and psa._packed is not None
             and psa._why_not_fused() is None
-            and why_layer_called(name, psa, FusedPSAModule) is None
+            and why_layer_called(name, psa, type(psa)) is None
         ):
             module.set_submodule(name, PackedPSA(psa))

@@ -45,7 +45,7 @@ def _fold(graph_module: GraphModule, before: Node, node: Node, norm: nn.BatchNor
     psa = called(graph_module, before, FusedPSAModule)
     if conv is not None:
         layer = fuse_conv_bn_eval(conv, norm)
-    elif psa is not None and not isinstance(psa, PSAWithEpilogue):
+    elif psa is not None and psa._why_not_fused() is None:
         relu = only_user(node)
         if relu is not None and is_relu(graph_module, relu):
             chain.append(relu)

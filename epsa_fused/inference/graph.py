@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules.layers import why_layer_called
 
@@ -23,7 +24,7 @@ def called(graph_module: GraphModule, node: object, kind: type[_Kind]) -> _Kind 
         return None
     module = graph_module.get_submodule(str(node.target))
     plain = why_layer_called(str(node.target), module, kind) is None
-    return module if plain and isinstance(module, kind) else None
+    return module if plain and isinstance(module, kind) and not is_parametrized(module) else None
 
 
 def foldable_norm(graph_module: GraphModule, node: Node) -> nn.BatchNorm2d | None:
@@ -54,6 +55,7 @@ def put(
 
     Args:
         graph_module: gets the module under `name`, or a name like it that is free.
+        module: takes the first node's arguments.
         before: the node before which the call stands.
         chain: each node is the only user of the one before it.
 
@@ -61,11 +63,8 @@ def put(
         The node of the call.
     """
     taken = {target for target, _ in graph_module.named_modules()}
-    free = name
-    for i in range(1, len(taken) + 2):
-        if free not in taken:
-            break
-        free = f"{name}_{i}"
+    names = (f"{name}_{i}" if i else name for i in range(len(taken) + 1))
+    free = next(candidate for candidate in names if candidate not in taken)
     graph_module.add_submodule(free, module)
     with graph_module.graph.inserting_before(before):
         result = graph_module.graph.call_module(free, chain[0].args)

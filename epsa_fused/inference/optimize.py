@@ -5,108 +5,25 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, symbolic_trace
+from torch import nn
+from torch.fx import GraphModule, Interpreter, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._pytree import tree_map
 
-from .._checks import check_flag, check_module, check_tensor
-from ..fuse import FuseReport, fuse
-from ..modules import FusedPSAModule, prepack
-from .accuracy import cast_floats, check_results, tensors_of
+from .._checks import check_flag, check_module, given
+from ..fuse import fuse
+from ..modules import FusedPSAModule, FusedSplitPSA, prepack
+from .accuracy import check_results
+from .arguments import cast_floats, cloned, laid_out, tensors_of
 from .compiled import FrozenModule
 from .epilogue import pack_arguments
 from .folding import fold_batch_norms
-from .pointwise import DTYPES, fuse_pointwise, is_available
+from .model import InferenceModel, InferenceReport
+from .pointwise import fuse_pointwise, why_not_available
 
-
-@dataclass
-class InferenceReport:
-    """What :func:`optimize_for_inference` did.
-
-    Attributes:
-        dtype: of weights and activations.
-        psa_modules: how many fused PSA modules the model holds.
-        fuse: what :func:`epsa_fused.fuse` replaced and left alone.
-        folded: names of the BatchNorms that were folded into the layer before them.
-        pointwise: how many convolutions are one call of oneDNN with the sum and ReLU behind them.
-        packed: how many PSA modules hold packed weights.
-        compiled: whether `torch.compile` made code of the model, with frozen weights.
-        error: of the outputs for the example, relative to the largest; against float64.
-        notes: what was left out, and why.
-    """
-
-    dtype: torch.dtype
-    psa_modules: int = 0
-    fuse: FuseReport = field(default_factory=FuseReport)
-    folded: list[str] = field(default_factory=list)
-    pointwise: int = 0
-    packed: int = 0
-    compiled: bool = False
-    error: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [
-            f"optimize_for_inference: {self.dtype}, error {self.error:.2g} of the largest output",
-            f"  {self.psa_modules} fused PSA modules, {len(self.fuse.replaced)} of them put in "
-            f"place now, {self.packed} with packed weights",
-            f"  {len(self.folded)} BatchNorms folded into the layers before them",
-        ]
-        if self.compiled:
-            lines.append("  compiled by torch.compile, weights frozen")
-        else:
-            lines.append(f"  {self.pointwise} convolutions fused with sum and ReLU by oneDNN")
-        lines += [f"  {name}: left alone, {why}" for name, why in self.fuse.left.items()]
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
-
-
-class InferenceModel:
-    """A model that only serves; :func:`optimize_for_inference` makes it.
-
-    Call it as the model that it was made from, on CPU tensors. Floating-point inputs are cast, and
-    images are brought into its layout. Outputs come in the dtype that the model given had. No call
-    records gradients, and autocast changes nothing.
-
-    Attributes:
-        report: an :class:`InferenceReport`.
-        module: the optimised nn.Module before `torch.compile`; for torch.export where `compile`.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        memory_format: torch.memory_format,
-        dtype: torch.dtype,
-        out_dtype: torch.dtype,
-        report: InferenceReport,
-    ) -> None:
-        self.module = module
-        self.report = report
-        self._function = function
-        self._memory_format = memory_format
-        self._dtype = dtype
-        self._out_dtype = out_dtype
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return cast_floats(self._unrounded(*args, **kwargs), self._out_dtype)
-
-    def _unrounded(self, *args: Any, **kwargs: Any) -> Any:
-        places = {t.device.type for t in tensors_of((args, kwargs))} - {"cpu"}
-        if places:
-            raise ValueError(f"InferenceModel: expected tensors on the CPU, got {places.pop()}")
-        given = cast_floats((args, kwargs), self._dtype)
-        args, kwargs = _laid_out(given, self._memory_format)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self._function(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return str(self.report)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def optimize_for_inference(
@@ -118,7 +35,7 @@ def optimize_for_inference(
     """Prepare a model for serving on the CPU; the model itself is never changed.
 
     The result is a copy in which PSA modules are fused (:func:`epsa_fused.fuse`), BatchNorms are
-    folded into the convolutions before them, weights and images are in channels_last, and the PSA
+    folded into the layers before them, weights and images are in channels_last, and the PSA
     modules' weights are packed. With `compile` it is then compiled by `torch.compile` with frozen
     weights. Without, convolutions run in one call of oneDNN with the sum and the ReLU behind
     them; this needs no C++ compiler.
@@ -126,6 +43,10 @@ def optimize_for_inference(
     The weights are copied: later changes of `model` have no effect on the result. Other batch and
     image sizes than the example's work too. A compiled model compiles again for each new size,
     which takes as long as the first time.
+
+    The model is traced by torch.fx, which takes all but sizes for granted: the number and kinds of
+    the arguments, and the values of those that are no tensors. A call with others is an error. A
+    model that cannot be traced is served without folding.
 
     Args:
         model: in eval mode, on the CPU, in float32 or bfloat16.
@@ -139,8 +60,9 @@ def optimize_for_inference(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype or device.
-        RuntimeError: the model is in training mode; or the outputs for the example differ from the
-            model's in float64 by more than `dtype` explains.
+        RuntimeError: the model is in training mode; or there is no C++ compiler for `compile`; or
+            the outputs for the example differ from the model's in float64 by more than `dtype`
+            explains.
 
     Other errors come from the model's own call.
     """
@@ -150,7 +72,8 @@ def optimize_for_inference(
     dtype = own if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(
-            f"optimize_for_inference: dtype: expected torch.float32 or torch.bfloat16, got {dtype}"
+            "optimize_for_inference: dtype: expected torch.float32 or torch.bfloat16, got "
+            + (str(dtype) if isinstance(dtype, torch.dtype) else given(dtype))
         )
     if any(m.training for m in model.modules()):
         raise RuntimeError(
@@ -160,28 +83,34 @@ def optimize_for_inference(
     if not tensors_of(example):
         raise ValueError(
             "optimize_for_inference: example: expected the arguments of one call, with a tensor, "
-            f"got {example!r}"
+            f"got ({', '.join(map(given, example))})"
         )
-    for place, value in enumerate(tensors_of(example)):
-        check_tensor(f"optimize_for_inference: example {place}", value)
     _check_devices(model, example)
     report = InferenceReport(dtype)
-    module = _simplified(model, example, report)
-    module = module.to(dtype)
+    module = _simplified(model, example, report).to(dtype).requires_grad_(False)
     memory_format = _memory_format(module, cast_floats(example, dtype), report)
-    module = cast(Any, module).to(memory_format=memory_format)
-    inputs = _laid_out(cast_floats(example, dtype), memory_format)
+    _lay_out_weights(module, memory_format)
+    inputs = laid_out(cast_floats(cloned(example), dtype), memory_format)
     if not compile:
         _use_pointwise(module, inputs, memory_format, report)
+    psa = [m for m in module.modules() if isinstance(m, FusedPSAModule | FusedSplitPSA)]
+    report.psa_modules = len(psa)
+    if not psa:
+        report.notes.append("no PSA module was found")
     _pack(module, inputs, report)
+    traced = isinstance(module, GraphModule)
     function: Callable[..., Any] = module
     if compile:
-        function = FrozenModule(module)
+        function = FrozenModule(module, whole=traced)
         report.compiled = True
-    else:
+    elif traced:
         pack_arguments(module)
-    result = InferenceModel(module, function, memory_format, dtype, own, report)
-    report.error = check_results(model, example, dtype, result._unrounded(*example))
+    result = InferenceModel(
+        module, function, memory_format, own, example if traced else None, report
+    )
+    results = result.unrounded(*cloned(example))
+    report.error = check_results(model, example, dtype, results, report.notes)
+    _restore_buffers(module, model)
     return result
 
 
@@ -204,29 +133,35 @@ def _check_devices(model: nn.Module, example: tuple[Any, ...]) -> None:
         )
 
 
+class _Tracer(Tracer):
+    """Keeps fused PSA modules whole, also where they have hooks."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        fused = isinstance(m, FusedPSAModule | FusedSplitPSA)
+        return fused or super().is_leaf_module(m, module_qualified_name)
+
+
 def _simplified(model: nn.Module, example: tuple[Any, ...], report: InferenceReport) -> nn.Module:
     """A copy with fused PSA modules; a graph with folded BatchNorms if it can be traced."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report holds what fuse() warns of
         fused = fuse(copy.deepcopy(model).float())  # folded weights are rounded once
     report.fuse = getattr(fused, "fuse_report", report.fuse)
-    report.psa_modules = sum(isinstance(m, FusedPSAModule) for m in fused.modules())
-    if report.psa_modules == 0:
-        report.notes.append("no PSA module was found")
-    given = cast_floats(example, torch.float32)
+    inputs = cast_floats(example, torch.float32)
     with torch.no_grad():
-        expected = tensors_of(fused(*given))
+        expected = tensors_of(fused(*cloned(inputs)))
         try:
-            graph_module = symbolic_trace(fused)
-            traced = tensors_of(ShapeProp(graph_module).propagate(*given))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph_module = GraphModule(fused, _Tracer().trace(fused))
+                traced = tensors_of(Interpreter(graph_module).run(*cloned(inputs)))
         except Exception as error:
             first = (str(error).splitlines() or [""])[0]
             report.notes.append(f"nothing was folded: torch.fx cannot trace the model ({first})")
             return fused
     # A trace leaves out branches, and turns sums in place into others.
-    pairs = zip(traced, expected, strict=False)
-    same = len(traced) == len(expected) and all(a.shape == b.shape for a, b in pairs)
-    if not (same and all(map(torch.allclose, traced, expected))):
+    shapes = [[t.shape for t in tensors] for tensors in (traced, expected)]
+    if shapes[0] != shapes[1] or not all(map(torch.allclose, traced, expected)):
         report.notes.append("nothing was folded: what torch.fx traces computes something else")
         return fused
     report.folded = fold_batch_norms(graph_module)
@@ -239,39 +174,39 @@ def _use_pointwise(
     memory_format: torch.memory_format,
     report: InferenceReport,
 ) -> None:
+    why = why_not_available(report.dtype)
     if not isinstance(module, GraphModule):
-        why = "torch.fx cannot trace the model"
+        why = "the model is not a graph of torch.fx"
     elif memory_format != torch.channels_last:
         why = "oneDNN's packed ones give channels_last"
-    elif not is_available():
-        why = "this PyTorch lacks oneDNN"
-    else:
+    if why is not None:
+        report.notes.append(f"convolutions are called one by one: {why}")
+    elif isinstance(module, GraphModule):
         with torch.no_grad():
-            ShapeProp(module).propagate(*inputs)
+            ShapeProp(module).propagate(*cloned(inputs))
             report.pointwise = fuse_pointwise(module)
-        return
-    report.notes.append(f"convolutions are called one by one: {why}")
 
 
 def _pack(module: nn.Module, inputs: tuple[Any, ...], report: InferenceReport) -> None:
-    if report.psa_modules == 0:
+    fused = [m for m in module.modules() if isinstance(m, FusedPSAModule)]
+    if not fused:
         return
     try:
-        prepack(module, *inputs, frozen=True)
+        prepack(module, *cloned(inputs), frozen=True)
     except (RuntimeError, ValueError) as error:
         report.notes.append(f"weights are packed in each call: {error}")
-    packed = [m for m in module.modules() if isinstance(m, FusedPSAModule)]
-    report.packed = sum(m._packed is not None for m in packed)
+    report.packed = sum(m._packed is not None for m in fused)
 
 
 def _memory_format(
     module: nn.Module, inputs: tuple[Any, ...], report: InferenceReport
 ) -> torch.memory_format:
     """channels_last, if the model runs in it: a `view` in it may need contiguous maps."""
-    trial = cast(Any, copy.deepcopy(module)).to(memory_format=torch.channels_last)
+    trial = copy.deepcopy(module)
+    _lay_out_weights(trial, torch.channels_last)
     try:
         with torch.no_grad():
-            trial(*_laid_out(inputs, torch.channels_last))
+            trial(*laid_out(cloned(inputs), torch.channels_last))
     except RuntimeError as error:
         first = (str(error).splitlines() or [""])[0]
         report.notes.append(f"images stay contiguous: in channels_last the model fails ({first})")
@@ -279,13 +214,15 @@ def _memory_format(
     return torch.channels_last
 
 
-def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:
-    """`value`, a tree of arguments, with its images in a layout."""
-    return tree_map(
-        lambda v: (
-            v.contiguous(memory_format=memory_format)
-            if isinstance(v, Tensor) and v.dim() == 4
-            else v
-        ),
-        value,
-    )
+def _lay_out_weights(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """As module.to(memory_format=...), which refuses weights of five dimensions."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = laid_out(tensor.data, memory_format)
+
+
+def _restore_buffers(module: nn.Module, model: nn.Module) -> None:
+    """Undo what the trial calls did to buffers that the model changes by itself."""
+    given_buffers = dict(model.named_buffers())
+    for name, buffer in module.named_buffers():
+        if name in given_buffers:
+            buffer.copy_(given_buffers[name])

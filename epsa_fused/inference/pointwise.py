@@ -17,7 +17,6 @@ from .graph import called, finish, is_relu, only_user, put
 _SUMS = (operator.add, operator.iadd, torch.add)
 _SUM_METHODS = ("add", "add_")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PointwiseConv2d(nn.Module):
@@ -33,8 +32,15 @@ class PointwiseConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, relu: bool, input_size: list[int]) -> None:
         super().__init__()
         self._description = repr(conv) + (", relu" if relu else "")
+        self._relu = relu
+        self._out_channels = conv.out_channels
         padding = cast(tuple[int, int], conv.padding)
         settings = ([*padding], [*conv.stride], [*conv.dilation], conv.groups)
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        # an image's size plus the first, divided by the second, rounded down, plus one
+        self._sizes = [
+            (2 * p - r - 1, s) for p, r, s in zip(padding, reach, conv.stride, strict=True)
+        ]
         with torch.no_grad():
             weight = torch.ops.mkldnn._reorder_convolution_weight(
                 conv.weight.detach(), *settings, input_size
@@ -45,6 +51,7 @@ class PointwiseConv2d(nn.Module):
         operators = torch.ops.mkldnn._convolution_pointwise
         self._alone, self._with_sum = operators.default, operators.binary
         self._arguments: tuple[Any, ...] = (*arguments, "relu" if relu else "none", [], "")
+        self._arguments_of_conv: tuple[Any, ...] = (*arguments, "none", [], "")
         self._arguments_with_sum: tuple[Any, ...] = (
             *arguments,
             "add",
@@ -60,14 +67,30 @@ class PointwiseConv2d(nn.Module):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if other is None:
             return cast(Tensor, self._alone(x, *self._arguments))
-        return cast(Tensor, self._with_sum(x, other, *self._arguments_with_sum))
+        if other.shape == self._shape_of_output(x):
+            return cast(Tensor, self._with_sum(x, other, *self._arguments_with_sum))
+        # Other sizes than the example's may broadcast, which oneDNN's sum leaves out.
+        total = self._alone(x, *self._arguments_of_conv) + other
+        return torch.relu(total) if self._relu else cast(Tensor, total)
+
+    def _shape_of_output(self, x: Tensor) -> tuple[int, ...]:
+        sizes = zip(x.shape[2:], self._sizes, strict=True)
+        return (
+            x.shape[0],
+            self._out_channels,
+            *((size + more) // stride + 1 for size, (more, stride) in sizes),
+        )
 
 
-def is_available() -> bool:
-    """Whether this PyTorch has oneDNN's fused convolutions."""
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(
+def why_not_available(dtype: torch.dtype) -> str | None:
+    """The reason why there are no fused convolutions of this dtype here, or None."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
-    )
+    ):
+        return "this PyTorch lacks oneDNN"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 for this processor"
+    return None
 
 
 def fuse_pointwise(graph_module: GraphModule) -> int:
@@ -83,7 +106,7 @@ def fuse_pointwise(graph_module: GraphModule) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         conv = called(graph_module, node, nn.Conv2d)
-        if conv is not None and _is_taken(conv):
+        if conv is not None and _is_taken(conv) and len(_shape(node)) == 4:
             _replace(graph_module, node, conv)
             count += 1
     finish(graph_module)
@@ -94,7 +117,6 @@ def _is_taken(conv: nn.Conv2d) -> bool:
     return (
         conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and conv.weight.dtype in DTYPES
         and conv.weight.device.type == "cpu"
     )
 
@@ -160,7 +182,7 @@ def _is_sum(node: Node, conv: Node) -> bool:
     if any(not isinstance(getattr(m, "shape", None), torch.Size) for m in meta):
         return False
     a, b = cast(list[Any], meta)
-    # An in-place sum into the other tensor would be seen by its other users.
+    # A sum into the other tensor would be seen by all that share its memory.
     in_place = node.target is operator.iadd or node.target == "add_"
-    safe = not in_place or node.args[0] is conv or len(others[0].users) == 1
+    safe = not in_place or node.args[0] is conv
     return bool(a.shape == b.shape and a.dtype == b.dtype and safe)

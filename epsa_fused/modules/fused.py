@@ -126,7 +126,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(why)
             warn_once(self, why)
-            return self._finish(super().forward(x))
+            return super().forward(x)
         convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
@@ -134,7 +134,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if not taken or _why_not_taken(convs) is not None:
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._finish(self._fused_attention([conv(x) for conv in convs]))
+            return self._fused_attention([conv(x) for conv in convs])
         arguments = self._arguments(x, convs)
         winograd = winograd_allowed(self.winograd)
         if save_output:
@@ -160,10 +160,6 @@ class FusedPSAModule(NotScriptable, PSAModule):
     def _epilogue(self) -> tuple[Any, ...]:
         """The operator's arguments for it."""
         return ()
-
-    def _finish(self, out: Tensor) -> Tensor:
-        """The same for an output that the operator did not make."""
-        return out
 
     # ---- serving: weights packed ahead ----
 

@@ -1,6 +1,7 @@
 """optimize_for_inference(): what it does, what it says, what it refuses; without a compiler."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -250,38 +251,245 @@ def test_a_hooked_convolution_is_called():
     served = optimize_for_inference(model, images(), compile=False)
     seen.clear()
     served(images())
-    assert served.report.pointwise == 1
+    assert served.report.pointwise == 1 and seen == [1]
 
 
-@pytest.mark.parametrize("relu", (False, True))
-def test_a_psa_module_whose_layers_are_called_is_normalised_too(relu):
-    """By itself, where the operator does not compute it: here a convolution has a hook."""
+def test_a_hooked_psa_module_is_called():
+    seen = []
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    model.psa = epsa_fused.fuse(model.psa)
+    model.psa.register_forward_hook(lambda *_: seen.append(1))
+    served = optimize_for_inference(model, images(), compile=False)
+    assert served.report.psa_modules == served.report.packed == 1
+    assert served.report.folded == ["stem.1"]
+    seen.clear()
+    assert_as_good_as_the_model(served, model, images(), torch.float32)
+    assert seen.count(1) == 3  # once by each of the three models
 
-    class Normalised(nn.Module):
+
+class WithAttention(epsa_fused.FusedPSAModule):
+    def attention(self, feats):
+        return super().attention(feats) * 2
+
+
+def test_an_attention_of_its_own_stays():
+    torch.manual_seed(0)
+    model = with_statistics(nn.Sequential(WithAttention(64, 64), nn.BatchNorm2d(64)))
+    x = torch.randn(2, 64, 9, 9)
+    with pytest.warns(UserWarning, match="attention of its own"):
+        served = optimize_for_inference(model, x, compile=False)
+    assert served.report.folded == []
+    assert_as_good_as_the_model(served, model, x, torch.float32)
+
+
+class Sum(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.other = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "smaller":
+            return (y + self.other(nn.functional.adaptive_avg_pool2d(x, 1))).relu()
+        return (self.other(x[:1]) + y).relu()
+
+
+@pytest.mark.parametrize("kind", ("smaller", "larger"))
+def test_sums_may_broadcast_in_later_calls(kind):
+    model = Sum(kind).eval()
+    served = optimize_for_inference(model, torch.randn(1, 3, 1, 1), compile=False)
+    for shape in ((1, 3, 1, 1), (1, 3, 5, 4), (4, 3, 5, 5)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_in_place_into_a_view():
+    class View(nn.Module):
         def __init__(self):
             super().__init__()
-            self.psa, self.norm = epsa_fused.FusedPSAModule(64, 64), nn.BatchNorm2d(64)
+            self.conv = nn.Conv2d(8, 4, 1)
 
         def forward(self, x):
-            out = self.norm(self.psa(x))
-            return torch.relu(out) if relu else out
+            t = x * 2
+            t[:, :4].add_(self.conv(x))
+            return t
 
+    model, x = View().eval(), torch.randn(2, 8, 5, 5)
+    served = optimize_for_inference(model, x, compile=False)
+    assert_as_good_as_the_model(served, model, x, torch.float32)
+
+
+@pytest.mark.parametrize("parametrisation", ("weight_norm", "spectral_norm", "orthogonal"))
+def test_a_parametrised_convolution_is_left_alone(parametrisation):
     torch.manual_seed(0)
-    model = with_statistics(Normalised())
-    x = torch.randn(2, 64, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    getattr(nn.utils.parametrizations, parametrisation)(model[0])
+    served = optimize_for_inference(with_statistics(model), images(), compile=False)
+    assert served.report.folded == [] and served.report.pointwise == 0
+    assert_as_good_as_the_model(served, model, images(), torch.float32)
+
+
+def test_weights_of_five_dimensions():
+    model, x = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 5, 5, 5)
+    served = optimize_for_inference(model, x, compile=False)
+    assert_as_good_as_the_model(served, model, x, torch.float32)
+
+
+# ---- what a trace takes for granted, and what a check cannot tell ----
+
+
+class Flag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, flip=False, keep=None):
+        y = self.conv(x)
+        y = y.flip(-1) if flip is True else y
+        return y if keep is None else y[keep]
+
+
+def test_a_call_of_another_kind_than_the_examples_is_refused():
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    assert served(images(3, 20)).shape == (3, 64, 20, 20)
+    granted = r"expected the example's arguments \(floating-point tensor of 4 dimensions\), which"
+    for args, kwargs in (
+        ((), {}),
+        ((images(), True), {}),
+        ((), {"x": images()}),
+        ((images(), torch.tensor([0])), {}),
+        ((images()[0],), {}),
+        (((images() * 255).to(torch.uint8),), {}),
+    ):
+        with pytest.raises(ValueError, match=granted):
+            served(*args, **kwargs)
+
+
+def test_a_value_that_the_trace_would_lose_is_kept():
+    """torch.fx traces `flip is True` as false, which the example tells; so nothing is traced."""
+    model = Flag().eval()
+    served = optimize_for_inference(model, images(), True, compile=False)
+    assert "computes something else" in str(served.report)
+    for arguments in ((images(), True), (images(),), (images(), True, torch.tensor([0]))):
+        with torch.no_grad():
+            torch.testing.assert_close(served(*arguments), model(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_random_outputs_are_refused():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.conv(x))
+
+    with pytest.raises(ValueError, match="expected a model that gives the same outputs in each"):
+        optimize_for_inference(Random().eval(), images(), compile=False)
+
+
+class Returning(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "dict":
+            return {"maps": y, "best": y.argmax(1), "pair": (y.mean(), y)}
+        if self.kind == "masked":
+            return y.masked_fill(torch.arange(4).view(1, 4, 1, 1) == 2, float("-inf"))
+        if self.kind == "float":
+            return self.conv(x.float() / 255)
+        if self.kind == "nothing":
+            return y.sum().item()
+        return y.relu_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_trees_of_outputs(dtype):
+    served = optimize_for_inference(Returning("dict").eval(), images(), dtype=dtype, compile=False)
+    out = served(images(3))
+    assert out.keys() == {"maps", "best", "pair"} and out["best"].dtype == torch.int64
+    assert out["maps"].dtype == out["pair"][0].dtype == torch.float32
+
+
+def test_infinite_outputs_may_be_meant():
+    served = optimize_for_inference(Returning("masked").eval(), images(), compile=False)
+    assert served(images())[:, 2].isinf().all()
+
+
+def test_a_model_that_does_not_run_in_float64():
+    served = optimize_for_inference(Returning("float").eval(), images(), compile=False)
+    assert any("since the model fails in float64" in note for note in served.report.notes)
+
+
+def test_outputs_that_are_no_tensors_are_refused():
+    with pytest.raises(ValueError, match=r"expected a model that returns tensors, .* got float"):
+        optimize_for_inference(Returning("nothing").eval(), images(), compile=False)
+
+
+def test_the_example_and_the_buffers_stay_as_they_are():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(self.first(x)) * 1
+
+    model, x = Counting().eval(), images().contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    served = optimize_for_inference(model, x, compile=False)
+    assert torch.equal(x, before) and model.calls == 0
+    assert all(b == 0 for b in served.module.buffers())
+
+
+def test_neither_copies_nor_pickles():
+    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
+    for function in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="InferenceModel cannot be copied or pickled"):
+            function(served)
+
+
+def test_the_module_before_compilation_can_be_exported(monkeypatch):
+    monkeypatch.setattr(optimize, "FrozenModule", lambda module, whole: module)
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    served = optimize_for_inference(model, images())
+    x = images().contiguous(memory_format=torch.channels_last)
+    program = torch.export.export(served.module, (x,))
+    assert "psa_forward" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), served(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_psa_module_whose_layers_are_called_stays_as_it_is():
+    torch.manual_seed(0)
+    model = with_statistics(Net())
+    model.psa = epsa_fused.fuse(model.psa)
     calls = []
     model.psa.conv_2.register_forward_hook(lambda *_: calls.append(1))
     with pytest.warns(UserWarning, match="conv_2 has hooks"):
-        served = optimize_for_inference(model, x, compile=False)
-    (psa,) = (m for m in served.module.modules() if isinstance(m, epsa_fused.FusedPSAModule))
-    assert "then BatchNorm" in repr(psa) and ("and ReLU" in repr(psa)) == relu
-    assert served.report.packed == 0 and "weights are packed in each call" in str(served.report)
+        served = optimize_for_inference(model, images(), compile=False)
+    assert served.report.folded == ["stem.1"] and served.report.packed == 0
+    assert "weights are packed in each call" in str(served.report)
     calls.clear()
-    out = served(x)
-    assert calls == [1]
-    with torch.no_grad():
-        torch.testing.assert_close(out, model(x), rtol=1e-5, atol=1e-5)
-    assert (out.min() >= 0) == relu
+    assert_as_good_as_the_model(served, model, images(), torch.float32)
+    assert calls.count(1) == 3  # once by each of the three models
+
+
+def test_an_epilogue_is_never_left_out():
+    served = optimize_for_inference(with_statistics(Net()), images())
+    psa = served.module.get_submodule("psa_normalised")
+    psa.conv_2.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="got: conv_2 has hooks"):
+        psa(torch.randn(1, 64, 9, 9))
 
 
 def test_a_packed_psa_module_is_one_call():
@@ -305,15 +513,17 @@ def test_a_wrong_result_is_an_error(monkeypatch):
 
     fold = optimize.fold_batch_norms
     monkeypatch.setattr(optimize, "fold_batch_norms", broken)
-    with pytest.raises(RuntimeError, match=r"differs by .* from the model's in float64, expected"):
+    with pytest.raises(
+        RuntimeError, match=r"differs by .* from the model's in torch.float64, expected"
+    ):
         optimize_for_inference(with_statistics(Net()), images(), compile=False)
 
 
 def test_without_onednn(monkeypatch):
-    monkeypatch.setattr(optimize, "is_available", lambda: False)
+    monkeypatch.setattr(optimize, "why_not_available", lambda dtype: "this PyTorch lacks oneDNN")
     served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
     assert served.report.pointwise == 0 and "lacks oneDNN" in str(served.report)
-    assert pointwise.is_available()
+    assert pointwise.why_not_available(torch.float32) is None
 
 
 # ---- compiled ----
@@ -328,6 +538,48 @@ def test_compiled_and_frozen():
     assert served.report.folded == ["stem.1", "norm"]
     assert_as_good_as_the_model(served, model, images(), torch.bfloat16)
     assert_as_good_as_the_model(served, model, images(1, 20), torch.bfloat16)
+
+
+class Counted(nn.Module):
+    """Its result depends on a value in x, which torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x) * int(x.sum().item())
+
+
+def test_compiled_code_of_a_model_that_looks_into_its_input():
+    torch.manual_seed(0)
+    model = Counted().eval()
+    served = optimize_for_inference(model, torch.ones(1, 3, 4, 4))
+    for value in (1.0, 2.0, 5.0, 1.0):
+        x = torch.full((1, 3, 4, 4), value)
+        with torch.no_grad():
+            torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_no_compiler_at_all():
+    code = """if True:
+        import torch
+        from epsa_fused import optimize_for_inference
+        try:
+            optimize_for_inference(torch.nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 4, 4))
+        except RuntimeError as error:
+            print(error)
+    """
+    message = run_code(code, PATH="/nonexistent", CXX="no-such-compiler").strip()
+    assert message == (
+        "optimize_for_inference: compile: expected a C++ compiler on PATH, got no "
+        "no-such-compiler; compile=False needs none"
+    )
+
+
+def test_the_import_of_the_package_does_not_import_the_compiler():
+    code = "import sys, epsa_fused; print('torch._inductor.config' in sys.modules)"
+    assert run_code(code).strip() == "False"
 
 
 def test_no_compiler_is_needed_without_compile():
@@ -377,7 +629,7 @@ BAD = (
     ("training", RuntimeError, "expected a model in eval mode, got one in training mode"),
     ("one module in training", RuntimeError, "expected a model in eval mode"),
     ("no example", ValueError, r"example: expected the arguments of one call.*got \(\)"),
-    ("an example without tensors", ValueError, r"example: expected .* got \(3,\)"),
+    ("an example without tensors", ValueError, r"example: expected .* got \(3\)"),
     ("meta example", ValueError, "expected the model and the example on the CPU, got .* meta"),
     ("meta model", ValueError, "expected the model and the example on the CPU, got .* meta"),
     ("float16", ValueError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
@@ -385,7 +637,7 @@ BAD = (
     ("two dtypes", ValueError, "model: expected parameters of one floating-point dtype, got"),
     ("no module", TypeError, "optimize_for_inference: model: expected"),
     ("compile", TypeError, "optimize_for_inference: compile: expected"),
-    ("infinite", ValueError, "example: expected one with finite outputs"),
+    ("infinite", ValueError, "example: expected one without NaN in the outputs, got NaN"),
 )
 
 

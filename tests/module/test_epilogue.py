@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from support.cases import BY_NAME, DTYPES, FORMATS, ORDERS, PLAIN_LAYOUTS, make_inputs, name_of
-from support.errors import assert_raises, assert_same_words_on_meta, raising
+from support.errors import Change, assert_raises, assert_same_words_on_meta, raising
 from support.modules import CASES, arguments, build, image
 from support.tolerance import accumulation_type
 from torch import Tensor
@@ -48,9 +48,9 @@ EPILOGUES = [(True, True), (True, False), (False, True)]  # scale and shift; rel
 @pytest.mark.parametrize(("affine", "relu"), EPILOGUES)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_of_a_module(name, dtype, memory_format, affine, relu):
-    order = ORDERS[len(name) % 2]
+def test_of_a_module(name, order, dtype, memory_format, affine, relu):
     module = build(name, PSAModule, dtype, branch_order=order)
     args = arguments(module, image(name, dtype, memory_format))
     planes = CASES[name].planes
@@ -168,7 +168,7 @@ def module_call() -> dict:
     return dict(zip((*names, *NAMES[-3:]), values, strict=True))
 
 
-def changed(name: str, change) -> dict:
+def changed(name: str, change) -> Change:
     return lambda given: given | {name: change(given[name])}
 
 
@@ -236,3 +236,15 @@ def test_a_gradient_is_refused(wanting, operator):
         op(*given.values())
     with torch.no_grad():
         assert not (op(*given.values())[0]).requires_grad
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("name", ("scale", "shift"))
+def test_a_tangent_is_refused(name, operator):
+    op, good = CALLS[operator]
+    given = good()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        value = given[name]
+        given[name] = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            op(*given.values())

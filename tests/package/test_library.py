@@ -69,7 +69,7 @@ def test_nothing_for_this_python(rename, found, package):
 
 
 def test_operators_that_the_system_cannot_load(package):
-    (package / "_ops.so").write_bytes(b"no library")
+    (package / "_ops.so").write_bytes(b"no library" * 100)
     message = imported(package)
     assert message.startswith(f"epsa_fused's operators in {package}: this system cannot load")
     assert "invalid ELF header" in message and message.endswith(BUILD)

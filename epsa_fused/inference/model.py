@@ -1,0 +1,117 @@
+"""What optimize_for_inference() returns: a model that only serves, and a report on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..fuse import FuseReport
+from .arguments import cast_floats, describe, kind_of, laid_out, tensors_of
+
+
+@dataclass
+class InferenceReport:
+    """What :func:`optimize_for_inference` did.
+
+    Attributes:
+        dtype: of weights and activations.
+        psa_modules: how many fused PSA modules the model holds.
+        fuse: what :func:`epsa_fused.fuse` replaced and left alone.
+        folded: names of the BatchNorms that were folded into the layer before them.
+        pointwise: how many convolutions are one call of oneDNN with the sum and ReLU behind them.
+        packed: how many PSA modules hold packed weights.
+        compiled: whether `torch.compile` made code of the model, with frozen weights.
+        error: of the outputs for the example, relative to the largest; against float64.
+        notes: what was left out, and why.
+    """
+
+    dtype: torch.dtype
+    psa_modules: int = 0
+    fuse: FuseReport = field(default_factory=FuseReport)
+    folded: list[str] = field(default_factory=list)
+    pointwise: int = 0
+    packed: int = 0
+    compiled: bool = False
+    error: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"optimize_for_inference: {self.dtype}, error {self.error:.2g} of the largest output",
+            f"  {self.psa_modules} fused PSA modules, {len(self.fuse.replaced)} of them put in "
+            f"place now, {self.packed} with packed weights",
+            f"  {len(self.folded)} BatchNorms folded into the layers before them",
+        ]
+        if self.compiled:
+            lines.append("  compiled by torch.compile, weights frozen")
+        else:
+            lines.append(f"  {self.pointwise} convolutions fused with sum and ReLU by oneDNN")
+        lines += [f"  {name}: left alone, {why}" for name, why in self.fuse.left.items()]
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+class InferenceModel:
+    """A model that only serves; :func:`optimize_for_inference` makes it.
+
+    Call it as the example was: other sizes are fine, other arguments are not. Floating-point inputs
+    are cast, and images are brought into its layout. Outputs come in the dtype that the model given
+    had. No call records gradients, and autocast changes nothing. It cannot be copied or pickled.
+
+    Attributes:
+        report: an :class:`InferenceReport`.
+        module: the optimised nn.Module before `torch.compile`; for torch.export where `compile`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        memory_format: torch.memory_format,
+        out_dtype: torch.dtype,
+        example: tuple[Any, ...] | None,
+        report: InferenceReport,
+    ) -> None:
+        """`example`: of a traced module, which takes much of its arguments for granted."""
+        self.module = module
+        self.report = report
+        self._function = function
+        self._memory_format = memory_format
+        self._out_dtype = out_dtype
+        self._expected = None if example is None else describe(example)
+        self._kind = None if example is None else kind_of(example)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises:
+        ValueError: a tensor is not on the CPU, or the arguments are of another kind than the
+            example's.
+        """
+        return cast_floats(self.unrounded(*args, **kwargs), self._out_dtype)
+
+    def unrounded(self, *args: Any, **kwargs: Any) -> Any:
+        """The same, with the outputs in the dtype of the optimised model."""
+        places = {t.device.type for t in tensors_of((args, kwargs))} - {"cpu"}
+        if places:
+            raise ValueError(f"InferenceModel: expected tensors on the CPU, got {places.pop()}")
+        if self._kind is not None and (kwargs or kind_of(args) != self._kind):
+            named = "".join(f", {name}=" for name in kwargs)
+            raise ValueError(
+                f"InferenceModel: expected the example's arguments {self._expected}, which the "
+                f"traced model takes for granted, got {describe(args)}{named}"
+            )
+        given = cast_floats((args, kwargs), self.report.dtype)
+        args, kwargs = laid_out(given, self._memory_format)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self._function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return str(self.report)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "InferenceModel cannot be copied or pickled, since it holds packed weights: expected "
+            "another call of optimize_for_inference"
+        )
