@@ -112,6 +112,8 @@ NOT_RUN = {
     "python benchmarks/latency.py --level convolutions": TIMING,
     "python benchmarks/latency.py --level network": TIMING,
     "python benchmarks/branches.py": TIMING,
+    "python benchmarks/serving.py --batch 1 8": "test_serving_benchmark.py runs less of it",
+    "pip install openvino onnxruntime onnx": "changes the environment",
     "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
