@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from latency import device_name
 from measure import Timing, ratio, settle_allocator, time_in_turn
 from opponents import DTYPES
 from provenance import commit
@@ -250,8 +251,6 @@ def print_table(rows: list[dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse_arguments(arguments)
-    from latency import device_name
-
     machine = {
         "device": device_name("cpu"),
         "isa": _C.cpu_isa(),

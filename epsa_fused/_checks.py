@@ -24,6 +24,11 @@ def given(value: object) -> str:
     return f"an object of type {module}{kind.__qualname__}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_int(name: str, value: object, least: int | None = None, most: int = MOST) -> None:
     """Raise TypeError or ValueError unless the argument `name` is an int in [least, most].
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
+from ._checks import first_line
 
 # The kernels are chosen by these, and by names that begin with avx or amx.
 FLAGS = ("abm", "bmi1", "bmi2", "f16c", "fma", "movbe", "asimd", "asimdhp", "bf16", "sve")
@@ -39,7 +40,7 @@ def _devices() -> str:
             for i in range(torch.cuda.device_count())
         ]
     except Exception as error:  # a driver that is too old, say; the report is for such cases
-        return f"cannot be asked: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"cannot be asked: {first_line(error)}"
     return ", ".join(names) or "none found"
 
 

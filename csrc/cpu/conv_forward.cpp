@@ -115,12 +115,9 @@ void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
 }
 
 bool ForwardBank::has_all() const {
-  return !has_method(ConvMethod::library);
-}
-
-bool ForwardBank::has_method(ConvMethod method) const {
-  return std::any_of(
-      plans_.begin(), plans_.end(), [&](const ConvPlan& p) { return p.method == method; });
+  return std::none_of(plans_.begin(), plans_.end(), [](const ConvPlan& p) {
+    return p.method == ConvMethod::library;
+  });
 }
 
 std::vector<ConvWeights> ForwardBank::conv_weights() const {

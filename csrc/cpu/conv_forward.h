@@ -23,7 +23,6 @@ class ForwardBank {
   bool has(int64_t s) const { return plans_[s].method != ConvMethod::library; }
   bool has_any() const { return !units_.empty(); }
   bool has_all() const;
-  bool has_method(ConvMethod method) const;
 
   // Sample n is complete, and the callee may use so many threads.
   using Done = std::function<void(int64_t n, int64_t threads)>;

@@ -75,7 +75,7 @@ bool machine_runs(Isa isa) {
 
 // Whether an instruction set beats those before it here. Intel's processors make products
 // of pairs at half the rate of products of floats, which leaves no gain. (Measured on
-// Sapphire Rapids: the convolutions took 1.2 to 1.5 times as long in pairs.)
+// Sapphire Rapids: the modules' convolutions took 1.1 to 1.6 times as long in pairs.)
 bool pays(Isa isa) {
 #if EPSA_MULTI_ISA
   return isa != Isa::avx512_bf16 || !__builtin_cpu_is("intel");

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .._checks import first_line
 from .arguments import cast_floats, cloned, tensors_of
 
 # An optimised model may differ from float64 by so many times as much as the plain one in the same
@@ -45,8 +46,9 @@ def check_results(
     try:
         exact = _run(model, args, torch.float64)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        notes.append(f"compared with float32, since the model fails in float64 ({first})")
+        notes.append(
+            f"compared with float32, since the model fails in float64 ({first_line(error)})"
+        )
         exact, roundings = _run(model, args, torch.float32), ROUNDINGS_OF_FLOAT32
     plain, again = _run(model, args, dtype), _run(model, args, dtype)
     _check_kinds(exact, plain, again, results)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+
+from .._checks import given
+from ..modules.layers import is_plain
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -20,14 +24,15 @@ def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     )
 
 
+def in_layout(value: Any, memory_format: torch.memory_format) -> Any:
+    """One argument, in a layout if it is an image."""
+    is_image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=memory_format) if is_image else value
+
+
 def laid_out(value: Any, memory_format: torch.memory_format) -> Any:
     """`value` with its images in a layout."""
-
-    def in_layout(v: Any) -> Any:
-        is_image = isinstance(v, Tensor) and v.dim() == 4
-        return v.contiguous(memory_format=memory_format) if is_image else v
-
-    return tree_map(in_layout, value)
+    return tree_map(lambda v: in_layout(v, memory_format), value)
 
 
 def cloned(value: Any) -> Any:
@@ -35,19 +40,28 @@ def cloned(value: Any) -> Any:
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
-def kind_of(value: Any) -> Any:
+def is_literal(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def kind_of(argument: object) -> Hashable:
     """What a traced model takes for granted of an argument: sizes may change, this may not."""
-    leaves, tree = tree_flatten(value)
-    return tree, [_kind_of_leaf(leaf) for leaf in leaves]
+    if isinstance(argument, Tensor):
+        subclass = None if is_plain(argument) else type(argument)
+        dtype = None if argument.is_floating_point() else argument.dtype
+        return subclass, dtype, argument.dim()
+    # repr tells True from 1, and nan from nothing else
+    return type(argument), repr(argument) if is_literal(argument) else None
 
 
-def _kind_of_leaf(leaf: Any) -> str:
-    if not isinstance(leaf, Tensor):
-        return f"{type(leaf).__name__} {leaf!r}"
-    dtype = "floating-point" if leaf.is_floating_point() else str(leaf.dtype)
-    return f"{dtype} tensor of {leaf.dim()} dimensions"
-
-
-def describe(value: Any) -> str:
+def describe(arguments: Iterable[object]) -> str:
     """The kinds of arguments, for messages."""
-    return "(" + ", ".join(kind_of(value)[1]) + ")"
+    return "(" + ", ".join(map(_describe, arguments)) + ")"
+
+
+def _describe(argument: object) -> str:
+    if not isinstance(argument, Tensor):
+        return given(argument)
+    dtype = "floating-point" if argument.is_floating_point() else str(argument.dtype)
+    name = "tensor" if is_plain(argument) else type(argument).__name__
+    return f"{dtype} {name} of {argument.dim()} dimensions"

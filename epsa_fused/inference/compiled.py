@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-# Compiled code is kept for so many kinds of arguments, the latest ones.
+from .arguments import is_literal
+
+# Compiled code is kept for so many kinds of arguments, the newest ones.
 _KINDS = 64
 
 
 class FrozenModule:
     """Calls a module compiled for each kind of its arguments. For calls without gradients.
 
-    A kind is the shapes, strides and dtypes of the tensors, and the values of everything else.
+    A kind is the shapes, strides and dtypes of the tensors, and the values of literals. Calls with
+    arguments of other types share one compiled function, which keeps torch.compile's guards.
 
     Args:
         module: in eval mode.
@@ -31,19 +34,20 @@ class FrozenModule:
     def __init__(self, module: nn.Module, whole: bool) -> None:
         self._module = module
         self._whole = whole
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = _kind_of((args, kwargs))
+        whole = self._whole and kind is not None
         compiled = self._compiled.get(kind)
-        if compiled is not None and self._whole:
+        if compiled is not None and whole:
             return compiled(*args, **kwargs)
-        # Without `whole` each call may compile again.
+        # With guards each call may compile again.
         import torch._inductor.config  # takes seconds, so importing the package does not do it
 
         with self._lock, torch._inductor.config.patch(freezing=True):
-            compiled = self._compiled.get(kind) or self._compile()
+            compiled = self._compiled.get(kind) or self._compile(whole)
             try:
                 result = compiled(*args, **kwargs)
             except Exception as error:
@@ -59,14 +63,14 @@ class FrozenModule:
                 del self._compiled[next(iter(self._compiled))]
         return result
 
-    def _compile(self) -> Callable[..., Any]:
+    def _compile(self, whole: bool) -> Callable[..., Any]:
         # `options` come too late for freezing: the tracing reads the process's setting.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         return torch.compile(
             _own_function(self._module),
             dynamic=False,
-            fullgraph=self._whole,
-            options=options if self._whole else None,
+            fullgraph=whole,
+            options=options if whole else None,
         )
 
 
@@ -81,12 +85,15 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
     return cast(Callable[..., Any], names["call"])
 
 
-def _kind_of(arguments: Any) -> tuple[Any, ...]:
+def _kind_of(arguments: Any) -> Hashable:
+    """None where an argument is neither a tensor nor a literal."""
     leaves, tree = tree_flatten(arguments)
+    if not all(isinstance(leaf, Tensor) or is_literal(leaf) for leaf in leaves):
+        return None
     return (tree, *map(_kind_of_leaf, leaves))
 
 
-def _kind_of_leaf(value: Any) -> Any:
+def _kind_of_leaf(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return type(value), value.shape, value.stride(), value.dtype
     return type(value), repr(value)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .._winograd import winograd_allowed
 from ..modules import FusedPSAModule
-from ..modules.layers import why_layer_called
+from ..modules.layers import is_plain, why_layer_called
+from ..modules.tracing import as_leaf
 
 
 class PSAWithEpilogue(FusedPSAModule):
     """relu(norm(psa(x))), where the ReLU may be absent. For inference on the CPU.
+
+    Where the operator cannot compute it in one pass, the module's own forward runs first.
 
     Args:
         psa: the module; this one shares its layers.
@@ -34,14 +38,28 @@ class PSAWithEpilogue(FusedPSAModule):
     def extra_repr(self) -> str:
         return super().extra_repr() + ", then BatchNorm" + (" and ReLU" if self._relu else "")
 
-    def _epilogue(self) -> tuple[Any, ...]:
+    def epilogue(self) -> tuple[Tensor, Tensor, bool]:
+        """The operator's arguments scale, shift and relu."""
         return self._scale, self._shift, self._relu
 
     def forward(self, x: Tensor) -> Tensor:
-        why = self._why_not_fused()
-        if why is not None:  # the layers' output would lack what follows
-            raise NotImplementedError(f"PSAWithEpilogue: expected the fused operator, got: {why}")
-        return super().forward(x)
+        if isinstance(x, Proxy):
+            leaf = as_leaf(self, x)
+            if leaf is not None:  # the graph's node is a call of this forward
+                return leaf
+        elif self._operator_takes(x):
+            return self._call_operator(x, cast(list[nn.Conv2d], self._convs()), *self.epilogue())
+        out = super().forward(x)
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        wide = wide * self._scale[:, None, None] + self._shift[:, None, None]
+        return (torch.relu(wide) if self._relu else wide).to(out.dtype)
+
+    def _operator_takes(self, x: Tensor) -> bool:
+        """Whether the operator computes the module with what follows, which has no gradient."""
+        tensors = (x, *self.parameters())
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        plain = is_plain(x) and x.device.type == "cpu"
+        return plain and not grad and self._why_not_fused() is None
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -71,7 +89,8 @@ class PackedPSA(nn.Module):
         self._description = repr(psa)
         self._operator = torch.ops.epsa_fused.psa_forward.default
         winograd = winograd_allowed(psa.winograd)
-        self._rest = (*arguments, psa._packed, winograd, *psa._epilogue())
+        epilogue = psa.epilogue() if isinstance(psa, PSAWithEpilogue) else ()
+        self._rest = (*arguments, psa._packed, winograd, *epilogue)
 
     def extra_repr(self) -> str:
         return self._description

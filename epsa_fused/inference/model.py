@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..fuse import FuseReport
-from .arguments import cast_floats, describe, kind_of, laid_out, tensors_of
+from .arguments import cast_floats, describe, in_layout, kind_of
 
 
 @dataclass
@@ -81,8 +82,10 @@ class InferenceModel:
         self._function = function
         self._memory_format = memory_format
         self._out_dtype = out_dtype
-        self._expected = None if example is None else describe(example)
-        self._kind = None if example is None else kind_of(example)
+        self._traced = example is not None
+        leaves, self._tree = tree_flatten((example, {}))
+        self._kinds = list(map(kind_of, leaves))
+        self._expected = describe(leaves)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises:
@@ -93,19 +96,22 @@ class InferenceModel:
 
     def unrounded(self, *args: Any, **kwargs: Any) -> Any:
         """The same, with the outputs in the dtype of the optimised model."""
-        places = {t.device.type for t in tensors_of((args, kwargs))} - {"cpu"}
-        if places:
-            raise ValueError(f"InferenceModel: expected tensors on the CPU, got {places.pop()}")
-        if self._kind is not None and (kwargs or kind_of(args) != self._kind):
+        leaves, tree = tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+                raise ValueError(f"InferenceModel: expected tensors on the CPU, got {leaf.device}")
+        if self._traced and (tree != self._tree or list(map(kind_of, leaves)) != self._kinds):
             named = "".join(f", {name}=" for name in kwargs)
             raise ValueError(
                 f"InferenceModel: expected the example's arguments {self._expected}, which the "
                 f"traced model takes for granted, got {describe(args)}{named}"
             )
-        given = cast_floats((args, kwargs), self.report.dtype)
-        args, kwargs = laid_out(given, self._memory_format)
+        args, kwargs = tree_unflatten(map(self._prepared, leaves), tree)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._function(*args, **kwargs)
+
+    def _prepared(self, leaf: Any) -> Any:
+        return in_layout(cast_floats(leaf, self.report.dtype), self._memory_format)
 
     def __repr__(self) -> str:
         return str(self.report)

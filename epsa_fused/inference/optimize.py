@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .._checks import check_flag, check_module, given
+from .._checks import check_flag, check_module, first_line, given
 from ..fuse import fuse
 from ..modules import FusedPSAModule, FusedSplitPSA, prepack
 from .accuracy import check_results
@@ -156,8 +156,9 @@ def _simplified(model: nn.Module, example: tuple[Any, ...], report: InferenceRep
                 graph_module = GraphModule(fused, _Tracer().trace(fused))
                 traced = tensors_of(Interpreter(graph_module).run(*cloned(inputs)))
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            report.notes.append(f"nothing was folded: torch.fx cannot trace the model ({first})")
+            report.notes.append(
+                f"nothing was folded: torch.fx cannot trace the model ({first_line(error)})"
+            )
             return fused
     # A trace leaves out branches, and turns sums in place into others.
     shapes = [[t.shape for t in tensors] for tensors in (traced, expected)]
@@ -208,8 +209,9 @@ def _memory_format(
         with torch.no_grad():
             trial(*laid_out(cloned(inputs), torch.channels_last))
     except RuntimeError as error:
-        first = (str(error).splitlines() or [""])[0]
-        report.notes.append(f"images stay contiguous: in channels_last the model fails ({first})")
+        report.notes.append(
+            f"images stay contiguous: in channels_last the model fails ({first_line(error)})"
+        )
         return torch.contiguous_format
     return torch.channels_last
 

@@ -135,16 +135,10 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
             return self._fused_attention([conv(x) for conv in convs])
-        arguments = self._arguments(x, convs)
-        winograd = winograd_allowed(self.winograd)
         if save_output:
-            out = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)[0]
-            return cast(Tensor, out)
-        # Packed weights belong to this process; an exported program also runs in others.
-        local = x.device.type == "cpu" and not torch.compiler.is_exporting()
-        packed = self._packed_for(arguments.weights) if local else None
-        operator = torch.ops.epsa_fused.psa_forward.default
-        return cast(Tensor, operator(*arguments, packed, winograd, *self._epilogue()))
+            arguments = (*self._arguments(x, convs), winograd_allowed(self.winograd))
+            return cast(Tensor, torch.ops.epsa_fused.psa_save_output.default(*arguments)[0])
+        return self._call_operator(x, convs)
 
     def attention(self, feats: list[Tensor]) -> Tensor:
         """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
@@ -154,12 +148,6 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if why is not None or not all(map(is_plain, feats)):
             return super().attention(feats)  # torch.fx gets the layers by this, too
         return self._fused_attention(feats)
-
-    # ---- serving: what follows in the same pass, see epsa_fused.inference ----
-
-    def _epilogue(self) -> tuple[Any, ...]:
-        """The operator's arguments for it."""
-        return ()
 
     # ---- serving: weights packed ahead ----
 
@@ -293,6 +281,16 @@ class FusedPSAModule(NotScriptable, PSAModule):
             return None
         convs = cast(list[nn.Conv2d], self._convs())
         return convs if _why_not_taken(convs) is None else None
+
+    def _call_operator(self, x: Tensor, convs: list[nn.Conv2d], *epilogue: Any) -> Tensor:
+        """psa_forward. `epilogue`: scale, shift and relu, or nothing."""
+        arguments = self._arguments(x, convs)
+        # Packed weights belong to this process; an exported program also runs in others.
+        local = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        packed = self._packed_for(arguments.weights) if local else None
+        operator = torch.ops.epsa_fused.psa_forward.default
+        winograd = winograd_allowed(self.winograd)
+        return cast(Tensor, operator(*arguments, packed, winograd, *epilogue))
 
     def _arguments(self, x: Tensor, convs: list[nn.Conv2d]) -> ModuleArguments:
         fc1, fc2 = self.se.fc1, self.se.fc2

@@ -73,6 +73,20 @@ def test_a_sample_with_infinities_leaves_the_others_of_a_module_alone_in_pairs(l
     assert not out[3].isfinite().any()  # the means of all branches are infinite or NaN
 
 
+# samples alone, samples shared by threads, and units of more weights than a cache holds
+@pytest.mark.parametrize("batch, channels, size", ((1, 64, 9), (5, 64, 14), (2, 512, 7)))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_the_same_for_any_number_of_threads_in_pairs(batch, channels, size, layout):
+    x, weights = operands(batch, channels, size, layout)
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        feats, pooled = spc_conv(x, weights, GROUPS, padding=PADDING)
+        results.append([*feats, pooled])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_an_odd_number_of_channels_of_a_group_runs_without_pairs():
     x = torch.randn(2, 8, 7, 7).bfloat16()
     weights = [torch.randn(8, 8 // groups, 3, 3).bfloat16() for groups in (1, 8)]

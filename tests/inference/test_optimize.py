@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support import published
@@ -12,6 +13,7 @@ from torch import nn
 import epsa_fused
 from epsa_fused import epsanet50, optimize_for_inference
 from epsa_fused.inference import optimize, pointwise
+from epsa_fused.inference.epilogue import PSAWithEpilogue
 
 MODULES = 16  # PSA modules of EPSANet-50
 DTYPES = (torch.float32, torch.bfloat16)
@@ -363,6 +365,7 @@ def test_a_call_of_another_kind_than_the_examples_is_refused():
         ((images(), torch.tensor([0])), {}),
         ((images()[0],), {}),
         (((images() * 255).to(torch.uint8),), {}),
+        ((images().as_subclass(Subclass),), {}),
     ):
         with pytest.raises(ValueError, match=granted):
             served(*args, **kwargs)
@@ -484,12 +487,40 @@ def test_a_psa_module_whose_layers_are_called_stays_as_it_is():
     assert calls.count(1) == 3  # once by each of the three models
 
 
-def test_an_epilogue_is_never_left_out():
-    served = optimize_for_inference(with_statistics(Net()), images())
-    psa = served.module.get_submodule("psa_normalised")
-    psa.conv_2.register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="got: conv_2 has hooks"):
-        psa(torch.randn(1, 64, 9, 9))
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("why", ("a hook", "a subclass", "a gradient", "a tracer"))
+@pytest.mark.parametrize("save_output", (False, True))
+@pytest.mark.parametrize("relu", (False, True))
+def test_an_epilogue_is_never_left_out(why, save_output, relu):
+    """It follows by itself where the operator cannot compute it."""
+    torch.manual_seed(0)
+    psa = epsa_fused.FusedPSAModule(64, 64, save_output=save_output)
+    model = with_statistics(nn.Sequential(psa, nn.BatchNorm2d(64), *[nn.ReLU()] * relu))
+    module = PSAWithEpilogue(psa, model[1], relu)
+    x = torch.randn(2, 64, 9, 9)
+
+    def run(function, given):
+        out = function(given)
+        return out, torch.autograd.grad(out.sum(), (given, *psa.parameters()))
+
+    if why == "a gradient":
+        given = x.requires_grad_()
+        (out, grads), (right, expected) = run(module, given), run(model, given)
+        for mine, theirs in zip(grads, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    else:
+        with torch.no_grad():
+            right = model(x)
+            if why == "a hook":
+                psa.conv_2.register_forward_hook(lambda *_: None)
+            if why == "a tracer":
+                out = torch.fx.symbolic_trace(module)(x)
+            else:
+                out = module(x.as_subclass(Subclass) if why == "a subclass" else x)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), right, rtol=1e-5, atol=1e-5)
 
 
 def test_a_packed_psa_module_is_one_call():
@@ -535,6 +566,12 @@ def test_compiled_and_frozen():
     torch._dynamo.reset()
     served = optimize_for_inference(model, images(), dtype=torch.bfloat16)
     assert served.report.compiled and served.report.packed == 1
+    with torch.profiler.profile() as profiler:
+        served(images())
+    # only frozen weights are packed for oneDNN
+    names = {event.key for event in profiler.key_averages()}
+    assert {"mkldnn::_convolution_pointwise", "epsa_fused::psa_forward"} <= names
+    assert "aten::convolution" not in names
     assert served.report.folded == ["stem.1", "norm"]
     assert_as_good_as_the_model(served, model, images(), torch.bfloat16)
     assert_as_good_as_the_model(served, model, images(1, 20), torch.bfloat16)
@@ -559,6 +596,27 @@ def test_compiled_code_of_a_model_that_looks_into_its_input():
         x = torch.full((1, 3, 4, 4), value)
         with torch.no_grad():
             torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, array):
+        return self.conv(x) * array.shape[0]
+
+
+def test_compiled_code_with_arguments_that_are_neither_tensors_nor_literals():
+    model, x = Sized().eval(), torch.randn(1, 3, 4, 4)
+    served = optimize_for_inference(model, x, np.zeros(2000))
+    assert served.report.notes == ["no PSA module was found"]
+    for length in (2000, 3000, 2000):
+        with torch.no_grad():
+            array = np.zeros(length)
+            torch.testing.assert_close(served(x, array), model(x, array), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got \(.*, an object of type list|got \(.*\[0\]"):
+        served(x, [0])
 
 
 def test_no_compiler_at_all():
