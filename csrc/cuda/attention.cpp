@@ -91,9 +91,6 @@ Forward forward(
     const Epilogue& epilogue) {
   const char* op = "psa_attention";
   const epsa::Problem p = check_arguments(op, feats_, se, pooled_in, epilogue);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !epilogue.any(), op, ": scale, shift and relu: expected tensors on the CPU, got feats[0] on ",
-      feats_[0].device());
   const c10::cuda::CUDAGuard guard(feats_[0].device());
   const auto options = feats_[0].options().requires_grad(false);
   const at::MemoryFormat format = common_layout(feats_);
@@ -112,8 +109,15 @@ Forward forward(
   params.pooled = pooled.mutable_data_ptr();
   params.attention = attention.mutable_data_ptr();
   const DenseWeights weights(p, se, params);
+  const Tensor scale = epilogue.scale ? epilogue.scale->contiguous() : Tensor();
+  const Tensor shift = epilogue.shift ? epilogue.shift->contiguous() : Tensor();
+  params.scale = epilogue.scale ? scale.const_data_ptr() : nullptr;
+  params.shift = epilogue.shift ? shift.const_data_ptr() : nullptr;
+  params.reversed = reversed;
+  params.relu = epilogue.relu;
 
   Problem problem = problem_of(op, Pass::forward, p, format);
+  problem.epilogue = epilogue.any();
   problem.aligned &= aligned(params.feats, problem) && aligned(params.out, problem);
   problem.pooled_given = pooled_in.has_value();
   run(problem, params, feats_[0]);

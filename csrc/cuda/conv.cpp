@@ -172,14 +172,11 @@ Tensor module(
   const char* op = "psa_forward";
   const ModuleProblem p = check_module_arguments(op, x, weights, k, se);
   check_epilogue({op, x.device(), "x"}, epilogue, p.attention);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !epilogue.any(), op, ": scale, shift and relu: expected tensors on the CPU, got x on ",
-      x.device());
   TORCH_CHECK_VALUE(
       !packed, op, ": packed: expected None on ", x.device().type(), ", got packed weights");
   const c10::cuda::CUDAGuard guard(x.device());
   const std::vector<Tensor> feats = maps(p.conv, x, weights, k);
-  const Tensor out = std::get<0>(call_attention(feats, se, reversed, std::nullopt, {}));
+  const Tensor out = std::get<0>(call_attention(feats, se, reversed, std::nullopt, epilogue));
   return out.contiguous(conv_layout(x));
 }
 

@@ -67,6 +67,23 @@ EPSA_DEVICE void gate(
   barrier();
 }
 
+// What an epilogue multiplies and adds: factors and summands [S, C] in the order of the
+// branches. The factors may be where the scores were.
+template <class T>
+EPSA_DEVICE void epilogue(
+    const Params& p, const Acc<T>* attention, Acc<T>* factors, Acc<T>* summands) {
+  using A = Acc<T>;
+  const auto* scale = static_cast<const A*>(p.scale);
+  const auto* shift = static_cast<const A*>(p.shift);
+  for (int i = thread_id(); i < p.branches * p.channels; i += block_threads()) {
+    const int slot = slot_of_branch(i / p.channels, p.branches, p.reversed);
+    const int k = slot * p.channels + i % p.channels;
+    factors[i] = scale ? attention[i] * scale[k] : attention[i];
+    summands[i] = shift ? shift[k] : A(0);
+  }
+  barrier();
+}
+
 // da [S, C] -> hidden [S, r], grad_v [S, C], grad_u [S, r], grad_pooled [S, C] / M.
 // On entry da is this sample's gradient through the output alone.
 template <class T>

@@ -19,11 +19,17 @@ namespace epsa::cuda {
 
 using Kernel = void (*)(Params);
 
+template <class T, int V, bool kLast, bool kEpilogue>
+Kernel forward_kernel(Variant variant) {
+  return variant == Variant::resident ? Kernel(forward_resident<T, V, kLast, kEpilogue>)
+                                      : forward_streaming<T, V, kLast, kEpilogue>;
+}
+
 template <class T, int V, bool kLast>
-Kernel kernel_of(Pass pass, Variant variant) {
-  if (pass == Pass::forward) {
-    return variant == Variant::resident ? Kernel(forward_resident<T, V, kLast>)
-                                        : forward_streaming<T, V, kLast>;
+Kernel kernel_of(const Problem& problem, Variant variant) {
+  if (problem.pass == Pass::forward) {
+    return problem.epilogue ? forward_kernel<T, V, kLast, true>(variant)
+                            : forward_kernel<T, V, kLast, false>(variant);
   }
   return variant == Variant::resident ? Kernel(backward_resident<T, V, kLast>)
                                       : backward_streaming<T, V, kLast>;
@@ -34,11 +40,11 @@ Kernel kernel_of(const Problem& problem, const Plan& plan) {
   constexpr int kVector = full_vector(dtype_of<T>());
   const bool last = problem.layout == Layout::channels_last;
   if (plan.vector == kVector) {
-    return last ? kernel_of<T, kVector, true>(problem.pass, plan.variant)
-                : kernel_of<T, kVector, false>(problem.pass, plan.variant);
+    return last ? kernel_of<T, kVector, true>(problem, plan.variant)
+                : kernel_of<T, kVector, false>(problem, plan.variant);
   }
-  return last ? kernel_of<T, 1, true>(problem.pass, plan.variant)
-              : kernel_of<T, 1, false>(problem.pass, plan.variant);
+  return last ? kernel_of<T, 1, true>(problem, plan.variant)
+              : kernel_of<T, 1, false>(problem, plan.variant);
 }
 
 template <class... Types>

@@ -146,7 +146,7 @@ Device device_properties(int device) {
 Plan choose_plan(const Problem& p, int device) {
   const auto key = std::tuple(
       device, p.pass, p.samples, p.branches, p.channels, p.pixels, p.hidden, p.dtype, p.layout,
-      p.aligned, p.pooled_given, p.grad_out_given, p.feats_wanted, p.weights_wanted);
+      p.aligned, p.pooled_given, p.epilogue, p.grad_out_given, p.feats_wanted, p.weights_wanted);
   static std::mutex mutex;
   static std::map<decltype(key), Plan> chosen;
   const std::lock_guard lock(mutex);

@@ -18,6 +18,8 @@ struct Params {
   bool grad_out_given;  // backward
   bool feats_wanted;    // backward
   bool weights_wanted;  // backward
+  bool reversed;        // epilogue: are the output's slots in reversed order?
+  bool relu;            // epilogue
 
   int cluster;
   int pieces;
@@ -36,6 +38,9 @@ struct Params {
   Maps out;         // forward: written
   void* pooled;     // [N, S, C] Acc: written by the forward unless given
   void* attention;  // [N, S, C] Acc: written by the forward
+  // epilogue: [S*C] Acc in the order of the output's slots; null: one and zero
+  const void* scale;
+  const void* shift;
 
   Maps grad_out;
   const void* grad_attention;  // [N, S, C] Acc, or null
@@ -53,6 +58,7 @@ struct Params {
   void* partial;
   void* hidden_units;
   void* scratch;
+  void* summands;
   void* grad_v;
   void* grad_u;
   void* grad_pooled;

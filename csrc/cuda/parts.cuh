@@ -1,5 +1,5 @@
 // How a sample is cut into parts, and both passes over a part: the sums of its
-// channels, then out = F * a or dF = G * a + dp / M.
+// channels, then what the maps become.
 #pragma once
 
 #include "cuda/sums.cuh"
@@ -200,41 +200,70 @@ EPSA_DEVICE void sum_segment(
   sum_rows<T, 1, kDot, held>(x, y, g.rows, g.pixels, sums, meet);
 }
 
-// ---- the second pass: out = F * a, dF = G * a + dp / M ----
+// ---- the second pass ----
+
+// What the maps become.
+enum class Become {
+  output,    // out = F * a
+  gradient,  // dF = G * a + dp / M
+  epilogue,  // out = relu(F * (a * scale) + shift), where the ReLU may be absent
+};
+
+// x * mul + add, of each channel: [S, C], or a segment's rows of them.
+template <class A>
+struct Factors {
+  const A* mul;
+  const A* add = nullptr;  // null for Become::output
+  bool relu = false;       // for Become::epilogue
+
+  EPSA_DEVICE Factors from(int channel) const {
+    return {mul + channel, add ? add + channel : nullptr, relu};
+  }
+};
 
 // The turns of a batch: all their loads come before the first store.
-template <int V, bool kAdd>
-constexpr int kScaleTurns = kAdd && V == 8 ? 1 : 2;
+template <int V, Become kBecome>
+constexpr int kScaleTurns = kBecome != Become::output && V == 8 ? 1 : 2;
 
-template <bool kAdd, class A>
-EPSA_DEVICE A scaled(A x, A mul, A add) {
-  return kAdd ? multiply_add(x, mul, add) : reweight(x, mul);
+template <Become kBecome, class A>
+EPSA_DEVICE A scaled(A x, A mul, A add, bool with_relu) {
+  if constexpr (kBecome == Become::output) {
+    return reweight(x, mul);
+  }
+  const A y = multiply_add(x, mul, add);
+  return kBecome == Become::epilogue && with_relu ? relu(y) : y;
+}
+
+// What a channel's elements are added; nothing for an output.
+template <Become kBecome, class A>
+EPSA_DEVICE A summand(const Factors<A>& factors, int channel) {
+  return kBecome == Become::output ? A(0) : factors.add[channel];
 }
 
 // Scales the pack that begins at element i of rows of `length` elements.
-template <bool kAdd, bool kWhole, class T, int V>
+template <Become kBecome, bool kWhole, class T, int V>
 EPSA_DEVICE void scale_pack(
-    Pack<T, V>& pack, unsigned i, unsigned length, const Acc<T>* mul, const Acc<T>* add) {
+    Pack<T, V>& pack, unsigned i, unsigned length, const Factors<Acc<T>>& factors) {
   using A = Acc<T>;
   unsigned row = i / length, m = i % length;
-  A a = mul[row], d = kAdd ? add[row] : A(0);
+  A a = factors.mul[row], d = summand<kBecome>(factors, row);
   for (int v = 0; v < V; ++v) {
-    from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), a, d), pack.lane[v]);
+    from_acc<T>(scaled<kBecome>(to_acc(pack.lane[v]), a, d, factors.relu), pack.lane[v]);
     if (!kWhole && v + 1 < V && ++m == length) {
       m = 0;
       ++row;
-      a = mul[row];
-      d = kAdd ? add[row] : A(0);
+      a = factors.mul[row];
+      d = summand<kBecome>(factors, row);
     }
   }
 }
 
-// Scales rows of `pixels` elements; row i has the factor mul[i]. A null x means
-// zeros. With kWhole, each pack lies in one row.
-template <class T, int V, bool kAdd, bool kWhole>
+// Scales rows of `pixels` elements by their factors. A null x means zeros. With
+// kWhole, each pack lies in one row.
+template <class T, int V, Become kBecome, bool kWhole>
 EPSA_DEVICE void scale_rows(
-    const T* x, T* to, int rows, int pixels, const Acc<T>* mul, const Acc<T>* add) {
-  constexpr int kTurns = kScaleTurns<V, kAdd>;
+    const T* x, T* to, int rows, int pixels, const Factors<Acc<T>>& factors) {
+  constexpr int kTurns = kScaleTurns<V, kBecome>;
   const unsigned length = pixels;
   const int step = block_threads() * V;
   const int turns = turns_of(thread_id() * V, rows * pixels, step);
@@ -252,29 +281,29 @@ EPSA_DEVICE void scale_rows(
     for (int k = 0; k < kTurns; ++k) {
       if (turn + k < turns) {
         const unsigned i = start + k * step;
-        scale_pack<kAdd, kWhole>(packs[k], i, length, mul, add);
+        scale_pack<kBecome, kWhole>(packs[k], i, length, factors);
         store<V>(to + i, packs[k]);
       }
     }
   }
 }
 
-template <class T, int V, bool kAdd>
+template <class T, int V, Become kBecome>
 EPSA_DEVICE void scale_segment(
-    const T* x, T* to, int rows, int pixels, const Acc<T>* mul, const Acc<T>* add) {
+    const T* x, T* to, int rows, int pixels, const Factors<Acc<T>>& factors) {
   if (pixels % V == 0) {
-    scale_rows<T, V, kAdd, true>(x, to, rows, pixels, mul, add);
+    scale_rows<T, V, kBecome, true>(x, to, rows, pixels, factors);
   } else if constexpr (V > 1) {
-    scale_rows<T, V, kAdd, false>(x, to, rows, pixels, mul, add);
+    scale_rows<T, V, kBecome, false>(x, to, rows, pixels, factors);
   }
 }
 
 // Scales a thread's turns down one column, whose channels have the factors `mul`.
-template <bool kAdd, class T, int V, class Step>
+template <Become kBecome, class T, int V, class Step>
 EPSA_DEVICE void scale_column(
     Pixels<const T, Step> x, Pixels<T, int64_t> to, int turns, const Acc<T> (&mul)[V],
-    const Acc<T> (&add)[V]) {
-  constexpr int kTurns = kScaleTurns<V, kAdd>;
+    const Acc<T> (&add)[V], bool relu) {
+  constexpr int kTurns = kScaleTurns<V, kBecome>;
 #pragma unroll 1
   for (int turn = 0; turn < turns; turn += kTurns) {
     Pack<T, V> packs[kTurns] = {};
@@ -288,7 +317,7 @@ EPSA_DEVICE void scale_column(
       if (turn + k < turns) {
         Pack<T, V>& pack = packs[k];
         for (int v = 0; v < V; ++v) {
-          from_acc<T>(scaled<kAdd>(to_acc(pack.lane[v]), mul[v], add[v]), pack.lane[v]);
+          from_acc<T>(scaled<kBecome>(to_acc(pack.lane[v]), mul[v], add[v], relu), pack.lane[v]);
         }
         store<V>(to.at, pack);
         to.at += to.step;
@@ -297,10 +326,10 @@ EPSA_DEVICE void scale_column(
   }
 }
 
-template <bool kAdd, class T, int V, class Step>
+template <Become kBecome, class T, int V, class Step>
 EPSA_DEVICE void scale_pixels(
     const Params& p, const Columns<V>& deal, Pixels<const T, Step> x, Pixels<T, int64_t> to,
-    int pixels, const Acc<T>* mul, const Acc<T>* add) {
+    int pixels, const Factors<Acc<T>>& factors) {
   using A = Acc<T>;
   if (!deal.active || !to.at) {
     return;
@@ -309,10 +338,11 @@ EPSA_DEVICE void scale_pixels(
   for (int at = deal.column * V; at < p.channels; at += deal.columns * V) {
     A a[V], d[V];
     for (int v = 0; v < V; ++v) {
-      a[v] = mul[deal.s * p.channels + at + v];
-      d[v] = kAdd ? add[deal.s * p.channels + at + v] : A(0);
+      const int channel = deal.s * p.channels + at + v;
+      a[v] = factors.mul[channel];
+      d[v] = summand<kBecome>(factors, channel);
     }
-    scale_column<kAdd>(x, to, turns, a, d);
+    scale_column<kBecome>(x, to, turns, a, d, factors.relu);
     x.at += x.at ? deal.columns * V : 0;
     to.at += deal.columns * V;
   }

@@ -324,6 +324,7 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   w.partial = take(streaming, p.samples * partials * acc);
   w.hidden = take(streaming || weights, hidden);
   w.scratch = take(streaming, vectors);
+  w.summands = take(streaming && p.epilogue, vectors);
   w.grad_v = take(backward && (streaming || weights), vectors);
   w.grad_u = take(backward && (streaming || weights), hidden);
   w.grad_pooled = take(backward && streaming, vectors);
@@ -361,6 +362,7 @@ void set_plan(Params& params, const Problem& p, const Plan& plan, void* memory) 
   params.partial = at(w.partial);
   params.hidden_units = at(w.hidden);
   params.scratch = at(w.scratch);
+  params.summands = at(w.summands);
   params.grad_v = at(w.grad_v);
   params.grad_u = at(w.grad_u);
   params.grad_pooled = at(w.grad_pooled);

@@ -50,6 +50,7 @@ struct Problem {
   Layout layout;
   bool aligned;                // may all maps be read and written by 16 bytes? see may_align
   bool pooled_given = false;   // forward: nothing to squeeze
+  bool epilogue = false;       // forward: do scale, shift or relu follow?
   bool grad_out_given = true;  // backward: else only the attention's gradient
   bool feats_wanted = true;    // backward: is any gradient of a map asked for?
   bool weights_wanted = true;  // backward: is any gradient of a weight?
@@ -134,7 +135,8 @@ struct Workspace {
   int64_t cleared;
   int64_t partial;      // [N, partials]: streaming, sums of the parts
   int64_t hidden;       // [N, S, r]
-  int64_t scratch;      // [N, S, C]: forward scores, backward gradients da
+  int64_t scratch;      // [N, S, C]: forward scores and factors, backward gradients da
+  int64_t summands;     // [N, S, C]: epilogue, streaming
   int64_t grad_v;       // [N, S, C]: backward
   int64_t grad_u;       // [N, S, r]: backward
   int64_t grad_pooled;  // [N, S, C]: backward

@@ -104,23 +104,21 @@ EPSA_DEVICE void sum_piece(
   }
 }
 
-// Reweights the part in shared memory: to = piece * mul, or piece * mul + add.
-template <class T, int V, bool kLast, bool kAdd>
+// Writes what the part in shared memory becomes.
+template <class T, int V, bool kLast, Become kBecome>
 EPSA_DEVICE void scale_piece(
-    const Params& p, int n, int part, T* piece, const Maps& to, const Acc<T>* mul,
-    const Acc<T>* add) {
+    const Params& p, int n, int part, T* piece, const Maps& to, const Factors<Acc<T>>& factors) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
-    scale_pixels<kAdd>(
+    scale_pixels<kBecome>(
         p, deal, pixels_of<const T>(piece, deal, pixels, p.channels),
-        pixels_of<T>(to, deal, n, first), pixels, mul, add);
+        pixels_of<T>(to, deal, n, first), pixels, factors);
   } else {
     for_segments<false>(p, part, [&](const Segment& g) {
       if (T* dst = segment_of<T>(p, to, n, g)) {
-        const int row = g.s * p.channels + g.c;
-        scale_segment<T, V, kAdd>(
-            piece, dst, g.rows, g.pixels, mul + row, kAdd ? add + row : nullptr);
+        scale_segment<T, V, kBecome>(
+            piece, dst, g.rows, g.pixels, factors.from(g.s * p.channels + g.c));
       }
       piece += g.rows * g.pixels;
     });
@@ -172,7 +170,7 @@ EPSA_DEVICE void copy_vector(const A* from, A* to, int size) {
   }
 }
 
-template <class T, int V, bool kLast>
+template <class T, int V, bool kLast, bool kEpilogue>
 EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 forward_resident(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
@@ -197,7 +195,13 @@ forward_resident(EPSA_PARAMETER Params p) {
     copy_vector(pooled, row_of<A>(p.pooled, n, vector), vector);
     copy_vector(attention, row_of<A>(p.attention, n, vector), vector);
   }
-  scale_piece<T, V, kLast, false>(p, n, rank, piece, p.out, attention, nullptr);
+  if constexpr (kEpilogue) {
+    // Each thread has copied its own means, and the next pass reads none.
+    epilogue<T>(p, attention, scores, pooled);
+    scale_piece<T, V, kLast, Become::epilogue>(p, n, rank, piece, p.out, {scores, pooled, p.relu});
+  } else {
+    scale_piece<T, V, kLast, Become::output>(p, n, rank, piece, p.out, {attention});
+  }
   cluster_finish(p);
 }
 
@@ -242,7 +246,8 @@ backward_resident(EPSA_PARAMETER Params p) {
   gate_grad<T>(
       p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr, pooled, attention, da,
       hidden, grad_v, grad_u, grad_pooled);
-  scale_piece<T, V, kLast, true>(p, n, rank, piece, p.grad_feats, attention, grad_pooled);
+  scale_piece<T, V, kLast, Become::gradient>(
+      p, n, rank, piece, p.grad_feats, {attention, grad_pooled});
   if (rank == 0 && p.weights_wanted) {
     copy_vector(hidden, row_of<A>(p.hidden_units, n, units), units);
     copy_vector(grad_v, row_of<A>(p.grad_v, n, vector), vector);

@@ -34,24 +34,23 @@ EPSA_DEVICE void sum_part(
   }
 }
 
-// Reweights one part of sample n: to = x * mul, or x * mul + add.
-template <class T, int V, bool kLast, bool kAdd>
+// Writes what one part of sample n becomes.
+template <class T, int V, bool kLast, Become kBecome>
 EPSA_DEVICE void scale_part(
-    const Params& p, int n, int part, const Maps& x, const Maps& to, const Acc<T>* mul,
-    const Acc<T>* add) {
+    const Params& p, int n, int part, const Maps& x, const Maps& to,
+    const Factors<Acc<T>>& factors) {
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
-    scale_pixels<kAdd>(
+    scale_pixels<kBecome>(
         p, deal, pixels_of<const T>(x, deal, n, first), pixels_of<T>(to, deal, n, first), pixels,
-        mul, add);
+        factors);
   } else {
     for_segments<true>(p, part, [&](const Segment& g) {
       if (T* dst = segment_of<T>(p, to, n, g)) {
-        const int row = g.s * p.channels + g.c;
-        scale_segment<T, V, kAdd>(
-            segment_of<const T>(p, x, n, g), dst, g.rows, g.pixels, mul + row,
-            kAdd ? add + row : nullptr);
+        scale_segment<T, V, kBecome>(
+            segment_of<const T>(p, x, n, g), dst, g.rows, g.pixels,
+            factors.from(g.s * p.channels + g.c));
       }
     });
   }
@@ -129,7 +128,7 @@ EPSA_DEVICE void wait_ready(const Params& p, int n) {
   barrier();
 }
 
-template <class T, int V, bool kLast>
+template <class T, int V, bool kLast, bool kEpilogue>
 EPSA_KERNEL(kMaxThreads, kMinBlocks<T>)
 forward_streaming(EPSA_PARAMETER Params p) {
   using A = Acc<T>;
@@ -153,15 +152,24 @@ forward_streaming(EPSA_PARAMETER Params p) {
           }
           combine_parts<T, kLast>(p, partial, 1 / static_cast<A>(p.pixels), pooled);
         }
-        gate<T>(
-            p, pooled, row_of<A>(p.hidden_units, n, p.branches * p.hidden),
-            row_of<A>(p.scratch, n, vector), row_of<A>(p.attention, n, vector));
+        A* scores = row_of<A>(p.scratch, n, vector);
+        A* attention = row_of<A>(p.attention, n, vector);
+        gate<T>(p, pooled, row_of<A>(p.hidden_units, n, p.branches * p.hidden), scores, attention);
+        if constexpr (kEpilogue) {
+          epilogue<T>(p, attention, scores, row_of<A>(p.summands, n, vector));
+        }
         set_ready(p, n);
       },
       [&](int n, int part) {
         wait_ready(p, n);
-        scale_part<T, V, kLast, false>(
-            p, n, part, p.feats, p.out, row_of<A>(p.attention, n, vector), nullptr);
+        if constexpr (kEpilogue) {
+          scale_part<T, V, kLast, Become::epilogue>(
+              p, n, part, p.feats, p.out,
+              {row_of<A>(p.scratch, n, vector), row_of<A>(p.summands, n, vector), p.relu});
+        } else {
+          scale_part<T, V, kLast, Become::output>(
+              p, n, part, p.feats, p.out, {row_of<A>(p.attention, n, vector)});
+        }
       });
 }
 
@@ -204,9 +212,9 @@ backward_streaming(EPSA_PARAMETER Params p) {
       },
       [&](int n, int part) {
         wait_ready(p, n);
-        scale_part<T, V, kLast, true>(
-            p, n, part, p.grad_out, p.grad_feats, row_of<A>(p.attention, n, vector),
-            row_of<A>(p.grad_pooled, n, vector));
+        scale_part<T, V, kLast, Become::gradient>(
+            p, n, part, p.grad_out, p.grad_feats,
+            {row_of<A>(p.attention, n, vector), row_of<A>(p.grad_pooled, n, vector)});
       });
 }
 

@@ -47,25 +47,26 @@ class Kernel:
     dtype: str
     vector: int
     channels_last: bool
+    epilogue: bool = False
 
     @staticmethod
     def of(symbol: str) -> Kernel:
-        """From the linker's name of name<T, V, kLast>(Params)."""
+        """From the linker's name of name<T, V, kLast>(Params), forward also with kEpilogue."""
         match = re.fullmatch(
-            r"_ZN4epsa4cuda\d+([a-z_]+)I(\w+?)Li(\d)ELb([01])EEEvNS0_6ParamsE", symbol
+            r"_ZN4epsa4cuda\d+([a-z_]+)I(\w+?)Li(\d)ELb([01])E(?:Lb([01])E)?EEvNS0_6ParamsE", symbol
         )
         assert match, f"an unknown kernel: {symbol}"
-        name, dtype, vector, last = match.groups()
-        return Kernel(name, TYPES[dtype], int(vector), last == "1")
+        name, dtype, vector, last, epilogue = match.groups()
+        return Kernel(name, TYPES[dtype], int(vector), last == "1", epilogue == "1")
 
 
 def kernels_of(types: str) -> set[Kernel]:
     """The kernels of a list of element types in C++."""
     names = {"float": "f32", "double": "f64", "simt::bf16": "bf16", "simt::f16": "f16"}
     return {
-        Kernel(f"{pass_}_{variant}", dtype, vector, last)
-        for pass_, variant, dtype, last in itertools.product(
-            ("forward", "backward"),
+        Kernel(f"{pass_}_{variant}", dtype, vector, last, epilogue)
+        for (pass_, epilogue), variant, dtype, last in itertools.product(
+            (("forward", False), ("forward", True), ("backward", False)),
             ("resident", "streaming"),
             [names[name] for name in types.split(", ")],
             (False, True),

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import DEVICES
+from support.epilogue import assert_is_epilogue, factors
 from torch import nn
 
 from epsa_fused import FusedPSAModule, PSAModule
@@ -126,6 +127,23 @@ def test_an_odd_number_of_groups(n):
     for f, w, k, g in zip(feats, weights, KERNELS, groups, strict=True):
         exact = nn.functional.conv2d(x.double(), w.double(), None, 1, k // 2, 1, g)
         assert ((f.double() - exact).abs() / (exact.abs() + 1)).max().item() < 4e-3, k
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(("planes", "size"), STAGES)
+def test_an_epilogue(planes, size, dtype):
+    module, x = make_module(planes, dtype), image(5, planes, size, dtype)
+    convs = [getattr(module, f"conv_{i}") for i in (1, 2, 3, 4)]
+    with torch.no_grad():
+        arguments = module._arguments(x, convs)
+        scale, shift = factors(planes, dtype, "cuda")
+        call = torch.ops.epsa_fused.psa_forward.default
+        out = call(*arguments, None, True, scale, shift, True)
+        feats, _ = spc_conv(x, [c.weight for c in convs], groups=GROUPS,
+                            padding=[k // 2 for k in KERNELS])  # fmt: skip
+        se = arguments[6:-1]
+        _, _, attention = torch.ops.epsa_fused.psa_attention.default(feats, *se, True)
+    assert_is_epilogue(out, feats, attention, True, scale, shift, True)
 
 
 def test_compiled():

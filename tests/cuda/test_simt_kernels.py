@@ -243,6 +243,22 @@ with torch.no_grad():
     assert len(conv_plans(library, code)) == 2
 
 
+def test_an_epilogue_of_the_module(library):
+    code = """
+from epsa_fused import FusedPSAModule
+fused = FusedPSAModule(64, 64).bfloat16().requires_grad_(False)
+x = torch.randn(2, 64, 6, 7).bfloat16()
+convs = [getattr(fused, f"conv_{i}") for i in (1, 2, 3, 4)]
+scale, shift = torch.randn(2, 64)
+call = torch.ops.epsa_fused.psa_forward.default
+out = call(*fused._arguments(x, convs), None, True, scale, shift, True)
+exact = torch.relu(fused.double()(x.double()) * scale[:, None, None] + shift[:, None, None])
+assert out.dtype == torch.bfloat16
+torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=1e-2)
+"""
+    assert len(conv_plans(library, code)) == 1
+
+
 # ---- the case table ----
 
 FIXED = "--mode resident --mode cluster2 --mode cluster4 --mode streaming --mode chunks"

@@ -1,13 +1,16 @@
-"""scale, shift and relu behind the attention step, in the pass that writes the output."""
+"""scale, shift and relu behind a module, in the pass that writes the output.
+
+tests/attention/test_epilogue.py has the same behind the attention step alone.
+"""
 
 import itertools
 
 import pytest
 import torch
-from support.cases import BY_NAME, DTYPES, FORMATS, ORDERS, PLAIN_LAYOUTS, make_inputs, name_of
+from support.cases import BY_NAME, DTYPES, FORMATS, ORDERS, make_inputs, name_of
+from support.epilogue import EPILOGUES, assert_is_epilogue, factors
 from support.errors import Change, assert_raises, assert_same_words_on_meta, raising
 from support.modules import CASES, arguments, build, image
-from support.tolerance import accumulation_type
 from torch import Tensor
 
 from epsa_fused import PSAModule
@@ -16,32 +19,6 @@ from epsa_fused._decompositions import _psa_attention, _psa_forward
 OP = torch.ops.epsa_fused.psa_forward.default
 CONV = torch.ops.epsa_fused.spc_conv.default
 ATTENTION = torch.ops.epsa_fused.psa_attention.default
-
-
-def factors(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale and shift of an output's channels, no two alike."""
-    random = torch.Generator().manual_seed(3)
-    made = [torch.randn(channels, generator=random, dtype=torch.float64) for _ in range(2)]
-    return tuple(v.to(accumulation_type(dtype)) for v in made)
-
-
-def assert_is_epilogue(out, feats, attention, reversed_, scale, shift, relu):
-    """Each output is rounded once; before, the sums' own rounding may add a little."""
-    products = [f.double() * a[:, :, None, None].double() for f, a in zip(
-        feats, attention.unbind(1), strict=True)]  # fmt: skip
-    plain = torch.cat(products[::-1] if reversed_ else products, 1)
-    exact, size = plain, plain.abs()
-    if scale is not None:
-        wide = [v.double()[:, None, None] for v in (scale, shift)]
-        exact, size = plain * wide[0] + wide[1], size * wide[0].abs() + wide[1].abs()
-    exact = exact.relu() if relu else exact
-    eps = torch.finfo(out.dtype).eps / 2
-    allowed = eps * exact.abs() + 4 * torch.finfo(attention.dtype).eps * size
-    tiny = torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
-    assert ((out.double() - exact).abs() <= allowed + tiny).all()
-
-
-EPILOGUES = [(True, True), (True, False), (False, True)]  # scale and shift; relu
 
 
 @pytest.mark.per_isa
@@ -60,22 +37,6 @@ def test_of_a_module(name, order, dtype, memory_format, affine, relu):
     plain, _, attention = ATTENTION(feats, *args[6:], pooled)
     assert out.shape == plain.shape and out.stride() == plain.stride() and out.dtype == dtype
     assert_is_epilogue(out, feats, attention, args[-1], scale, shift, relu)
-
-
-@pytest.mark.per_isa
-@pytest.mark.parametrize(("affine", "relu"), EPILOGUES)
-@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("name", ("stage1", "stage4", "odd"))
-def test_of_the_attention_step(name, dtype, layout, affine, relu):
-    case = BY_NAME[name]
-    feats, *weights = make_inputs(case, dtype, layout).args
-    scale, shift = factors(case.branches * case.channels, dtype) if affine else (None, None)
-    for order in (True, False):
-        plain = ATTENTION(feats, *weights, order)
-        out, pooled, attention = ATTENTION(feats, *weights, order, None, scale, shift, relu)
-        assert torch.equal(pooled, plain[1]) and torch.equal(attention, plain[2])
-        assert_is_epilogue(out, feats, attention, order, scale, shift, relu)
 
 
 def call(batch: int = 3) -> tuple:

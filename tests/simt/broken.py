@@ -353,6 +353,48 @@ BUGS = [
         "--mode cluster2 odd/f32/contiguous/backward",
         {"native": WRONG},
     ),
+    # ---- the epilogue ----
+    Bug(
+        "scale_in_the_order_of_the_branches",
+        GATE,
+        "slot_of_branch(i / p.channels, p.branches, p.reversed)",
+        "i / p.channels",
+        "--mode resident epilogue_odd/",
+        {"native": WRONG},
+        quick=True,
+    ),
+    Bug(
+        "shift_before_the_product",
+        PARTS,
+        "const A y = multiply_add(x, mul, add);",
+        "const A y = kBecome == Become::epilogue ? (x + add) * mul : multiply_add(x, mul, add);",
+        "--mode resident epilogue_odd/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "no_relu",
+        PARTS,
+        "kBecome == Become::epilogue && with_relu ? relu(y) : y",
+        "y",
+        "--mode streaming relu_alone/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "no_barrier_after_the_factors",
+        GATE,
+        "A(0);\n  }\n  barrier();\n}\n\n// da [S, C]",
+        "A(0);\n  }\n}\n\n// da [S, C]",
+        "--mode resident epilogue_odd/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    Bug(
+        "summands_without_memory",
+        PLAN,
+        "take(streaming && p.epilogue, vectors)",
+        "take(false, vectors)",
+        "--mode streaming epilogue_odd/",
+        {"native": f"{WRONG}|wrote to ", "asan": OVERFLOW},
+    ),
     # ---- maths ----
     Bug(
         "relu_passes_every_gradient",

@@ -27,6 +27,7 @@ struct Case {
   bool reversed = true;
   Storage storage = Storage::dense;
   bool pooled_given = false;
+  bool affine = false, relu = false;  // of the epilogue
   bool grad_out = true, grad_attention = true;
   unsigned feats_mask = ~0u, weights_mask = ~0u;  // the gradients asked for
 

@@ -20,6 +20,10 @@ Experiment::Experiment(const Case& k, Pass pass) : case_(k), values_(make_inputs
   params_.attention = add(kAttention, k.acc(), forward);
   if (forward) {
     add_maps(kOut, true, true, params_.out);
+    params_.scale = add(kScale, k.acc(), false);
+    params_.shift = add(kShift, k.acc(), false);
+    params_.reversed = k.reversed;
+    params_.relu = k.relu;
   } else {
     if (k.grad_out) {
       add_maps(kGradOut, false, true, params_.grad_out);
@@ -52,6 +56,7 @@ void Experiment::set_problem(Pass pass) {
   problem_.aligned = may_align(k.dtype, k.layout, k.C, k.M) && aligned(k, params_.feats) &&
       aligned(k, params_.out) && aligned(k, params_.grad_out) && aligned(k, params_.grad_feats);
   problem_.pooled_given = pass == Pass::forward && k.pooled_given;
+  problem_.epilogue = pass == Pass::forward && (k.affine || k.relu);
   problem_.grad_out_given = k.grad_out;
   problem_.feats_wanted = (k.feats_mask & ((1u << k.S) - 1)) != 0;
 }

@@ -26,6 +26,8 @@ Values make_inputs(const Case& k) {
   v[kGradOut] = draw(k.grad_out ? vector * k.M : 0, 2);
   v[kGradAttention] = draw(k.grad_attention ? vector : 0, 1);
   v[kPooled] = draw(k.pooled_given ? vector : 0, 0.5);
+  v[kScale] = draw(k.affine ? k.S * k.C : 0, 2);
+  v[kShift] = draw(k.affine ? k.S * k.C : 0, 0.5);
   return v;
 }
 
@@ -83,7 +85,7 @@ class Sample {
     }
     attention[i] = {std::exp(z[i].value) / sum, z[i].size};
     for (int m = 0; m < k.M; ++m) {
-      map(kOut, i)[m] = map(kFeats, i)[m] * attention[i];
+      map(kOut, i)[m] = epilogue(i, map(kFeats, i)[m] * attention[i]);
       if (k.grad_out) {
         da[i] += map(kGradOut, i)[m] * map(kFeats, i)[m];
       }
@@ -126,6 +128,16 @@ class Sample {
   }
 
  private:
+  // Of the channel i = s * C + c, whose slot is that of the output.
+  Number epilogue(int i, Number x) const {
+    const int s = i / k.C, slot = k.reversed ? k.S - 1 - s : s;
+    if (k.affine) {
+      const int channel = slot * k.C + i % k.C;
+      x = x * v[kScale][channel] + v[kShift][channel];
+    }
+    return k.relu ? Number(std::max(x.value, 0.0), x.size) : x;
+  }
+
   Number* map(Tensor t, int i) { return &v[t][(n * k.S * k.C + i) * k.M]; }
 
   // The gradient of the sigmoid's input, for each channel of a branch.

@@ -47,6 +47,8 @@ enum Tensor {
   kFc1Bias,
   kFc2,
   kFc2Bias,
+  kScale,
+  kShift,
   kGradFc1,
   kGradFc1Bias,
   kGradFc2,
@@ -54,9 +56,9 @@ enum Tensor {
   kTensors
 };
 inline const char* const kNames[] = {
-    "feats",          "pooled",     "attention",     "out",      "grad_out",
-    "grad_attention", "grad_feats", "fc1",           "fc1_bias", "fc2",
-    "fc2_bias",       "grad_fc1",   "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
+    "feats",      "pooled",   "attention",     "out",      "grad_out",     "grad_attention",
+    "grad_feats", "fc1",      "fc1_bias",      "fc2",      "fc2_bias",     "scale",
+    "shift",      "grad_fc1", "grad_fc1_bias", "grad_fc2", "grad_fc2_bias"};
 
 // By tensor: [N, S, C, M], [N, S, C] or a weight's shape in params.h. Empty where a
 // case has no such tensor.
