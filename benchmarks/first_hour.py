@@ -141,6 +141,22 @@ def attention(output: str, files: Files) -> Verdict:
     )
 
 
+def epilogue(output: str, files: Files) -> Verdict:
+    """What BatchNorm and ReLU gain in the kernel's own pass."""
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in files.measured("epilogue"):
+        key = tuple(row[k] for k in ("layout", "dtype", "n", "planes", "size"))
+        times.setdefault(key, {})[row["contender"]] = float(row["device_us"])
+    whole = [t for t in times.values() if len(t) == 3]
+    if not whole:
+        return False, "nothing was measured"
+    words = []
+    for name in ("fused, then layers", "rewrite compiled"):
+        ratios = [t[name] / t["fused"] for t in whole]
+        words.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
+    return True, f"{len(whole)} cases: {', '.join(words)}"
+
+
 def module(output: str, files: Files) -> Verdict:
     """The attention step's part of a module, and whether merged groups pay in cuDNN."""
     parts: dict[tuple[str, ...], dict[str, float]] = {}
@@ -226,6 +242,8 @@ def steps(python: str) -> list[Step]:
         Step("plans", "Is the best plan ranked first?", [*make, "gpu-plans"], 240, plans),
         Step("attention", "How fast is the attention step?",
              [*bench, "--part", "attention", "--minutes", "7"], 470, attention),
+        Step("epilogue", "What do BatchNorm and ReLU gain in the same pass?",
+             [*bench, "--part", "epilogue", "--minutes", "5"], 470, epilogue),
         Step("sanitizers", "Do the sanitizers report anything?",
              ["bash", "benchmarks/sanitize.sh", program, "440"], 470, sanitizers),
         Step("module", "Which part of a module is the attention step?",

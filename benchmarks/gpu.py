@@ -6,7 +6,8 @@
 Each case measures every contender: its time on the device, beside a copy of the features' bytes;
 the wall time of one call; the peak memory; the kernels and memsets of a call, from the profiler;
 the error against float64. A time on the device is that of a replayed CUDA graph over input sets
-that together exceed the L2 cache. The module's part measures whole modules in bfloat16. Then it
+that together exceed the L2 cache. The epilogue's part measures the attention step with BatchNorm
+and ReLU behind it, in inference. The module's part measures whole modules in bfloat16. Then it
 measures cuDNN's four convolutions beside the attention step, as they are and merged into fewer
 groups. A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds for the same
 sources (csrc) are skipped.
@@ -68,7 +69,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after that")
-    parser.add_argument("--part", choices=("attention", "module", "all"), default="all")
+    parser.add_argument("--part", choices=("attention", "epilogue", "module", "all"), default="all")
     parser.add_argument("--repeats", type=int, default=15, help="timed replays of each graph")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
@@ -88,6 +89,12 @@ def cases() -> Iterator[Case]:
             ("forward", "backward"), stages, dtypes, LAYOUTS
         ):
             yield Case("attention", mode, layout, dtype, n, planes, size)
+
+
+def shape_of(case: Case) -> dict[str, str | int]:
+    return {
+        name: getattr(case, name) for name in ("mode", "layout", "dtype", "n", "planes", "size")
+    }
 
 
 def device_times(calls: list[Callable], repeats: int) -> tuple[list[float], str]:
@@ -338,31 +345,70 @@ def whole_rows(n: int, planes: int, size: int, results: Results, repeats: int) -
         exact = published.double()(image.double())
         published.bfloat16()
         contenders = {"fused": module, "layers": layers, "published eager": published}
-        for name, call in contenders.items():
-            row = {
-                "kind": "module",
-                "mode": "forward",
-                "layout": layout,
-                "dtype": "bfloat16",
-                "n": n,
-                "planes": planes,
-                "size": size,
-                "contender": name,
-            }
-            if results.key(row) in results.done:
-                continue
-            times, timing = device_times([partial(call, x) for x in images], repeats)
-            kernels, memsets = launches(partial(call, image))
-            yield row | {
-                "device_us": round(statistics.median(times) * 1e6, 2),
-                "iqr_us": round(spread(times) * 1e6, 2),
-                "wall_us": round(wall_time(partial(call, image), repeats) * 1e6, 2),
-                "peak_mb": round(peak_memory(partial(call, image)) / 1e6, 3),
-                "kernels": kernels,
-                "memsets": memsets,
-                "error": f"{largest_error([call(image)], [exact]):.2e}",
-                "timing": timing,
-            }
+        case = Case("module", "forward", layout, "bfloat16", n, planes, size)
+        sets = [(x,) for x in images]
+        yield from inference_rows("module", case, contenders, sets, exact, results, repeats)
+
+
+def epilogue_rows(case: Case, results: Results, repeats: int) -> Iterator[dict]:
+    """The missing rows of the attention step with BatchNorm and ReLU behind it, in inference."""
+    channels, dtype = case.planes, DTYPES[case.dtype]
+    norm = torch.nn.BatchNorm2d(channels).cuda().eval().requires_grad_(False)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 1.5)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    norm.to(dtype)
+    operator = torch.ops.epsa_fused.psa_attention.default
+
+    def fused(maps: list[torch.Tensor], *weights: torch.Tensor) -> torch.Tensor:
+        return operator(maps, *weights, True, None, scale, shift, True)[0]
+
+    def followed(function: Callable) -> Callable:
+        return lambda maps, *weights: torch.relu(norm(function(maps, *weights)))
+
+    compiled = torch.compile(followed(rewrite), dynamic=False)
+    first = make_inputs(case, "cuda")
+    inputs = [copied(first) for _ in range(sets_beyond_cache(case.nbytes))]
+    sets = [(maps, *weights) for maps, weights, _ in inputs]
+    maps, weights, _ = copied(first, torch.float64)
+    exact = epsa_fused.psa_attention_reference(maps, *weights)
+    exact = torch.relu(exact * scale[:, None, None].double() + shift[:, None, None].double())
+    contenders = {
+        "fused": fused,
+        "fused, then layers": followed(epsa_fused.psa_attention),
+        "rewrite compiled": compiled,
+    }
+    yield from inference_rows("epilogue", case, contenders, sets, exact, results, repeats)
+
+
+def inference_rows(
+    kind: str,
+    case: Case,
+    contenders: dict[str, Callable],
+    sets: list[tuple],
+    exact: torch.Tensor,
+    results: Results,
+    repeats: int,
+) -> Iterator[dict]:
+    """The missing rows of the contenders, called with each of the sets of arguments."""
+    for name, function in contenders.items():
+        row = {"kind": kind, "contender": name} | shape_of(case)
+        if results.key(row) in results.done:
+            continue
+        calls = [partial(function, *arguments) for arguments in sets]
+        times, timing = device_times(calls, repeats)
+        kernels, memsets = launches(calls[0])
+        yield row | {
+            "device_us": round(statistics.median(times) * 1e6, 2),
+            "iqr_us": round(spread(times) * 1e6, 2),
+            "wall_us": round(wall_time(calls[0], repeats) * 1e6, 2),
+            "peak_mb": round(peak_memory(calls[0]) / 1e6, 3),
+            "kernels": kernels,
+            "memsets": memsets,
+            "error": f"{largest_error([calls[0]()], [exact]):.2e}",
+            "timing": timing,
+        }
 
 
 class Results:
@@ -396,9 +442,7 @@ class Results:
 
 
 def run_case(case: Case, names: tuple[str, ...], results: Results, repeats: int) -> None:
-    base = {"kind": "attention"} | {
-        name: getattr(case, name) for name in ("mode", "layout", "dtype", "n", "planes", "size")
-    }
+    base = {"kind": "attention"} | shape_of(case)
     todo = [n for n in names if results.key(base | {"contender": n}) not in results.done]
     if not todo:
         return
@@ -443,15 +487,25 @@ def run_stage(planes: int, size: int, results: Results, repeats: int) -> None:
         )
 
 
-def run_whole(n: int, planes: int, size: int, results: Results, repeats: int) -> None:
-    for row in whole_rows(n, planes, size, results, repeats):
+def run_inference(rows: Iterator[dict], results: Results) -> None:
+    for row in rows:
         results.add(row)
         print(
-            f"module {row['layout']} ({n}, {planes}, {size}): {row['contender']:<16}"
+            f"{row['kind']} {row['dtype']} {row['layout']} ({row['n']}, {row['planes']}, "
+            f"{row['size']}): {row['contender']:<18}"
             f"{row['device_us']:>10} us  wall {row['wall_us']} us  kernels {row['kernels']}"
             f"  error {row['error']}",
             flush=True,
         )
+
+
+def run_epilogue(case: Case, results: Results, repeats: int) -> None:
+    torch._dynamo.reset()
+    run_inference(epilogue_rows(case, results, repeats), results)
+
+
+def run_whole(n: int, planes: int, size: int, results: Results, repeats: int) -> None:
+    run_inference(whole_rows(n, planes, size, results, repeats), results)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -466,14 +520,20 @@ def main(arguments: list[str] | None = None) -> None:
     # Autograd runs a backward on its forward's stream, and a graph can't capture the default one.
     torch.cuda.set_stream(torch.cuda.Stream())
     steps: list[Callable[[], object]] = []
-    if options.part != "attention":
+    if options.part in ("epilogue", "all"):
+        steps += [
+            partial(run_epilogue, case, results, options.repeats)
+            for case in cases()
+            if case.mode == "forward"
+        ]
+    if options.part in ("module", "all"):
         steps += [
             partial(run_whole, n, *stage, results, options.repeats)
             for n in (64, 8, 1)
             for stage in STAGES
         ]
         steps += [partial(run_stage, *stage, results, options.repeats) for stage in STAGES]
-    if options.part != "module":
+    if options.part in ("attention", "all"):
         steps += [
             partial(run_case, case, names, results, options.repeats)
             for names in PASSES

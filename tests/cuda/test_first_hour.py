@@ -189,6 +189,27 @@ def test_the_module_of_the_committed_results(monkeypatch):
     assert passed and "merged groups gain up to" in verdict
 
 
+def test_the_epilogue(files):
+    assert first_hour.epilogue("", files) == (False, "nothing was measured")
+    case = {
+        "kind": "epilogue", "layout": "contiguous", "dtype": "float32", "n": "64", "planes": "64",
+        "size": "56", "sources": first_hour.sources(),
+    }  # fmt: skip
+    times = {"fused": "100", "fused, then layers": "250", "rewrite compiled": "150"}
+    rows = [case | {"contender": name, "device_us": us} for name, us in times.items()]
+    rows.append(rows[0] | {"n": "1"})  # its opponents are missing still
+    files.folder.mkdir()
+    with (files.folder / "a-gpu-gpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert first_hour.epilogue("", files) == (
+        True,
+        "1 cases: 2.50 to 2.50 times as fast as fused, then layers, 1.50 to 1.50 times as fast as "
+        "rewrite compiled",
+    )
+
+
 def write_gpu(files, **change):
     """Rows of one case: fused, a copy and an opponent of twice the time."""
     files.folder.mkdir(exist_ok=True)
