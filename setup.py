@@ -36,7 +36,7 @@ CSRC = Path("csrc")
 INCLUDE = str(Path(__file__).resolve().parent / CSRC)  # absolute: ninja runs elsewhere
 
 # What to compile for where there is no GPU to ask, the oldest first.
-ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("8.0", "9.0", "10.0", "11.0", "12.0")
 
 
 def missing_packages() -> list[str]:

@@ -64,11 +64,45 @@ EPSA_DEVICE void from_acc(Acc<T> x, T& to) {
   }
 }
 
-// V elements that are read or written at once.
+// V elements that are read or written at once. Elements of 16 bits stay pairs in words of 32: of
+// single ones the compiler takes each out of its register where a load has a condition, and puts
+// it back.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
-  T lane[V];
+  static constexpr int kPerWord = sizeof(T) == 2 && V % 2 == 0 ? 2 : 1;
+  static constexpr int kWords = V / kPerWord;
+  std::conditional_t<kPerWord == 2, unsigned, T> words[kWords];
+
+  // The elements of one word.
+  EPSA_DEVICE void split(int word, Acc<T> (&x)[kPerWord]) const {
+    if constexpr (kPerWord == 2) {
+      simt::split_pair<T>(words[word], x[0], x[1]);
+    } else {
+      x[0] = to_acc(words[word]);
+    }
+  }
+  EPSA_DEVICE void join(int word, const Acc<T> (&x)[kPerWord]) {
+    if constexpr (kPerWord == 2) {
+      words[word] = simt::make_pair<T>(x[0], x[1]);
+    } else {
+      from_acc<T>(x[0], words[word]);
+    }
+  }
 };
+
+// Replaces each element x, number v, by f(x, v).
+template <class T, int V, class F>
+EPSA_DEVICE void transform(Pack<T, V>& pack, const F& f) {
+  constexpr int kPerWord = Pack<T, V>::kPerWord;
+  for (int word = 0; word < V / kPerWord; ++word) {
+    Acc<T> x[kPerWord];
+    pack.split(word, x);
+    for (int i = 0; i < kPerWord; ++i) {
+      x[i] = f(x[i], word * kPerWord + i);
+    }
+    pack.join(word, x);
+  }
+}
 
 template <int V, class T>
 EPSA_DEVICE Pack<T, V> load(const T* p) {

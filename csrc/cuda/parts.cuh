@@ -240,22 +240,22 @@ EPSA_DEVICE A summand(const Factors<A>& factors, int channel) {
   return kBecome == Become::output ? A(0) : factors.add[channel];
 }
 
-// Scales the pack that begins at element i of rows of `length` elements.
+// Scales the pack that begins at element m of a row of `length` elements.
 template <Become kBecome, bool kWhole, class T, int V>
 EPSA_DEVICE void scale_pack(
-    Pack<T, V>& pack, unsigned i, unsigned length, const Factors<Acc<T>>& factors) {
+    Pack<T, V>& pack, int row, int m, int length, const Factors<Acc<T>>& factors) {
   using A = Acc<T>;
-  unsigned row = i / length, m = i % length;
   A a = factors.mul[row], d = summand<kBecome>(factors, row);
-  for (int v = 0; v < V; ++v) {
-    from_acc<T>(scaled<kBecome>(to_acc(pack.lane[v]), a, d, factors.relu), pack.lane[v]);
+  transform(pack, [&](A x, int v) {
+    const A y = scaled<kBecome>(x, a, d, factors.relu);
     if (!kWhole && v + 1 < V && ++m == length) {
       m = 0;
       ++row;
       a = factors.mul[row];
       d = summand<kBecome>(factors, row);
     }
-  }
+    return y;
+  });
 }
 
 // Scales rows of `pixels` elements by their factors. A null x means zeros. With
@@ -266,23 +266,31 @@ EPSA_DEVICE void scale_rows(
   constexpr int kTurns = kScaleTurns<V, kBecome>;
   const unsigned length = pixels;
   const int step = block_threads() * V;
-  const int turns = turns_of(thread_id() * V, rows * pixels, step);
+  unsigned at = thread_id() * V;
+  // Where the next pack begins. A division for each would take as long as its scaling.
+  const int step_rows = step / length;
+  int row = at / length, m = at % length;
   // All loads of a batch come first. The compiler moves no load across a store,
   // which might be to the same address.
 #pragma unroll 1
-  for (int turn = 0; turn < turns; turn += kTurns) {
+  for (int left = turns_of(at, rows * pixels, step); left > 0; left -= kTurns) {
     Pack<T, V> packs[kTurns] = {};
-    const unsigned start = thread_id() * V + turn * step;
     for (int k = 0; x && k < kTurns; ++k) {
-      if (turn + k < turns) {
-        packs[k] = load<V>(x + start + k * step);
+      if (k < left) {
+        packs[k] = load<V>(x + at + k * step);
       }
     }
     for (int k = 0; k < kTurns; ++k) {
-      if (turn + k < turns) {
-        const unsigned i = start + k * step;
-        scale_pack<kBecome, kWhole>(packs[k], i, length, factors);
-        store<V>(to + i, packs[k]);
+      if (k < left) {
+        scale_pack<kBecome, kWhole>(packs[k], row, m, pixels, factors);
+        store<V>(to + at, packs[k]);
+        at += step;
+        row += step_rows;
+        m += step - step_rows * pixels;
+        if (m >= pixels) {
+          m -= pixels;
+          ++row;
+        }
       }
     }
   }
@@ -316,9 +324,9 @@ EPSA_DEVICE void scale_column(
     for (int k = 0; k < kTurns; ++k) {
       if (turn + k < turns) {
         Pack<T, V>& pack = packs[k];
-        for (int v = 0; v < V; ++v) {
-          from_acc<T>(scaled<kBecome>(to_acc(pack.lane[v]), mul[v], add[v], relu), pack.lane[v]);
-        }
+        transform(pack, [&](Acc<T> value, int v) {
+          return scaled<kBecome>(value, mul[v], add[v], relu);
+        });
         store<V>(to.at, pack);
         to.at += to.step;
       }

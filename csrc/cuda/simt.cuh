@@ -44,6 +44,30 @@ EPSA_DEVICE void from_float(float x, bf16& to) {
 EPSA_DEVICE void from_float(float x, f16& to) {
   to = __float2half_rn(x);
 }
+
+// Two neighbouring elements as they lie in memory, the first in the lower half.
+template <class T>
+EPSA_DEVICE void split_pair(unsigned pair, float& first, float& second) {
+  if constexpr (std::is_same_v<T, bf16>) {  // the upper half of a float
+    first = __uint_as_float(pair << 16);
+    second = __uint_as_float(pair & 0xffff0000u);
+  } else {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    first = both.x;
+    second = both.y;
+  }
+}
+template <class T>
+EPSA_DEVICE unsigned make_pair(float first, float second) {
+  using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+  Pair pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    pair = __floats2bfloat162_rn(first, second);
+  } else {
+    pair = __floats2half2_rn(first, second);
+  }
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
 EPSA_DEVICE float exponential(float x) {
   return expf(x);
 }
@@ -219,11 +243,9 @@ EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& 
 }
 
 // Two neighbouring elements, the first at an even place.
-EPSA_DEVICE void store_pair(bf16* to, float a, float b) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
-}
-EPSA_DEVICE void store_pair(f16* to, float a, float b) {
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
+template <class T>
+EPSA_DEVICE void store_pair(T* to, float first, float second) {
+  *reinterpret_cast<unsigned*>(to) = make_pair<T>(first, second);
 }
 
 }  // namespace epsa::cuda::simt

@@ -198,7 +198,10 @@ backward_streaming(EPSA_PARAMETER Params p) {
           }
           combine_parts<T, kLast>(p, partial, A(1), da);
         } else {
-          combine<A>(p, nullptr, 0, 0, 0, A(0), da);
+#pragma unroll 1
+          for (int i = thread_id(); i < vector; i += block_threads()) {
+            da[i] = 0;  // the next loop over it deals out threads in the same way
+          }
         }
         gate_grad<T>(
             p, p.grad_attention ? row_of<A>(p.grad_attention, n, vector) : nullptr,

@@ -101,9 +101,14 @@ EPSA_DEVICE void for_sums(int elements, int count, const Sum& sum, const Put& pu
 // Adds a pack's terms: x, or x * y.
 template <bool kDot, class T, int V>
 EPSA_DEVICE void add_terms(const Pack<T, V>& x, const Pack<T, V>& y, Acc<T> (&sum)[V]) {
-  for (int v = 0; v < V; ++v) {
-    const Acc<T> a = to_acc(x.lane[v]);
-    sum[v] += kDot ? a * to_acc(y.lane[v]) : a;
+  constexpr int kPerWord = Pack<T, V>::kPerWord;
+  for (int word = 0; word < V / kPerWord; ++word) {
+    Acc<T> a[kPerWord], b[kPerWord];
+    x.split(word, a);
+    y.split(word, b);
+    for (int i = 0; i < kPerWord; ++i) {
+      sum[word * kPerWord + i] += kDot ? a[i] * b[i] : a[i];
+    }
   }
 }
 

@@ -209,7 +209,7 @@ EPSA_DEVICE void sum_groups(const Params& p, int groups, const Acc<T>* all, int6
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
         for (int v = 0; v < kVector; ++v) {
-          sum[v] += packs[k].lane[v];
+          sum[v] += packs[k].words[v];
         }
       }
     }

@@ -305,6 +305,32 @@ def test_case_table(built, arguments, least):
     assert int(count[1]) >= least
 
 
+OTHER_DEVICES = ("A100", "RTX4090", "RTX5090", "B200")  # simt/test_plans.cpp has their sizes
+
+
+@pytest.mark.parametrize("program", [NATIVE], ids=["native"])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        "--dtype f32 --mode auto --mode cluster2 --mode pair",
+        pytest.param("--mode auto --mode plans --mode pair", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", OTHER_DEVICES)
+def test_case_table_with_the_plans_of_another_device(built, modes, name, monkeypatch):
+    monkeypatch.setenv("EPSA_SIMT_DEVICE", name)
+    result = build.run(built, "--quick", *modes.split(), timeout=1800)
+    count = re.fullmatch(r"(\d+) cases, 0 failed", result.stdout.splitlines()[-1])
+    assert count and result.returncode == 0, result.stdout[-5000:]
+    assert int(count[1]) >= 180
+
+
+@pytest.mark.parametrize("program", [NATIVE], ids=["native"])
+def test_an_unknown_device(built, monkeypatch):
+    monkeypatch.setenv("EPSA_SIMT_DEVICE", "V100")
+    assert "unknown device V100" in build.run(built, "--quick", "--mode", "auto", "odd/").stdout
+
+
 @pytest.mark.parametrize("program", [FLOAT["asan"]], ids=["float"])
 def test_a_dtype_without_kernels_is_refused(built):
     result = build.run(built, "--quick", "--mode", "streaming", "--dtype", "bf16", "odd/")

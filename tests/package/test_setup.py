@@ -24,7 +24,7 @@ def setup() -> dict:
     ("listed", "chosen"),
     [
         # as CUDA 13.0 and 12.6 print them, and one that is older than 11
-        ("75 80 86 89 90 100 110 103 120 121", "8.0;9.0;10.0;12.0+PTX"),
+        ("75 80 86 89 90 100 110 103 120 121", "8.0;9.0;10.0;11.0;12.0+PTX"),
         ("50 60 70 75 80 86 89 90", "8.0;9.0+PTX"),
         ("50 60 70 75", ""),
         # no other's name that begins alike

@@ -359,7 +359,7 @@ BUGS = [
         GATE,
         "slot_of_branch(i / p.channels, p.branches, p.reversed)",
         "i / p.channels",
-        "--mode resident epilogue_odd/",
+        "--mode resident epilogue_uneven/",
         {"native": WRONG},
         quick=True,
     ),
@@ -368,7 +368,7 @@ BUGS = [
         PARTS,
         "const A y = multiply_add(x, mul, add);",
         "const A y = kBecome == Become::epilogue ? (x + add) * mul : multiply_add(x, mul, add);",
-        "--mode resident epilogue_odd/",
+        "--mode resident epilogue_uneven/",
         {"native": WRONG},
     ),
     Bug(
@@ -384,7 +384,7 @@ BUGS = [
         GATE,
         "A(0);\n  }\n  barrier();\n}\n\n// da [S, C]",
         "A(0);\n  }\n}\n\n// da [S, C]",
-        "--mode resident epilogue_odd/",
+        "--mode resident epilogue_uneven/",
         {"native": WRONG, "tsan": RACE},
     ),
     Bug(
@@ -392,8 +392,8 @@ BUGS = [
         PLAN,
         "take(streaming && p.epilogue, vectors)",
         "take(false, vectors)",
-        "--mode streaming epilogue_odd/",
-        {"native": f"{WRONG}|wrote to ", "asan": OVERFLOW},
+        "--mode streaming epilogue_uneven/",
+        {"asan": OVERFLOW},
     ),
     # ---- maths ----
     Bug(

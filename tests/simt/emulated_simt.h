@@ -94,6 +94,22 @@ EPSA_DEVICE void from_float(float x, f16& to) {
   }
   to.bits = static_cast<uint16_t>(half);
 }
+template <class T>
+EPSA_DEVICE void split_pair(unsigned pair, float& first, float& second) {
+  T halves[2];
+  std::memcpy(halves, &pair, sizeof pair);
+  first = to_float(halves[0]);
+  second = to_float(halves[1]);
+}
+template <class T>
+EPSA_DEVICE unsigned make_pair(float first, float second) {
+  T halves[2];
+  from_float(first, halves[0]);
+  from_float(second, halves[1]);
+  unsigned pair;
+  std::memcpy(&pair, halves, sizeof pair);
+  return pair;
+}
 EPSA_DEVICE float exponential(float x) {
   return std::exp(x);
 }
@@ -252,12 +268,12 @@ EPSA_DEVICE void multiply_add(float (&sums)[4], const Matrices& a, const Half4& 
 }
 
 template <class T>
-EPSA_DEVICE void store_pair(T* to, float a, float b) {
+EPSA_DEVICE void store_pair(T* to, float first, float second) {
   if (reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) != 0) {
     detail::fail("misaligned store_pair");
   }
-  from_float(a, to[0]);
-  from_float(b, to[1]);
+  from_float(first, to[0]);
+  from_float(second, to[1]);
 }
 
 }  // namespace epsa::cuda::simt

@@ -1,6 +1,7 @@
 #include "test_plans.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 
@@ -9,6 +10,15 @@ namespace {
 
 // With few threads, small rows take several turns. 8 branches need no more.
 constexpr int kThreads = 64;
+
+// As their makers describe them: those with clusters of 16, with clusters of 8, and without.
+const Device kDevices[] = {
+    {"H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20},
+    {"B200", 100, 148, 2048, 32, 233472, 232448, 126 << 20},
+    {"A100", 80, 108, 2048, 32, 167936, 166912, 40 << 20},
+    {"RTX4090", 89, 128, 1536, 24, 102400, 101376, 72 << 20},
+    {"RTX5090", 120, 170, 1536, 24, 102400, 101376, 96 << 20},
+};
 
 void set_streaming(const Problem& p, Plan& plan, bool chunks) {
   Split& split = plan.split;
@@ -33,6 +43,19 @@ void set_streaming(const Problem& p, Plan& plan, bool chunks) {
 
 }  // namespace
 
+const Device& test_device() {
+  const char* name = std::getenv("EPSA_SIMT_DEVICE");
+  if (name == nullptr) {
+    return kDevices[0];
+  }
+  for (const Device& device : kDevices) {
+    if (device.name == name) {
+      return device;
+    }
+  }
+  throw std::runtime_error(std::string("unknown device ") + name);
+}
+
 const std::vector<std::string>& test_modes() {
   static const std::vector<std::string> modes = {"auto",     "resident",  "cluster2",
                                                  "cluster4", "streaming", "chunks"};
@@ -44,7 +67,7 @@ Plan test_plan(const Problem& p, const std::string& mode) {
   if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
     throw std::runtime_error("unknown test plan " + mode);
   }
-  const std::vector<Candidate> ranked = plans(p, kH100);
+  const std::vector<Candidate> ranked = plans(p, test_device());
   if (mode == "auto") {
     return ranked.front().plan;
   }

@@ -9,9 +9,10 @@
 
 namespace epsa::cuda {
 
-inline const Device kH100{"H100", 90, 132, 2048, 32, 233472, 232448, 50 << 20};
+// The device that plans are made for: an H100, or the one that EPSA_SIMT_DEVICE names.
+const Device& test_device();
 
-// "auto" (the plan that plans() ranks first on an H100), "resident", "cluster2",
+// "auto" (the plan that plans() ranks first on that device), "resident", "cluster2",
 // "cluster4", "streaming", "chunks" (streaming, planes cut into chunks)
 const std::vector<std::string>& test_modes();
 

@@ -68,7 +68,7 @@ std::vector<Case> all_cases() {
   option("sliced", [](Case& k) { k.storage = Storage::sliced; });
   option("pooled_given", [](Case& k) { k.pooled_given = true; });
   option("epilogue", [](Case& k) { k.affine = k.relu = true; });
-  option("epilogue_odd", [](Case& k) { k.affine = k.relu = true, k.C = 5, k.M = 15; });
+  option("epilogue_uneven", [](Case& k) { k.affine = k.relu = true, k.C = 5, k.M = 15; });
   option("epilogue_in_forward_order", [](Case& k) { k.affine = true, k.reversed = false; });
   option("epilogue_of_pooled", [](Case& k) { k.affine = k.relu = k.pooled_given = true; });
   option("relu_alone", [](Case& k) { k.relu = true; });
@@ -104,7 +104,7 @@ bool is_quick(const Case& k) {
       k.name,
       {"stage4/", "vectors/", "odd/", "one_pixel/", "batch_of_17/", "wide/", "per_branch/", "gaps/",
        "sliced/", "chunks/", "grad_attention_alone/", "some_frozen/", "half_weights/",
-       "one_sample/", "epilogue/", "epilogue_odd/", "relu_alone/"});
+       "one_sample/", "epilogue/", "epilogue_uneven/", "relu_alone/"});
 }
 
 }  // namespace epsa::cuda

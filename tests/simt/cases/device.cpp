@@ -26,7 +26,7 @@ void copy(void* to, const void* from, size_t bytes) {
 }
 
 const Device& device() {
-  return kH100;
+  return test_device();
 }
 
 #else
