@@ -25,7 +25,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all check-torch compat bench lint sdist-check wheel wheel-check docs docs-serve
 .PHONY: clean aarch64-check
-.PHONY: cuda-check gpu-test gpu-sanitize gpu-bench gpu-plans gpu-first-hour
+.PHONY: cuda-check gpu-test gpu-sanitize gpu-sanitize-module gpu-bench gpu-plans gpu-first-hour
 
 demo: $(VENV)/built $(VENV)/packages-demo
 	@$(PROGRESS) $(PY) benchmarks/demo.py
@@ -179,6 +179,12 @@ gpu-test: $(GPU_BUILD)/built
 # compute-sanitizer's four tools over the case table, without torch
 gpu-sanitize: $(GPU_BUILD)/cases
 	bash benchmarks/sanitize.sh $(GPU_BUILD)/cases
+
+# the same over whole modules, with the torch that is there: the convolutions, too
+gpu-sanitize-module: $(GPU_BUILD)/built
+	for tool in memcheck racecheck synccheck; do \
+	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	    --error-exitcode 99 $(GPU_PYTHON) benchmarks/sanitize_module.py || exit 1; done
 
 gpu-bench: $(GPU_BUILD)/built
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
