@@ -4,6 +4,7 @@ tests/attention/test_epilogue.py has the same behind the attention step alone.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -117,9 +118,9 @@ NAMES = (
 )
 
 
-def attention_call() -> dict:
-    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32).args
-    values = (feats, *weights, True, None, *factors(15, torch.float32), True)
+def attention_call(device: str = "cpu") -> dict:
+    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32, device=device).args
+    values = (feats, *weights, True, None, *factors(15, torch.float32, device), True)
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -166,12 +167,17 @@ BAD = raising(
 CALLS = {"attention": (ATTENTION, attention_call), "module": (OP, module_call)}
 
 
-@pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments(bad, operator):
-    op, good = CALLS[operator]
-    assert_raises(op, BAD[bad], good)
-    assert_same_words_on_meta(op, BAD[bad], good)
+def test_bad_arguments_of_the_attention_step(bad, device):
+    good = partial(attention_call, device)
+    assert_raises(ATTENTION, BAD[bad], good)
+    assert_same_words_on_meta(ATTENTION, BAD[bad], good)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_of_a_module(bad):
+    assert_raises(OP, BAD[bad], module_call)
+    assert_same_words_on_meta(OP, BAD[bad], module_call)
 
 
 @pytest.mark.parametrize("operator", CALLS)

@@ -123,6 +123,7 @@ NOT_RUN = {
     'make test-all PYTEST_ARGS="tests/cuda/test_simt_kernels.py"': SETS_UP,
     "make gpu-test": GPU,
     "make gpu-sanitize": GPU,
+    "make gpu-sanitize-module": GPU,
     "make gpu-bench": GPU,
     "make gpu-plans": GPU,
 }
