@@ -38,15 +38,14 @@ test-all: $(VENV)/built $(VENV)/packages-dev
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 # The suite with another torch, in a copy of this checkout with an environment of its own:
-#   make check-torch TORCH=2.11.0
+#   make check-torch TORCH=torch==2.11.0
 # PYTHON=python3.10 takes another Python, and PYTEST_ARGS a part of the suite.
-TORCH_VERSION = $(lastword $(subst ==, ,$(firstword $(TORCH))))
-TORCH_COPY = build/torch-$(TORCH_VERSION)
+TORCH_COPY = build/$(subst ==,-,$(firstword $(TORCH)))-$(notdir $(PYTHON))
 
 check-torch:
 	mkdir -p $(TORCH_COPY)
 	git ls-files -z | tar --null --files-from - -cf - | tar -xf - -C $(TORCH_COPY)
-	$(MAKE) -C $(TORCH_COPY) test TORCH="torch==$(TORCH_VERSION)"
+	$(MAKE) -C $(TORCH_COPY) test TORCH="$(TORCH)"
 
 # all tools that look into models; `make test` has the light ones
 compat: $(VENV)/built $(VENV)/packages-compat

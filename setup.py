@@ -10,19 +10,24 @@ EPSA_CUDA=auto (default) builds the CUDA kernels where torch has CUDA and a
 toolkit is there, 1 insists on them, 0 leaves them out.
 """
 
+import contextlib
+import io
 import os
 import re
 import runpy
-import shutil
+import shlex
 import subprocess
 import sys
 import sysconfig
 from importlib import import_module
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 
-OLDEST_TORCH = "2.11"
+# The oldest versions. pyproject.toml names setuptools and pybind11 again, for pip.
+NEEDED = {"torch": "2.11", "pybind11": "2.13"}
+OLDEST_TORCH = NEEDED["torch"]
+OLDEST_GCC = 11
 VERSION = runpy.run_path(str(Path(__file__).with_name("epsa_fused") / "_version.py"))
 
 # Commands that compile. Of the others, dist_info names the torch that it finds.
@@ -39,15 +44,59 @@ INCLUDE = str(Path(__file__).resolve().parent / CSRC)  # absolute: ninja runs el
 ARCHITECTURES = ("8.0", "9.0", "10.0", "11.0", "12.0")
 
 
-def missing_packages() -> list[str]:
-    """What a build needs and cannot import, with the reason."""
-    failures = []
-    for name in ("torch", "pybind11"):
+def commands() -> set[str]:
+    """The commands that setup.py is called with. Words after options are none."""
+    asked = Distribution({"script_name": sys.argv[0], "script_args": sys.argv[1:]})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            import_module(name)
+            asked.parse_command_line()
+        except Exception:  # setup() is about to say what is wrong
+            return set()
+    return set(asked.commands)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+
+
+def missing_packages() -> list[str]:
+    """What a build needs and does not find, with the reason."""
+    failures = []
+    for name, oldest in NEEDED.items():
+        try:
+            found = str(import_module(name).__version__)
         except Exception as error:  # a torch that is torn may raise anything
             failures.append(f"{name} ({type(error).__name__}: {error})")
+        else:
+            if numbers(found) < numbers(oldest):
+                failures.append(f"{name} ({found} is too old)")
     return failures
+
+
+def check_compiler() -> None:
+    """SystemExit unless the C++ compiler is a GCC that will do. clang's code would call an OpenMP
+    of its own beside that of torch."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    asked = [*command, "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        result = subprocess.run(asked, capture_output=True, text=True)
+    except OSError:
+        got = f"no {command[0]}"
+    else:
+        macros = dict(re.findall(r"^#define (\w+) (.*)$", result.stdout, re.MULTILINE))
+        if sys.platform != "linux" or (
+            "__clang__" not in macros and int(macros.get("__GNUC__", 0)) >= OLDEST_GCC
+        ):
+            return
+        said = result.stderr.strip().splitlines()[-1:] or ["something else"]
+        named = {"__clang__": "clang", "__GNUC__": "GCC"}
+        kind = next((k for k in named if k in macros), None)
+        number = macros.get("__clang_major__" if kind == "__clang__" else "__GNUC__")
+        got = f"{named[kind]} {number}" if kind else said[0]
+    raise SystemExit(
+        f"epsa_fused is compiled by GCC {OLDEST_GCC} or newer: expected one as c++ on PATH, got "
+        f"{got}; the variable CXX may name another"
+    )
 
 
 def nvcc_release(home: str) -> str:
@@ -212,12 +261,7 @@ def builder() -> type:
         """torch's builder, with a plain file name for the library that is no Python module."""
 
         def build_extensions(self) -> None:
-            compiler = (os.environ.get("CXX") or "c++").split()[0]
-            if shutil.which(compiler) is None:
-                raise SystemExit(
-                    "epsa_fused is compiled by a C++ compiler, GCC 11 or newer: expected one on "
-                    f"PATH, got no {compiler}; the variable CXX may name another"
-                )
+            check_compiler()
             super().build_extensions()
 
         def get_ext_filename(self, ext_name: str) -> str:
@@ -255,13 +299,15 @@ def for_any_torch() -> dict:
 
 
 def main() -> None:
-    compiling = not COMPILING.isdisjoint(sys.argv)
-    missing = missing_packages() if compiling or "dist_info" in sys.argv else ["not needed"]
+    given = commands()
+    compiling = not COMPILING.isdisjoint(given)
+    missing = missing_packages() if compiling or "dist_info" in given else ["not needed"]
     if compiling and missing:
         raise SystemExit(
             "epsa_fused is compiled against the torch that it will run with: first `pip install "
-            f'"torch>={OLDEST_TORCH}" "setuptools>=77" ninja pybind11`, then `pip install '
-            f"--no-build-isolation .`; this build cannot import {', '.join(missing)}"
+            f'"torch>={OLDEST_TORCH}" "setuptools>=77" ninja "pybind11>={NEEDED["pybind11"]}"`, '
+            "then `pip install --no-build-isolation .`; this build does not find "
+            + ", ".join(missing)
         )
     setup(**(for_any_torch() if missing else for_this_torch()))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _C, _facts, psa_attention, psa_attention_reference
+from . import _C, _facts, psa_attention, psa_attention_reference, winograd_allowed
 
 # Rounding explains errors up to these, relative to a result's largest value. The float64 reference
 # counts as exact.
@@ -81,7 +81,7 @@ def _check_devices() -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the facts and the self-check.
 
-    Returns the exit code. 0: all is well. 1: a result is wrong. 2: the kernels cannot be chosen.
+    Returns the exit code. 0: all is well. 1: a result is wrong. 2: a variable is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="python -m epsa_fused",
@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        winograd_allowed()  # EPSA_WINOGRAD
         facts = _facts.report() if options.report else _facts.short()
-    except RuntimeError as error:  # EPSA_CPU_ISA names no instruction set of this machine
+    except (RuntimeError, ValueError) as error:  # EPSA_CPU_ISA names none of this machine
         print(f"error: {error}", file=sys.stderr)
         return 2
     fence = ["```"] if options.report else []  # Markdown keeps the columns

@@ -6,15 +6,10 @@ import os
 
 from ._checks import check_flag
 
-
-def _from_environment() -> bool:
-    value = os.environ.get("EPSA_WINOGRAD", "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"EPSA_WINOGRAD: expected 0 or 1, got {value!r}")
-    return value == "1"
-
-
-_allowed = _from_environment()
+_value = os.environ.get("EPSA_WINOGRAD", "1")
+_allowed = _value == "1"
+# Of the variable. It is raised where the choice is used, so that importing the package works.
+_wrong = None if _value in ("0", "1") else f"EPSA_WINOGRAD: expected 0 or 1, got {_value!r}"
 
 
 def set_winograd(allowed: bool) -> None:
@@ -30,9 +25,9 @@ def set_winograd(allowed: bool) -> None:
     Raises:
         TypeError: `allowed` is no bool.
     """
-    global _allowed
+    global _allowed, _wrong
     check_flag("set_winograd: allowed", allowed)
-    _allowed = allowed
+    _allowed, _wrong = allowed, None
 
 
 def winograd_allowed(own: bool | None = None) -> bool:
@@ -43,8 +38,11 @@ def winograd_allowed(own: bool | None = None) -> bool:
 
     Raises:
         TypeError: `own` is no bool.
+        ValueError: the environment variable is neither 0 nor 1, and nothing else chooses.
     """
     if own is None:
+        if _wrong is not None:
+            raise ValueError(_wrong)
         return _allowed
     check_flag("winograd", own)
     return own

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from support.modules import arguments, build, image
+from support.processes import run_code
 
 import epsa_fused
 from epsa_fused import _C, FusedPSAModule
@@ -205,6 +206,21 @@ def test_the_environment(value, code):
         assert run.stderr.endswith("ValueError: EPSA_WINOGRAD: expected 0 or 1, got 'off'\n")
     else:
         assert run.stdout.strip() == str(value == "1")
+
+
+def test_a_wrong_environment_gives_no_result_but_another_choice_does():
+    code = """if True:
+        import torch, epsa_fused
+        x = torch.randn(1, 64, 5, 5)
+        epsa_fused.FusedPSAModule(64, 64, winograd=False)(x)
+        try:
+            epsa_fused.FusedPSAModule(64, 64)(x)
+        except ValueError as error:
+            print(error)
+        epsa_fused.set_winograd(True)
+        epsa_fused.FusedPSAModule(64, 64)(x)
+    """
+    assert run_code(code, EPSA_WINOGRAD="2") == "EPSA_WINOGRAD: expected 0 or 1, got '2'\n"
 
 
 @pytest.mark.parametrize("value", (1, "no", None))

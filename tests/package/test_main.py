@@ -96,6 +96,13 @@ def test_its_arguments(argument, code, message, capsys):
 
 
 @pytest.mark.parametrize("arguments", ((), ("--report",)))
+def test_a_wrong_choice_of_winograd_is_one_line(arguments):
+    result = run("-m", "epsa_fused", *arguments, EPSA_WINOGRAD="2")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr == "error: EPSA_WINOGRAD: expected 0 or 1, got '2'\n"
+
+
+@pytest.mark.parametrize("arguments", ((), ("--report",)))
 def test_a_wrong_instruction_set_is_one_line(arguments):
     result = run("-m", "epsa_fused", *arguments, EPSA_CPU_ISA="sse2")
     assert result.returncode == 2 and not result.stdout

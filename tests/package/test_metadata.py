@@ -139,7 +139,7 @@ def test_a_build_without_them_ends_in_one_line(hook, absent, missing, tmp_path):
     *_, last = call(hook, tmp_path, *absent, check=False).splitlines()
     assert last.startswith("epsa_fused is compiled against the torch that it will run with: first ")
     assert "`pip install --no-build-isolation .`" in last
-    assert re.search(f"this build cannot import {missing}$", last)
+    assert re.search(f"this build does not find {missing}$", last)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,3 +160,16 @@ def test_every_page_has_the_oldest_torch_and_python():
     assert f"Python 3.{python_minor} or newer" in PAGES["README.md"]
     assert f'torch: ["{oldest}", ' in (ROOT / ".github/workflows/wheels.yml").read_text()
     assert f'\nbuild = "cp3{python_minor}-* ' in project
+
+
+def test_the_requirements_of_a_build_are_the_same_everywhere():
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = [re.search(rf"^{name} = \[(.*)\]", project, re.MULTILINE)[1].split(", ")
+              for name in ("requires", "build")]  # fmt: skip
+    assert listed[1] == [*listed[0], '"build"']
+    assert f'"pybind11>={setup["NEEDED"]["pybind11"]}"' in listed[0]
+    command = f'pip install "torch>={setup["OLDEST_TORCH"]}" ' + " ".join(
+        name if ">" in name else name.strip('"') for name in listed[0]
+    )
+    assert f"\n{command}\n" in PAGES["docs/install.md"]

@@ -104,7 +104,7 @@ NOT_RUN = {
     'make demo TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"': SETS_UP,
     "make test": f"{SETS_UP}, and runs these tests",
     "make wheel": f"{SETS_UP}; test_wheel.py makes one",
-    'pip install "torch>=2.11" "setuptools>=77" ninja pybind11': "changes the environment",
+    'pip install "torch>=2.11" "setuptools>=77" ninja "pybind11>=2.13"': "changes the environment",
     "pip install --no-build-isolation .": "changes the environment; make does it for these tests",
     'pip install --no-build-isolation ".[train]"': "changes the environment",
     "python benchmarks/latency.py --level attention": TIMING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,66 @@ def test_a_toolkit_of_another_cuda_than_torchs_is_left_alone(
             setup["cuda_wanted"]()
 
 
+@pytest.mark.parametrize(
+    ("words", "commands"),
+    [
+        ("egg_info build_ext --inplace --build-temp build/temp", {"egg_info", "build_ext"}),
+        ("build --build-base install bdist_wheel", {"build", "bdist_wheel"}),
+        ("sdist --dist-dir build", {"sdist"}),  # a folder of that name
+        ("dist_info --output-dir install", {"dist_info"}),
+        ("bdist_wheel --no-such-option", set()),
+        ("no_such_command", set()),
+        ("--help", set()),
+    ],
+)
+def test_the_commands_of_a_call(setup, monkeypatch, capsys, words, commands):
+    monkeypatch.setattr(sys, "argv", ["setup.py", *words.split()])
+    assert setup["commands"]() == commands
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "missing"),
+    [
+        ("torch", "2.10.1+cpu", ["torch (2.10.1+cpu is too old)"]),
+        ("torch", "2.9", ["torch (2.9 is too old)"]),
+        ("torch", "2.11.0a0+git1234", []),
+        ("torch", "3.0", []),
+        ("pybind11", "2.12.1", ["pybind11 (2.12.1 is too old)"]),
+    ],
+)
+def test_packages_that_are_too_old_are_missing(setup, monkeypatch, name, version, missing):
+    pybind11 = pytest.importorskip("pybind11")
+    monkeypatch.setattr({"torch": torch, "pybind11": pybind11}[name], "__version__", version)
+    assert setup["missing_packages"]() == missing
+
+
+@pytest.mark.parametrize(
+    ("macros", "got"),
+    [
+        ("__GNUC__ 10", "GCC 10"),
+        ("__GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 16", "clang 16"),
+        (None, "what: no input files"),
+        ("__GNUC__ 11", None),
+    ],
+)
+def test_compilers_that_will_not_do(setup, tmp_path, monkeypatch, macros, got):
+    compiler = tmp_path / "compiler"
+    said = "echo what: no input files >&2" if macros is None else f"echo '#define {macros}'"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = -m64 ] || exit 1\n{said}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -m64")
+    if got is None:
+        setup["check_compiler"]()
+        return
+    with pytest.raises(SystemExit, match=f"^epsa_fused is compiled by GCC 11 .* got {got}; "):
+        setup["check_compiler"]()
+
+
 def test_a_build_without_a_compiler_ends_in_one_line(setup, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     command = setup["builder"]()(Distribution())
-    with pytest.raises(SystemExit, match="expected one on PATH, got no no-such-compiler; "):
+    with pytest.raises(SystemExit, match=r"expected one as .* PATH, got no no-such-compiler; "):
         command.build_extensions()
 
 
