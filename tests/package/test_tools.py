@@ -5,12 +5,17 @@ docs/compatibility.md lists them.
 """
 
 import contextlib
+import importlib
 import io
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from support.optional import optional
+from support.paths import ROOT
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.utils import prune
@@ -44,6 +49,25 @@ SHAPE = (3, 12, 10)
 
 def images():
     return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the tools themselves ----
+
+# The files by which the Makefile knows what .venv holds, and the extras of pyproject.toml.
+INSTALLED = {"packages-dev": "tools", "packages-compat": "compat"}
+
+
+@pytest.mark.parametrize("mark", INSTALLED)
+def test_the_tools_that_make_installed_can_be_imported(mark):
+    """Else the tests below would all be skipped, and pass."""
+    if not (Path(sys.prefix) / mark).exists():
+        pytest.skip(f"this environment is not one of make with {mark}")
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(rf"^{INSTALLED[mark]} = \[(.*?)\]", pyproject, re.MULTILINE | re.DOTALL)[1]
+    tools = re.findall(r'"([\w-]+)"', listed)
+    assert len(tools) >= 3
+    for tool in tools:
+        importlib.import_module(tool.replace("-", "_"))
 
 
 # ---- summaries and counts ----
