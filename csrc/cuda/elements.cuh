@@ -64,9 +64,9 @@ EPSA_DEVICE void from_acc(Acc<T> x, T& to) {
   }
 }
 
-// V elements that are read or written at once. Elements of 16 bits stay pairs in words of 32: of
-// single ones the compiler takes each out of its register where a load has a condition, and puts
-// it back.
+// V elements that are read or written at once. Elements of 16 bits stay pairs in words of 32 bits.
+// Where a load has a condition, the compiler would take single ones out of their registers and put
+// them back.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   static constexpr int kPerWord = sizeof(T) == 2 && V % 2 == 0 ? 2 : 1;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def cloned(value: Any) -> Any:
 
 
 def is_literal(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return type(value) in (type(None), bool, int, float, str)  # a subclass has a repr of its own
 
 
 def kind_of(argument: object) -> Hashable:
@@ -54,9 +54,14 @@ def kind_of(argument: object) -> Hashable:
     return type(argument), repr(argument) if is_literal(argument) else None
 
 
-def describe(arguments: Iterable[object]) -> str:
-    """The kinds of arguments, for messages."""
-    return "(" + ", ".join(map(_describe, arguments)) + ")"
+class _Words(str):
+    __repr__ = str.__str__  # in lists without quotation marks
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The kinds of a call's arguments, for messages."""
+    args, kwargs = tree_map(lambda v: _Words(_describe(v)), (args, kwargs))
+    return "(" + ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]) + ")"
 
 
 def _describe(argument: object) -> str:

@@ -21,8 +21,9 @@ _KINDS = 64
 class FrozenModule:
     """Calls a module compiled for each kind of its arguments. For calls without gradients.
 
-    A kind is the shapes, strides and dtypes of the tensors, and the values of literals. Calls with
-    arguments of other types share one compiled function, which keeps torch.compile's guards.
+    A kind is the types, shapes, strides and dtypes of the tensors, which of them are the same or
+    share memory, and the values of literals. Where arguments have other types, the compiled code
+    keeps torch.compile's guards for them, and its limit of recompilations.
 
     Args:
         module: in eval mode.
@@ -38,8 +39,9 @@ class FrozenModule:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind = _kind_of((args, kwargs))
-        whole = self._whole and kind is not None
+        leaves, tree = tree_flatten((args, kwargs))
+        kind = (tree, _sharing(leaves), *map(_kind_of_leaf, leaves))
+        whole = self._whole and all(isinstance(v, Tensor) or is_literal(v) for v in leaves)
         compiled = self._compiled.get(kind)
         if compiled is not None and whole:
             return compiled(*args, **kwargs)
@@ -85,15 +87,17 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
     return cast(Callable[..., Any], names["call"])
 
 
-def _kind_of(arguments: Any) -> Hashable:
-    """None where an argument is neither a tensor nor a literal."""
-    leaves, tree = tree_flatten(arguments)
-    if not all(isinstance(leaf, Tensor) or is_literal(leaf) for leaf in leaves):
-        return None
-    return (tree, *map(_kind_of_leaf, leaves))
+def _sharing(leaves: list[Any]) -> Hashable:
+    """Which tensors are the same, and which share memory. Compiled code takes the same for one."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(tensors) < 2:
+        return ()
+    same = [id(t) for t in tensors]
+    memory = [t.untyped_storage()._cdata if t.layout == torch.strided else id(t) for t in tensors]
+    return tuple(same.index(i) for i in same), tuple(memory.index(m) for m in memory)
 
 
 def _kind_of_leaf(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype
-    return type(value), repr(value)
+    return type(value), repr(value) if is_literal(value) else None

@@ -51,14 +51,16 @@ class PSAWithEpilogue(FusedPSAModule):
             return self._call_operator(x, cast(list[nn.Conv2d], self._convs()), *self.epilogue())
         out = super().forward(x)
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        wide = wide * self._scale[:, None, None] + self._shift[:, None, None]
+        scale, shift = (v.to(wide.device)[:, None, None] for v in (self._scale, self._shift))
+        wide = wide * scale + shift
         return (torch.relu(wide) if self._relu else wide).to(out.dtype)
 
     def _operator_takes(self, x: Tensor) -> bool:
         """Whether the operator computes the module with what follows, which has no gradient."""
         tensors = (x, *self.parameters())
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        plain = is_plain(x) and x.device.type == "cpu"
+        # the operator wants scale and shift in float64 beside maps of that type
+        plain = is_plain(x) and x.device.type == "cpu" and x.dtype != torch.float64
         return plain and not grad and self._why_not_fused() is None
 
 

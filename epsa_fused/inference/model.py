@@ -58,9 +58,10 @@ class InferenceReport:
 class InferenceModel:
     """A model that only serves; :func:`optimize_for_inference` makes it.
 
-    Call it as the example was: other sizes are fine, other arguments are not. Floating-point inputs
-    are cast, and images are brought into its layout. Outputs come in the dtype that the model given
-    had. No call records gradients, and autocast changes nothing. It cannot be copied or pickled.
+    Call it as the example was: other sizes are fine. Where the model was traced, other types,
+    numbers and strings are not. Floating-point inputs are cast, and images are brought into its
+    layout. Outputs come in the dtype that the model given had. No call records gradients, and
+    autocast changes nothing. It cannot be copied or pickled.
 
     Attributes:
         report: an :class:`InferenceReport`.
@@ -85,7 +86,7 @@ class InferenceModel:
         self._traced = example is not None
         leaves, self._tree = tree_flatten((example, {}))
         self._kinds = list(map(kind_of, leaves))
-        self._expected = describe(leaves)
+        self._expected = describe(example or (), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises:
@@ -101,10 +102,9 @@ class InferenceModel:
             if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
                 raise ValueError(f"InferenceModel: expected tensors on the CPU, got {leaf.device}")
         if self._traced and (tree != self._tree or list(map(kind_of, leaves)) != self._kinds):
-            named = "".join(f", {name}=" for name in kwargs)
             raise ValueError(
                 f"InferenceModel: expected the example's arguments {self._expected}, which the "
-                f"traced model takes for granted, got {describe(args)}{named}"
+                f"traced model takes for granted, got {describe(args, kwargs)}"
             )
         args, kwargs = tree_unflatten(map(self._prepared, leaves), tree)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):

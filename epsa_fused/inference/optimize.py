@@ -44,9 +44,9 @@ def optimize_for_inference(
     image sizes than the example's work too. A compiled model compiles again for each new size,
     which takes as long as the first time.
 
-    The model is traced by torch.fx, which takes all but sizes for granted: the number and kinds of
-    the arguments, and the values of those that are no tensors. A call with others is an error. A
-    model that cannot be traced is served without folding.
+    The model is traced by torch.fx, which takes for granted: the number and types of the arguments,
+    the dimensions of tensors, and the values of numbers and strings. A call with others is an
+    error. A model that cannot be traced is served without folding.
 
     Args:
         model: in eval mode, on the CPU, in float32 or bfloat16.

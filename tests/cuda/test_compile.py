@@ -29,7 +29,7 @@ needs_nvcc = pytest.mark.skipif(
 # minute per architecture. `make test` leaves out f16, whose kernels are those of bf16 with other
 # conversions. On sm_80 it compiles bf16 alone: its vectors hold the most elements.
 QUICK = {80: "simt::bf16", 90: "float, double, simt::bf16"}
-ALL = dict.fromkeys((80, 90, 100, 120), "float, double, simt::bf16, simt::f16")
+ALL = dict.fromkeys((80, 90, 100, 110, 120), "float, double, simt::bf16, simt::f16")
 BUILDS = [
     pytest.param(QUICK, id="quick"),
     pytest.param(ALL, id="all", marks=pytest.mark.slow),
@@ -176,7 +176,7 @@ template __global__ void pack_weights<simt::bf16>(const __grid_constant__ ConvPa
 """
 CONV_BUILDS = [
     pytest.param(arch, large, marks=[] if (arch, large) == (90, "false") else pytest.mark.slow)
-    for arch in (80, 90, 100, 120)
+    for arch in (80, 90, 100, 110, 120)
     for large in ("false", "true")
 ]
 

@@ -312,7 +312,7 @@ OTHER_DEVICES = ("A100", "RTX4090", "RTX5090", "B200")  # simt/test_plans.cpp ha
 @pytest.mark.parametrize(
     "modes",
     [
-        "--dtype f32 --mode auto --mode cluster2 --mode pair",
+        "--dtype f32 --mode auto --mode pair",
         pytest.param("--mode auto --mode plans --mode pair", marks=pytest.mark.slow),
     ],
 )
@@ -322,7 +322,7 @@ def test_case_table_with_the_plans_of_another_device(built, modes, name, monkeyp
     result = build.run(built, "--quick", *modes.split(), timeout=1800)
     count = re.fullmatch(r"(\d+) cases, 0 failed", result.stdout.splitlines()[-1])
     assert count and result.returncode == 0, result.stdout[-5000:]
-    assert int(count[1]) >= 180
+    assert int(count[1]) >= 120
 
 
 @pytest.mark.parametrize("program", [NATIVE], ids=["native"])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -491,7 +492,7 @@ class Subclass(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize("why", ("a hook", "a subclass", "a gradient", "a tracer"))
+@pytest.mark.parametrize("why", ("a hook", "a subclass", "a gradient", "a tracer", "float64"))
 @pytest.mark.parametrize("save_output", (False, True))
 @pytest.mark.parametrize("relu", (False, True))
 def test_an_epilogue_is_never_left_out(why, save_output, relu):
@@ -518,9 +519,19 @@ def test_an_epilogue_is_never_left_out(why, save_output, relu):
                 psa.conv_2.register_forward_hook(lambda *_: None)
             if why == "a tracer":
                 out = torch.fx.symbolic_trace(module)(x)
+            elif why == "float64":  # the operator wants scale and shift in float64
+                out = module.double()(x.double()).float()
             else:
                 out = module(x.as_subclass(Subclass) if why == "a subclass" else x)
     torch.testing.assert_close(out.as_subclass(torch.Tensor), right, rtol=1e-5, atol=1e-5)
+
+
+def test_an_epilogue_on_another_device():
+    model = with_statistics(nn.Sequential(epsa_fused.FusedPSAModule(64, 64), nn.BatchNorm2d(64)))
+    module = PSAWithEpilogue(model[0], model[1], relu=True).to("meta")
+    with torch.no_grad():
+        out = module(torch.randn(2, 64, 9, 9, device="meta"))
+    assert out.device.type == "meta" and out.shape == (2, 64, 9, 9)
 
 
 def test_a_packed_psa_module_is_one_call():
@@ -615,8 +626,60 @@ def test_compiled_code_with_arguments_that_are_neither_tensors_nor_literals():
         with torch.no_grad():
             array = np.zeros(length)
             torch.testing.assert_close(served(x, array), model(x, array), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"got \(.*, an object of type list|got \(.*\[0\]"):
-        served(x, [0])
+    image, array = "floating-point tensor of 4 dimensions", "an object of type numpy.ndarray"
+    for args, kwargs, got in (
+        ((x, "0"), {}, f"({image}, '0')"),
+        ((x, [x, x[0]]), {}, f"({image}, [{image}, {image.replace('4', '3')}])"),
+        ((x,), {"array": np.zeros(2000)}, f"({image}, array={array})"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"takes for granted, got {got}") + "$"):
+            served(*args, **kwargs)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, y):
+        return self.conv(x) - 2 * self.conv(y)
+
+
+def test_compiled_code_of_the_same_tensor_twice_is_not_that_of_two():
+    torch.manual_seed(0)
+    model = Twice().eval()
+    served = optimize_for_inference(model, *torch.randn(2, 1, 3, 4, 4))
+    a, b = (torch.randn(1, 3, 5, 5).contiguous(memory_format=torch.channels_last) for _ in "ab")
+    for x, y in ((a, a), (a, b), (b, b), (a, a[:]), (b, a)):
+        with torch.no_grad():
+            torch.testing.assert_close(served(x, y), model(x, y), rtol=1e-5, atol=1e-5)
+
+
+class Constant(float):
+    """A number that hides its value."""
+
+    def __repr__(self) -> str:
+        return "a number"
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, factor):
+        return self.conv(x) * factor
+
+
+def test_compiled_code_with_a_number_of_a_type_of_its_own():
+    model, x = Scaled().eval(), torch.randn(1, 3, 4, 4)
+    served = optimize_for_inference(model, x, Constant(2.0))
+    for value in (2.0, 3.0, 2.0):
+        with torch.no_grad():
+            right = model(x, value)
+        torch.testing.assert_close(served(x, Constant(value)), right, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="expected the example's arguments"):
+        served(x, 2.0)
 
 
 def test_no_compiler_at_all():
