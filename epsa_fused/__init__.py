@@ -10,6 +10,7 @@ from .inference import InferenceModel, InferenceReport, optimize_for_inference
 from .models import epsanet, register_timm
 from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
 from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
+from .record import record_attention
 from .reference import PSAModule, psa_attention_reference
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "prepack",
     "psa_attention",
     "psa_attention_reference",
+    "record_attention",
     "register_timm",
     "set_winograd",
     "unfuse",

@@ -104,6 +104,11 @@ def psa_attention_reference(
     return (out, attention) if return_attention else out
 
 
+def accumulated(attention: Tensor) -> Tensor:
+    """In the dtype of the fused operators' attention: float64, or float32 for all others."""
+    return attention if attention.dtype == torch.float64 else attention.float()
+
+
 def _recalibrate(
     feats: Sequence[Tensor], weights: Sequence[Tensor], reversed_order: bool
 ) -> tuple[Tensor, Tensor]:
@@ -247,12 +252,43 @@ class PSAModule(nn.Module):
     def extra_repr(self) -> str:
         return f"branch_order={self.branch_order!r}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, inplans, H, W] -> [N, planes, H', W']."""
-        check_tensor(f"{type(self).__name__}: x", x)
-        return self.attention([getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)])
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [N, inplans, H, W] -> [N, planes, H', W'].
 
-    def attention(self, feats: list[Tensor]) -> Tensor:
-        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
+        With `return_attention` also the attention [N, S, C], indexed by branch (not by slot), in
+        float32 (float64 for float64). Both are differentiable.
+        """
+        name = type(self).__name__
+        check_tensor(f"{name}: x", x)
+        feats = [getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)]
+        if return_attention is False:  # an `attention` of a subclass may know no other
+            return self.attention(feats)
+        check_flag(f"{name}: return_attention", return_attention)
+        return self.attention(feats, return_attention=True)
+
+    @overload
+    def attention(self, feats: list[Tensor], return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def attention(
+        self, feats: list[Tensor], return_attention: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attention(
+        self, feats: list[Tensor], return_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+    def attention(
+        self, feats: list[Tensor], return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W].
+
+        With `return_attention` also the attention [N, S, C].
+        """
         weights = [self.se(feat) for feat in feats]
-        return _recalibrate(feats, weights, is_reversed(self.branch_order))[0]
+        out, attention = _recalibrate(feats, weights, is_reversed(self.branch_order))
+        return (out, accumulated(attention)) if return_attention else out

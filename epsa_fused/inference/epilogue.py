@@ -42,14 +42,21 @@ class PSAWithEpilogue(FusedPSAModule):
         """The operator's arguments scale, shift and relu."""
         return self._scale, self._shift, self._relu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]  # the overloads of the base say the same
+        self, x: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if return_attention:
+            out, attention = super().forward(x, True)
+            return self._followed(out), attention
         if isinstance(x, Proxy):
             leaf = as_leaf(self, x)
             if leaf is not None:  # the graph's node is a call of this forward
                 return leaf
         elif self._operator_takes(x):
             return self._call_operator(x, cast(list[nn.Conv2d], self._convs()), *self.epilogue())
-        out = super().forward(x)
+        return self._followed(super().forward(x))
+
+    def _followed(self, out: Tensor) -> Tensor:
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
         scale, shift = (v.to(wide.device)[:, None, None] for v in (self._scale, self._shift))
         wide = wide * scale + shift

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -104,16 +104,30 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
         return super().extra_repr() + states
 
-    def forward(self, x: Tensor) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, inplans, H, W] -> [N, planes, H', W'].
 
+        With `return_attention` also the attention [N, S, C], indexed by branch (not by slot), in
+        float32 (float64 for float64). Both are differentiable. The call is as fused as without,
+        but it packs weights itself that were packed ahead.
+
         Raises:
-            NotImplementedError: `save_output`, and the CPU's operator cannot compute the module.
+            NotImplementedError: `save_output`, and the CPU's operator cannot compute the module; or
+                `return_attention` beside it with gradients, which keep no map to differentiate.
         """
         if isinstance(x, Proxy):
-            leaf = as_leaf(self, x)
-            return super().forward(x) if leaf is None else leaf
+            options = {} if return_attention is False else {"return_attention": return_attention}
+            leaf = as_leaf(self, x, **options)
+            return super().forward(x, return_attention) if leaf is None else leaf
         check_tensor("FusedPSAModule: x", x)
+        if return_attention is not False:
+            check_flag("FusedPSAModule: return_attention", return_attention)
         if self.save_output is not False:
             check_flag("FusedPSAModule: save_output", self.save_output)
         save_output = (
@@ -126,7 +140,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(why)
             warn_once(self, why)
-            return super().forward(x)
+            return super().forward(x, return_attention)
         convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
@@ -134,20 +148,39 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if not taken or _why_not_taken(convs) is not None:
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._fused_attention([conv(x) for conv in convs])
+            return self._fused_attention([conv(x) for conv in convs], return_attention)
+        if return_attention:
+            if save_output:
+                raise _no_save_output("return_attention asks for the gradient of the attention")
+            return self._call_for_attention(x, convs)
         if save_output:
             arguments = (*self._arguments(x, convs), winograd_allowed(self.winograd))
             return cast(Tensor, torch.ops.epsa_fused.psa_save_output.default(*arguments)[0])
         return self._call_operator(x, convs)
 
-    def attention(self, feats: list[Tensor]) -> Tensor:
-        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W]."""
+    @overload
+    def attention(self, feats: list[Tensor], return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def attention(
+        self, feats: list[Tensor], return_attention: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attention(
+        self, feats: list[Tensor], return_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+    def attention(
+        self, feats: list[Tensor], return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The attention step on the branches' maps, S x [N, C, H, W] -> [N, S*C, H, W].
+
+        With `return_attention` also the attention [N, S, C].
+        """
         why = self._why_attention_called()
         if why is not None:
             warn_once(self, why)
         if why is not None or not all(map(is_plain, feats)):
-            return super().attention(feats)  # torch.fx gets the layers by this, too
-        return self._fused_attention(feats)
+            return super().attention(feats, return_attention)  # torch.fx gets the layers, too
+        return self._fused_attention(feats, return_attention)
 
     # ---- serving: weights packed ahead ----
 
@@ -304,10 +337,33 @@ class FusedPSAModule(NotScriptable, PSAModule):
             is_reversed(self.branch_order),
         )
 
-    def _fused_attention(self, feats: list[Tensor]) -> Tensor:
+    def _call_for_attention(self, x: Tensor, convs: list[nn.Conv2d]) -> tuple[Tensor, Tensor]:
+        """As _call_operator, and the attention [N, S, C]."""
+        arguments = self._arguments(x, convs)
+        winograd = winograd_allowed(self.winograd)
+        tensors = (x, *self.parameters())
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if x.device.type == "cpu" and not grad:
+            operator = torch.ops.epsa_fused.psa_save_output.default
+            out, _, attention = operator(*arguments, winograd)
+        else:  # what psa_forward runs, too
+            feats, pooled = torch.ops.epsa_fused.spc_conv.default(*arguments[:6], winograd)
+            operator = torch.ops.epsa_fused.psa_attention.default
+            out, _, attention = operator(feats, *arguments[6:], pooled)
+        return out, attention
+
+    def _fused_attention(
+        self, feats: list[Tensor], return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         fc1, fc2 = self.se.fc1, self.se.fc2
         return psa_attention(
-            feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias, branch_order=self.branch_order
+            feats,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            branch_order=self.branch_order,
+            return_attention=return_attention,
         )
 
 

@@ -4,15 +4,15 @@ FusedSplitPSA, the same with the attention step fused."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .._checks import check_modules, check_tensor
+from .._checks import check_flag, check_modules, check_tensor
 from ..functional import psa_attention
-from ..reference import _recalibrate, is_reversed
+from ..reference import _recalibrate, accumulated, is_reversed
 from .calling import warn_once, why_here
 from .layers import has_bias, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
@@ -79,12 +79,24 @@ class SplitPSA(nn.Module):
     def extra_repr(self) -> str:
         return f"branch_order={self.branch_order!r}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, S*C, H, W] -> [N, S*C', H', W']."""
-        check_tensor(f"{type(self).__name__}: x", x)
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [N, S*C, H, W] -> [N, S*C', H', W'].
+
+        With `return_attention` also the attention [N, S, C'], as of :class:`PSAModule`.
+        """
+        name = type(self).__name__
+        check_tensor(f"{name}: x", x)
+        check_flag(f"{name}: return_attention", return_attention)
         feats = self._feats(x)
         weights = [se(feat) for se, feat in zip(self.se_blocks, feats, strict=True)]
-        return _recalibrate(feats, weights, is_reversed(self.branch_order))[0]
+        out, attention = _recalibrate(feats, weights, is_reversed(self.branch_order))
+        return (out, accumulated(attention)) if return_attention else out
 
     def _feats(self, x: Tensor) -> list[Tensor]:
         """The branches' maps, S x [N, C', H', W']."""
@@ -124,16 +136,27 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
         why = self._why_not_fused()
         return super().extra_repr() + (f", not fused: {why}" if why is not None else "")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, S*C, H, W] -> [N, S*C', H', W']."""
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [N, S*C, H, W] -> [N, S*C', H', W'].
+
+        With `return_attention` also the attention [N, S, C'], as of :class:`PSAModule`.
+        """
         if isinstance(x, Proxy):
-            leaf = as_leaf(self, x)
-            return super().forward(x) if leaf is None else leaf
+            options = {} if return_attention is False else {"return_attention": return_attention}
+            leaf = as_leaf(self, x, **options)
+            return super().forward(x, return_attention) if leaf is None else leaf
         check_tensor("FusedSplitPSA: x", x)
+        check_flag("FusedSplitPSA: return_attention", return_attention)
         why = why_not_plain("x", x) or self._why_not_fused()
         if why is not None:
             warn_once(self, why)
-            return super().forward(x)
+            return super().forward(x, return_attention)
         feats = self._feats(x)
         # In the order of the layers' calls, for parametrisations that draw random numbers.
         reads = [
@@ -148,6 +171,7 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
             torch.stack(fc2_weight),
             torch.stack(fc2_bias) if fc2_bias[0] is not None else None,
             branch_order=self.branch_order,
+            return_attention=return_attention,
         )
 
     def _why_not_fused(self) -> str | None:

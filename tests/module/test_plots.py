@@ -1,0 +1,116 @@
+"""The pictures of recorded attention: what they show, and what they refuse."""
+
+import sys
+
+import pytest
+import torch
+from support.optional import optional
+
+from epsa_fused import FusedPSAModule, plots, record_attention
+from epsa_fused.plots import scale_weights
+
+
+@pytest.fixture
+def axes():
+    matplotlib = optional("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    figure, axes = pyplot.subplots()
+    yield axes
+    pyplot.close(figure)
+
+
+def attention(*means: float, images: int = 1, channels: int = 3) -> torch.Tensor:
+    """[N, S, C], each scale's mean over channels given."""
+    spread = torch.linspace(-0.01, 0.01, channels)
+    return torch.tensor(means)[None, :, None] + spread.repeat(images, 1)[:, None, :]
+
+
+def record() -> dict[str, list[torch.Tensor]]:
+    return {
+        "first": [attention(0.7, 0.3, images=2), attention(0.1, 0.9)],
+        "second": [attention(0.5, 0.5, images=2), attention(0.4, 0.6)],
+    }
+
+
+def test_the_weights_of_scales():
+    weights = scale_weights(record() | {"never called": []})
+    assert list(weights) == ["first", "second"]
+    right = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.1, 0.9]], dtype=torch.float64)
+    torch.testing.assert_close(weights["first"], right, rtol=1e-6, atol=1e-7)
+
+
+def test_depth(axes):
+    assert plots.depth(record(), axes=axes) is axes
+    lines = [list(line.get_ydata()) for line in axes.lines[:2]]
+    torch.testing.assert_close(
+        torch.tensor(lines), torch.tensor([[0.5, 1.4 / 3], [0.5, 1.6 / 3]]).double(),
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["scale 1", "scale 2"]
+    assert list(axes.lines[2].get_ydata()) == [0.5, 0.5]  # where all count alike
+
+
+def test_classes(axes):
+    plots.classes(record(), [1, 0, 1], ["cat", "dog"], module="first", axes=axes)
+    shown = torch.as_tensor(axes.images[0].get_array().data)
+    right = torch.tensor([[0.7, 0.3], [0.4, 0.6]]).double()
+    torch.testing.assert_close(shown, right, rtol=1e-6, atol=1e-6)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["cat", "dog"]
+    assert axes.get_title() == "first"
+
+
+def test_image(axes):
+    plots.image(record(), 2, labels=["3x3", "5x5"], axes=axes)
+    shown = torch.as_tensor(axes.images[0].get_array().data)
+    right = torch.tensor([[0.1, 0.9], [0.4, 0.6]]).double()
+    torch.testing.assert_close(shown, right, rtol=1e-6, atol=1e-6)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["3x3", "5x5"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["first", "second"]
+
+
+def test_a_figure_of_its_own():
+    optional("matplotlib").use("Agg")
+    module = FusedPSAModule(64, 64)
+    with record_attention(module) as recorded:
+        module(torch.randn(3, 64, 5, 5))
+    import matplotlib.pyplot as pyplot
+
+    for draw in (plots.depth, plots.image, lambda r: plots.classes(r, [0, 1, 1])):
+        figure = draw(recorded).figure
+        figure.canvas.draw()
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    (
+        (lambda: plots.depth({}), "expected calls of record_attention, got none"),
+        (lambda: plots.depth({"a": []}), "expected calls of record_attention, got none"),
+        (lambda: plots.depth(record(), ["3x3"]), r"labels: expected 2, got \['3x3'\]"),
+        (lambda: plots.depth(record(), "ab"), r"labels: expected 2, got 'ab'"),
+        (
+            lambda: plots.depth(record() | {"third": [attention(0.2, 0.3, 0.5)]}),
+            r"one number of scales, got \[2, 3\]; record_attention\(model, names\)",
+        ),
+        (
+            lambda: plots.classes(record(), [0, 1]),
+            r"the class of each of 3 images, got shape \[2\]",
+        ),
+        (
+            lambda: plots.classes(record(), [0, 1, 1], module="third"),
+            "expected one of 'first', 'second', got 'third'",
+        ),
+        (lambda: plots.image(record(), 3), "image: index: expected .* got 3"),
+    ),
+)
+def test_what_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install matplotlib, or epsa_fused\[plots\]"):
+        plots.depth(record())
