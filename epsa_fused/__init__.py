@@ -4,6 +4,7 @@
 from . import _decompositions, _fake, _flops, convolution  # noqa: F401
 from ._version import __version__
 from ._winograd import set_winograd, winograd_allowed
+from .backbone import BackboneReport, load_backbone
 from .functional import psa_attention
 from .fuse import FuseReport, fuse, unfuse
 from .inference import InferenceModel, InferenceReport, optimize_for_inference
@@ -12,8 +13,10 @@ from .models.epsanet import *  # noqa: F403  its __all__ holds every published m
 from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
 from .record import record_attention
 from .reference import PSAModule, psa_attention_reference
+from .trained import Trained, load_trained
 
 __all__ = [
+    "BackboneReport",
     "FuseReport",
     "FusedPSAModule",
     "FusedSplitPSA",
@@ -21,9 +24,12 @@ __all__ = [
     "InferenceReport",
     "PSAModule",
     "SplitPSA",
+    "Trained",
     "__version__",
     "convolution",
     "fuse",
+    "load_backbone",
+    "load_trained",
     "optimize_for_inference",
     "prepack",
     "psa_attention",

@@ -13,6 +13,7 @@ from typing import Literal, cast, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._checks import check_flag, check_int, check_ints, check_tensor, given
 from ._library import MAX_BRANCHES, MIN_BRANCHES
@@ -102,6 +103,19 @@ def psa_attention_reference(
         weights.append(torch.sigmoid(_conv1x1(squeezed, fc2_weight, fc2_bias, branch, c)))
     out, attention = _recalibrate(feats, weights, is_reversed(branch_order))
     return (out, attention) if return_attention else out
+
+
+def asks_for_attention(name: str, flag: bool) -> bool:
+    """The argument return_attention of a module's call; TypeError unless it is a bool.
+
+    torch.fx gives the module that it traces stand-ins for all arguments. Its graph is that of the
+    output alone.
+    """
+    if isinstance(flag, Proxy):
+        return False
+    if flag is not False:
+        check_flag(f"{name}: return_attention", flag)
+    return flag
 
 
 def accumulated(attention: Tensor) -> Tensor:
@@ -267,10 +281,9 @@ class PSAModule(nn.Module):
         name = type(self).__name__
         check_tensor(f"{name}: x", x)
         feats = [getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)]
-        if return_attention is False:  # an `attention` of a subclass may know no other
-            return self.attention(feats)
-        check_flag(f"{name}: return_attention", return_attention)
-        return self.attention(feats, return_attention=True)
+        if asks_for_attention(name, return_attention):
+            return self.attention(feats, return_attention=True)
+        return self.attention(feats)  # that of a subclass may know no other
 
     @overload
     def attention(self, feats: list[Tensor], return_attention: Literal[False] = ...) -> Tensor: ...

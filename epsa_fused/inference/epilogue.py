@@ -13,6 +13,7 @@ from .._winograd import winograd_allowed
 from ..modules import FusedPSAModule
 from ..modules.layers import is_plain, why_layer_called
 from ..modules.tracing import as_leaf
+from ..reference import asks_for_attention
 
 
 class PSAWithEpilogue(FusedPSAModule):
@@ -45,7 +46,7 @@ class PSAWithEpilogue(FusedPSAModule):
     def forward(  # type: ignore[override]  # the overloads of the base say the same
         self, x: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if return_attention:
+        if asks_for_attention("PSAWithEpilogue", return_attention):
             out, attention = super().forward(x, True)
             return self._followed(out), attention
         if isinstance(x, Proxy):

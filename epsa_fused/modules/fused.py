@@ -15,7 +15,7 @@ from .._checks import check_flag, check_int, check_tensor
 from .._library import COMPARED_WEIGHTS, HAS_CUDA
 from .._winograd import winograd_allowed
 from ..functional import psa_attention
-from ..reference import PSAModule, SEWeight, is_reversed
+from ..reference import PSAModule, SEWeight, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
 from .layers import is_plain, why_conv_not_taken, why_layer_called, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
@@ -121,13 +121,11 @@ class FusedPSAModule(NotScriptable, PSAModule):
             NotImplementedError: `save_output`, and the CPU's operator cannot compute the module; or
                 `return_attention` beside it with gradients, which keep no map to differentiate.
         """
+        return_attention = asks_for_attention("FusedPSAModule", return_attention)
         if isinstance(x, Proxy):
-            options = {} if return_attention is False else {"return_attention": return_attention}
-            leaf = as_leaf(self, x, **options)
+            leaf = as_leaf(self, x, **({"return_attention": True} if return_attention else {}))
             return super().forward(x, return_attention) if leaf is None else leaf
         check_tensor("FusedPSAModule: x", x)
-        if return_attention is not False:
-            check_flag("FusedPSAModule: return_attention", return_attention)
         if self.save_output is not False:
             check_flag("FusedPSAModule: save_output", self.save_output)
         save_output = (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .._checks import check_flag, check_modules, check_tensor
+from .._checks import check_modules, check_tensor
 from ..functional import psa_attention
-from ..reference import _recalibrate, accumulated, is_reversed
+from ..reference import _recalibrate, accumulated, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
 from .layers import has_bias, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
@@ -92,7 +92,7 @@ class SplitPSA(nn.Module):
         """
         name = type(self).__name__
         check_tensor(f"{name}: x", x)
-        check_flag(f"{name}: return_attention", return_attention)
+        return_attention = asks_for_attention(name, return_attention)
         feats = self._feats(x)
         weights = [se(feat) for se, feat in zip(self.se_blocks, feats, strict=True)]
         out, attention = _recalibrate(feats, weights, is_reversed(self.branch_order))
@@ -147,12 +147,11 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
 
         With `return_attention` also the attention [N, S, C'], as of :class:`PSAModule`.
         """
+        return_attention = asks_for_attention("FusedSplitPSA", return_attention)
         if isinstance(x, Proxy):
-            options = {} if return_attention is False else {"return_attention": return_attention}
-            leaf = as_leaf(self, x, **options)
+            leaf = as_leaf(self, x, **({"return_attention": True} if return_attention else {}))
             return super().forward(x, return_attention) if leaf is None else leaf
         check_tensor("FusedSplitPSA: x", x)
-        check_flag("FusedSplitPSA: return_attention", return_attention)
         why = why_not_plain("x", x) or self._why_not_fused()
         if why is not None:
             warn_once(self, why)

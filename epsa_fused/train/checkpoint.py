@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .errors import InputError
+from .errors import InputError, required
 
 FORMAT = 2
 
@@ -112,6 +112,36 @@ def read(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
     return cast(dict[str, Any], state)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of any network, to the CPU: a state_dict, or one under "state_dict" or
+    "model". Files of safetensors have that ending. No code of the file is run.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds something else.
+    """
+    if not path.exists():
+        raise InputError(f"expected a file of weights, there is no {path}")
+    try:
+        if path.suffix == ".safetensors":
+            required("safetensors.torch", "reading safetensors", "safetensors")
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError("expected tensors and plain values, got a file that holds more") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"it is damaged, or of another kind ({error})") from error
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"expected a state_dict, got {type(state).__name__}")
+    return state
 
 
 def check_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

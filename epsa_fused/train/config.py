@@ -91,6 +91,12 @@ class Config:
     dropout: float = _option(0.0, "dropout in front of the classifier", least=0, below=1)
     image_size: int = _option(224, "height and width that a folder's images are cut to", least=1)
 
+    weights: str = _option(
+        "",
+        "a file of weights to start from, as far as they fit; a resumed run has its own",
+        free=True,
+    )
+
     epochs: int = _option(
         120,
         "passes over the training images; with the step schedule a run may go on to more",

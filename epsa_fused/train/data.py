@@ -48,7 +48,8 @@ class Source(Protocol):
 class Data:
     """A training and a held-out source.
 
-    `mean` and `std` are per channel, in units of a pixel's value (0 to 255 for photographs).
+    `mean` and `std` are per channel, in units of a pixel's value (0 to `white`). `centre` is the
+    share of the shorter side that an image is cut to for evaluation.
     """
 
     train: Source
@@ -56,6 +57,8 @@ class Data:
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    white: int = 255
+    centre: float = 1.0
 
     def description(self) -> dict[str, Any]:
         """What identifies the data: a resumed run must have the same."""
@@ -160,6 +163,7 @@ def _digits() -> Data:
         [str(name) for name in bunch.target_names],
         (float(pixels.mean()),),
         (float(pixels.std()),),
+        white=16,
     )
 
 
@@ -374,6 +378,7 @@ def _folder(folder: Path, size: int) -> Data:
         # The statistics of ImageNet, which published weights expect.
         tuple(255 * value for value in (0.485, 0.456, 0.406)),
         tuple(255 * value for value in (0.229, 0.224, 0.225)),
+        centre=FolderSource.CENTRE,
     )
 
 

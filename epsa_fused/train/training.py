@@ -11,16 +11,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..backbone import load_backbone
 from ..models import MODELS
 from . import checkpoint
 from .config import Config
@@ -125,7 +127,7 @@ class Training:
             **self.data.description(),
         }
         saved = self._checkpoint()
-        self._build(parts)
+        self._build(parts, fresh=saved is None)
         self._check_normalised()
         self.epoch = self.step = self.steps_done = 0
         self.best_top1 = -1.0
@@ -147,7 +149,7 @@ class Training:
         if saved is None:
             self._save()  # shows a bad --out now; later runs always have one to resume from
 
-    def _build(self, parts: int) -> None:
+    def _build(self, parts: int, fresh: bool) -> None:
         config, device, data = self.config, self.device, self.data
         torch.manual_seed(config.seed)  # equal initial weights in every process
         model = MODELS[config.model](
@@ -156,6 +158,8 @@ class Training:
             in_chans=len(data.mean),
             drop_rate=config.dropout,
         )
+        if config.weights and fresh:
+            self._start_from(Path(config.weights), model)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.layout)
         checkpoint.seed(config.seed + self.processes.rank)  # each process its own dropout
@@ -370,6 +374,13 @@ class Training:
         return images.sub_(self.mean).div_(self.std)
 
     # ---- messages and checks ----
+
+    def _start_from(self, path: Path, model: nn.Module) -> None:
+        try:
+            report = load_backbone(model, checkpoint.read_weights(path))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--weights: {path}: {error}") from error
+        self._say(f"--weights: {path}: {report}")
 
     def _say(self, line: str) -> None:
         if self.processes.first:
@@ -600,8 +611,12 @@ class Training:
             "epoch": self.epoch,
             "top1": self.best_top1,
             "state_dict": model.state_dict(),
+            # what load_trained prepares other images by
             "mean": self.data.mean,  # in units of a pixel's value
             "std": self.data.std,
+            "shape": self.data.train.shape,
+            "white": self.data.white,
+            "centre": self.data.centre,
         }
 
     def close(self) -> None:

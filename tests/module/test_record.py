@@ -139,6 +139,16 @@ def test_compiled_and_traced():
             assert_near(mine.detach(), right.detach(), ROUNDING)
 
 
+@pytest.mark.parametrize("make", (
+    lambda: build("stage3"), lambda: build("stage3", PSAModule), lambda: split(FusedSplitPSA)
+))  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_of_the_module_itself_has_the_output_alone(make):
+    module = make().requires_grad_(False)
+    x = torch.randn(1, 24, 5, 5) if isinstance(module, SplitPSA) else image("stage3")
+    assert_near(torch.fx.symbolic_trace(module)(x), module(x), ROUNDING)
+
+
 @pytest.mark.parametrize("make", (lambda: build("stage3", PSAModule), lambda: build("stage3")))
 def test_a_flag_that_is_none(make):
     with pytest.raises(TypeError, match="return_attention: expected a bool, got 1"):

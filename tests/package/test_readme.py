@@ -24,11 +24,15 @@ from support.pages import (
 )
 from support.paths import ROOT, TESTS
 
+import epsa_fused
+
 # ---- Python ----
 
 PACKAGE = block("python", "aoti_compile_and_package")  # run by test_the_cpp_block
 SLOW = ("torch.compile(model", "torch.onnx.export")
 NEEDS = {
+    "plots": ("matplotlib",),
+    "load_trained(": ("numpy", "PIL"),
     "import timm": ("timm",),
     "from torchvision": ("torchvision",),
     "torch.onnx.export": ("onnx", "onnxscript"),
@@ -41,12 +45,31 @@ def packages(code: str) -> list[str]:
     return [name for marker, names in NEEDS.items() if marker in code for name in names]
 
 
+def train_on_noise(out: Path) -> None:
+    """A training's best.pt, of a small network."""
+    model = epsa_fused.models.small_epsanet(3)
+    run = {"model": "small_epsanet", "classes": ["ant", "bee", "cat"], "psa": "fused"}
+    images = {"mean": (124.0,) * 3, "std": (58.0,) * 3, "shape": (32, 32, 3), "white": 255}
+    out.mkdir(parents=True)
+    torch.save(
+        {"format": 2, "run": run | {"dropout": 0.0}, "state_dict": model.state_dict(), "top1": 0.5}
+        | images
+        | {"centre": 0.875},
+        out / "best.pt",
+    )
+
+
 def prepared(folder: Path, code: str) -> Path:
     """The folder with what the block reads: the published code, a checkpoint of its training."""
     folder.mkdir()
     if "models.epsanet" in code:
         (folder / "models").mkdir()
         (folder / "models" / "epsanet.py").write_text((TESTS / "support/published.py").read_text())
+    if "load_trained(" in code:
+        train_on_noise(folder / "runs" / "imagenet")
+        from PIL import Image
+
+        Image.new("RGB", (300, 200), "orange").save(folder / "cat.jpg")
     if "torch.load(" in code:
         model = torch.nn.DataParallel(published.epsanet50())
         torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "checkpoint.pth.tar")
@@ -96,6 +119,8 @@ ACTIVATE = ". .venv/bin/activate"
 CPP = "run_package.cpp"
 
 # Why these commands are not run. What they do is covered where it says so.
+WEIGHTS = "needs such data; tests/train/test_trained.py starts from weights"
+PREDICT = "tests/train/test_trained.py runs the command on a training of its own"
 SETS_UP = "sets up .venv by pip, minutes"
 TIMING = "minutes of timing or more; test_the_demo runs the quick setting"
 GPU = "needs a GPU"
@@ -116,6 +141,9 @@ NOT_RUN = {
     "pip install openvino onnxruntime onnx": "changes the environment",
     "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
+    "python -m epsa_fused.predict runs/imagenet cat.jpg dog.jpg": PREDICT,
+    "python -m epsa_fused.train --data flowers --weights best.pt": WEIGHTS,
+    "python -m epsa_fused.predict runs/imagenet cat.jpg --json": PREDICT,
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",
     'make test PYTEST_ARGS="tests/cuda/test_simt_emulator.py"': SETS_UP,
