@@ -92,6 +92,9 @@ aarch64-check:
 	    tests/cpu_cases/one_isa.cpp tests/cpu_cases/$${noun}_cases.cpp csrc/cpu/isa.cpp \
 	    csrc/cpu/$${noun}_plan.cpp && \
 	  qemu-aarch64 build/aarch64/$$noun || exit 1; done
+	$(AARCH64_CXX) -std=c++17 -O1 -Wall -Wextra -Werror -Wno-psabi -static -Icsrc -DEPSA_VEC_BYTES=16 \
+	  -o build/aarch64/conversions tests/cpu_cases/conversions.cpp
+	qemu-aarch64 build/aarch64/conversions
 
 docs: $(VENV)/packages-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 
 import pytest
+from simt import build
 from support import cpu_cases
+from support.isa import runs_here
 from support.paths import ROOT
 
 # what a program says before its summary, and a number that its cases exceed
@@ -38,6 +40,17 @@ def test_case_table(programs, noun, isa, monkeypatch):
     assert count > least
 
 
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
+def test_every_conversion_of_16_bit_floats(isa, tmp_path):
+    """All values of both types, and the floats around the middle of every two neighbours."""
+    if build.missing():
+        pytest.skip(build.missing())
+    if not runs_here(isa):
+        pytest.skip(f"this machine's CPU has no {isa}")
+    output = build.run(cpu_cases.conversions(isa, tmp_path)).stdout
+    assert re.fullmatch(r"646150 cases, 0 failed\n", output), output
+
+
 @pytest.mark.slow
 def test_the_case_tables_for_64_bit_arm_in_an_emulator():
     for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
@@ -47,4 +60,5 @@ def test_the_case_tables_for_64_bit_arm_in_an_emulator():
         ["make", "aarch64-check"], cwd=ROOT, capture_output=True, text=True, timeout=1800
     ).stdout
     counts = [int(n) for n in re.findall(r"^(\d+) cases, 0 failed$", output, flags=re.MULTILINE)]
-    assert len(counts) == 2 and counts[0] > 10000 and counts[1] > 1000, output[-3000:]
+    assert len(counts) == 3 and counts[0] > 10000 and counts[1] > 1000, output[-3000:]
+    assert counts[2] == 646150

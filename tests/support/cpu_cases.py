@@ -73,6 +73,15 @@ def programs(noun: str, directory: Path, compiler: str = "g++") -> dict[str, Pat
     return result
 
 
+def conversions(isa: str, directory: Path) -> Path:
+    """The program that checks every conversion of 16-bit floats for an instruction set."""
+    size, march = TARGETS[isa]
+    program = directory / f"conversions_{isa}"
+    flags = [*FLAGS, *march, "-O1", f"-DEPSA_VEC_BYTES={size}"]
+    _compile("g++", *flags, CASES / "conversions.cpp", "-o", program)
+    return program
+
+
 def _object(compiler: str, directory: Path, name: str, source: Path, flags: list[str]) -> Path:
     out = directory / f"{name}.o"
     _compile(compiler, *FLAGS, *flags, "-c", source, "-o", out)
