@@ -76,7 +76,10 @@ def missing_packages() -> list[str]:
 def check_compiler() -> None:
     """SystemExit unless the C++ compiler is a GCC that will do. clang's code would call an OpenMP
     of its own beside that of torch."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise SystemExit(f"CXX: expected a command, got {os.environ['CXX']!r}: {error}") from None
     asked = [*command, "-dM", "-E", "-x", "c++", os.devnull]
     try:
         result = subprocess.run(asked, capture_output=True, text=True)
@@ -84,15 +87,14 @@ def check_compiler() -> None:
         got = f"no {command[0]}"
     else:
         macros = dict(re.findall(r"^#define (\w+) (.*)$", result.stdout, re.MULTILINE))
-        if sys.platform != "linux" or (
-            "__clang__" not in macros and int(macros.get("__GNUC__", 0)) >= OLDEST_GCC
-        ):
+        # all of them say that they are a GCC
+        others = {"__clang__": "clang", "__NVCOMPILER": "nvc++", "__INTEL_COMPILER": "Intel's icpc"}
+        other = next((name for macro, name in others.items() if macro in macros), None)
+        gcc = int(macros.get("__GNUC__", 0))
+        if sys.platform != "linux" or (other is None and gcc >= OLDEST_GCC):
             return
         said = result.stderr.strip().splitlines()[-1:] or ["something else"]
-        named = {"__clang__": "clang", "__GNUC__": "GCC"}
-        kind = next((k for k in named if k in macros), None)
-        number = macros.get("__clang_major__" if kind == "__clang__" else "__GNUC__")
-        got = f"{named[kind]} {number}" if kind else said[0]
+        got = other or (f"GCC {gcc}" if gcc else said[0])
     raise SystemExit(
         f"epsa_fused is compiled by GCC {OLDEST_GCC} or newer: expected one as c++ on PATH, got "
         f"{got}; the variable CXX may name another"

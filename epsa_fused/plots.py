@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ._checks import check_int, given
+from ._checks import MOST, check_int, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def scale_weights(record: Record) -> dict[str, Tensor]:
     """The mean over channels of all calls of each module: [images, S], by the module's name.
 
     Raises:
-        ValueError: the record is empty, or modules were called with different numbers of images.
+        ValueError: the record is empty.
     """
     weights = {
         name: torch.cat([a.double().mean(2) for a in calls]).cpu()
@@ -100,6 +100,8 @@ def classes(
             f"{list(wanted.shape)}"
         )
     found = wanted.unique().tolist()
+    for number in found:
+        check_int("classes: targets", number, 0, MOST if names is None else len(names) - 1)
     table = torch.stack([of_images[wanted == c].mean(0) for c in found])
     rows = [str(c) if names is None else names[c] for c in found]
     axes = _table(table, rows, _labels(labels, table.shape[1]), axes)
@@ -118,9 +120,16 @@ def image(
     Args:
         record, labels, axes: as of :func:`depth`.
         index: of the image, counted over all calls.
+
+    Raises:
+        ValueError: modules were called with different numbers of images, as one that a model calls
+            twice is.
     """
     weights = scale_weights(record)
-    check_int("image: index", index, 0, min(map(len, weights.values())) - 1)
+    counts = {name: len(w) for name, w in weights.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"image: record: expected as many images of each module, got {counts}")
+    check_int("image: index", index, 0, min(counts.values()) - 1)
     table = torch.stack([w[index] for w in weights.values()])
     return _table(table, list(weights), _labels(labels, _scales(weights)), axes)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._checks import check_module, given
+from .functional import in_transform
 from .modules.split import SplitPSA
-from .reference import PSAModule
+from .reference import DETACHED, PSAModule
 
 
 @contextmanager
@@ -41,17 +45,20 @@ def record_attention(
 
     Raises:
         TypeError: `model` is no module, or `names` is a string.
-        ValueError: the model has no PSA module, or none of a name.
+        ValueError: the model has no PSA module, none of a name, or one whose own `forward` or
+            `attention` takes no return_attention.
     """
     check_module("record_attention: model", model)
     modules = _chosen(model, names)
     record: dict[str, list[Tensor]] = {name: [] for name in modules}
-    with ExitStack() as handles:
+    sinks = {name: _Sink(calls) for name, calls in record.items()}
+    with ExitStack() as stack:
         for name, module in modules.items():
-            for handle in _hooks(module, record[name]):
-                handles.callback(handle.remove)
+            recorder = _RECORDERS.get(module) or _Recorder.of(module)
+            recorder.add(sinks[name])
+            stack.callback(recorder.remove, sinks[name])
         yield record
-    if not any(record.values()):
+    if not any(sink.called for sink in sinks.values()):
         warnings.warn(
             "record_attention: no PSA module was called. A model that torch.compile compiled "
             "before keeps what it compiled; open the context before its first call.",
@@ -67,38 +74,103 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Modul
     }
     if not found:
         raise ValueError(
-            "record_attention: model: expected PSA modules of epsa_fused, got none; "
-            "epsa_fused.fuse(model) replaces those of other code"
+            "record_attention: model: expected PSA modules of epsa_fused, got none. fuse(model) "
+            "replaces those of other code; optimize_for_inference leaves none to record"
         )
-    if names is None:
-        return found
-    if isinstance(names, str):
-        raise TypeError(f"record_attention: names: expected several, got {given(names)}")
-    wanted = list(names)
-    for name in wanted:
-        if name not in found:
-            raise ValueError(
-                f"record_attention: names: expected some of {', '.join(map(repr, found))}, "
-                f"got {given(name)}"
-            )
-    return {name: module for name, module in found.items() if name in wanted}
+    if names is not None:
+        if isinstance(names, str):
+            raise TypeError(f"record_attention: names: expected several, got {given(names)}")
+        wanted = list(names)
+        for name in wanted:
+            if name not in found:
+                raise ValueError(
+                    f"record_attention: names: expected some of {', '.join(map(repr, found))}, "
+                    f"got {given(name)}"
+                )
+        found = {name: module for name, module in found.items() if name in wanted}
+    for name, module in found.items():
+        for method in ("forward", "attention"):
+            own = getattr(module, method, None)
+            if own is not None and "return_attention" not in inspect.signature(own).parameters:
+                raise ValueError(
+                    f"record_attention: model: expected modules that take return_attention, got "
+                    f"{name!r}, a {type(module).__name__} with {_article(method)} of its own"
+                )
+    return found
 
 
-def _hooks(module: nn.Module, calls: list[Tensor]) -> Iterator[Any]:
-    """Hooks that ask the module for its attention, and keep it from whoever did not ask."""
-    asked: list[bool] = []  # of each call under way
+def _article(method: str) -> str:
+    return f"an {method}" if method == "attention" else f"a {method}"
+
+
+@dataclass(eq=False)
+class _Sink:
+    """The list of one module in one context."""
+
+    calls: list[Tensor]
+    called: bool = False
+
+
+class _Recorder:
+    """The hooks of one module: they ask it for its attention, and keep that from the caller.
+
+    All contexts around a call share them. Copies and pickles of the module hold recorders that do
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self._module: nn.Module | None = None
+        self._sinks: list[_Sink] = []
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Recorder:
+        self = _RECORDERS[module] = cls()
+        self._module = module
+        self._handles = [
+            module.register_forward_pre_hook(self.ask, with_kwargs=True),
+            # before hooks that expect the output alone
+            module.register_forward_hook(self.take, with_kwargs=True, prepend=True),
+        ]
+        return self
+
+    def add(self, sink: _Sink) -> None:
+        self._sinks.append(sink)
+
+    def remove(self, sink: _Sink) -> None:
+        self._sinks.remove(sink)
+        if not self._sinks and self._module is not None:
+            for handle in self._handles:
+                handle.remove()
+            del _RECORDERS[self._module]
+            self._module = None
 
     def ask(
-        _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        own = args[1] if len(args) > 1 else options.get("return_attention", False)
-        asked.append(own)
-        return args[:1], {**options, "return_attention": True}
+        self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        asked = args[1] if len(args) > 1 else options.get("return_attention", False)
+        if module is not self._module or len(args) > 2 or asked is not False:
+            return None  # the call is as it should be, or an error
+        return args[:1], {**options, "return_attention": DETACHED}
 
-    def take(_: nn.Module, __: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Any:
-        calls.append(result[1].detach())
-        return result if asked.pop() else result[0]
+    def take(
+        self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], result: Any
+    ) -> Any:
+        if module is not self._module or not isinstance(result, tuple):
+            return result
+        out, attention = result
+        # tracers and transforms call with stand-ins
+        if type(attention) is Tensor and not in_transform():
+            for sink in self._sinks:
+                sink.called = True
+                sink.calls.append(attention.detach())
+        return out if options.get("return_attention") == DETACHED else result
 
-    yield module.register_forward_pre_hook(ask, with_kwargs=True)
-    # before hooks that expect the output alone
-    yield module.register_forward_hook(take, prepend=True)
+    def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
+        return _Recorder, ()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Recorder:
+        return _Recorder()
+
+
+_RECORDERS: weakref.WeakKeyDictionary[nn.Module, _Recorder] = weakref.WeakKeyDictionary()

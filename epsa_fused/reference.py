@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, cast, overload
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -105,19 +106,28 @@ def psa_attention_reference(
     return (out, attention) if return_attention else out
 
 
-def asks_for_attention(name: str, flag: bool) -> bool:
-    """The argument return_attention of a module's call; TypeError unless it is a bool.
+# What record_attention passes for return_attention: it needs no gradient of the attention.
+DETACHED = "detached"
+
+
+def asks_for_attention(name: str, flag: bool | str) -> Literal[False] | bool | str:
+    """The argument return_attention of a module's call: a bool, or DETACHED.
 
     torch.fx gives the module that it traces stand-ins for all arguments. Its graph is that of the
-    output alone.
+    output alone, and refuses another value.
+
+    Raises:
+        TypeError: it is something else.
     """
     if isinstance(flag, Proxy):
+        torch._assert(flag == False, f"{name}: this graph has no attention")  # noqa: E712
         return False
-    if flag is not False:
+    if flag is not False and not (isinstance(flag, str) and flag == DETACHED):
         check_flag(f"{name}: return_attention", flag)
     return flag
 
 
+@torch.fx.wrap  # one node of a graph: a stand-in has no dtype to look at
 def accumulated(attention: Tensor) -> Tensor:
     """In the dtype of the fused operators' attention: float64, or float32 for all others."""
     return attention if attention.dtype == torch.float64 else attention.float()
@@ -280,8 +290,9 @@ class PSAModule(nn.Module):
         """
         name = type(self).__name__
         check_tensor(f"{name}: x", x)
+        asked = asks_for_attention(name, return_attention)
         feats = [getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)]
-        if asks_for_attention(name, return_attention):
+        if asked:
             return self.attention(feats, return_attention=True)
         return self.attention(feats)  # that of a subclass may know no other
 

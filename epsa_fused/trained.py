@@ -49,11 +49,12 @@ class Trained:
         The centre square is resized to H x W by bilinear interpolation, and normalised.
 
         Args:
-            pictures: files, pillow's images, or arrays uint8 [H, W, 3] or [H, W].
+            pictures: files, pillow's images, or arrays uint8 [H, W, 3] or [H, W] where 255 is
+                white, whatever `white` is.
 
         Raises:
             TypeError: a picture is of another type.
-            epsa_fused.train.InputError: a file cannot be read, and why.
+            epsa_fused.train.InputError: a picture cannot be read, and why.
         """
         if isinstance(pictures, str | Path) or not isinstance(pictures, Sequence):
             raise TypeError(f"preprocess: pictures: expected a sequence, got {given(pictures)}")
@@ -114,9 +115,9 @@ def load_trained(run: str | Path) -> Trained:
 
     path = Path(run)
     path = path / "best.pt" if path.is_dir() else path
-    saved = checkpoint.read(path)
-    settings: dict[str, Any] = saved["run"]
-    if "shape" not in saved:
+    saved = checkpoint.read(path, "best.pt of a training")
+    settings: dict[str, Any] = saved.get("run", {})
+    if "shape" not in saved or not settings:
         found = "weights of an older version" if "mean" in saved else "a checkpoint to resume from"
         raise InputError(f"{path}: expected best.pt of this version's training, got {found}")
     build = MODELS.get(settings["model"])
@@ -156,7 +157,7 @@ def _image(number: int, picture: Picture) -> Image:
     required("PIL.Image", "reading images", "pillow")
     from PIL import Image
 
-    from .train.pixels import read_rgb
+    from .train.pixels import read_rgb, upright_rgb
 
     if isinstance(picture, str | Path):
         try:
@@ -164,14 +165,18 @@ def _image(number: int, picture: Picture) -> Image:
         except CorruptImageError as error:
             raise InputError(str(error)) from error
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,)) or picture.ndim < 2:
+        fits = picture.ndim >= 2 and picture.shape[2:] in ((), (3,)) and picture.size > 0
+        if picture.dtype != np.uint8 or not fits:
             raise TypeError(
                 f"preprocess: pictures[{number}]: expected uint8 [H, W, 3] or [H, W], got "
                 f"{picture.dtype} {list(picture.shape)}"
             )
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
-        return picture
+        try:
+            return upright_rgb(picture)
+        except CorruptImageError as error:
+            raise InputError(f"preprocess: pictures[{number}]: {error}") from error
     raise TypeError(
         f"preprocess: pictures[{number}]: expected a file, an image of pillow or an array, got "
         f"{given(picture)}"

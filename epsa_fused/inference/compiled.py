@@ -21,9 +21,10 @@ _KINDS = 64
 class FrozenModule:
     """Calls a module compiled for each kind of its arguments. For calls without gradients.
 
-    A kind is the types, shapes, strides and dtypes of the tensors, which of them are the same or
-    share memory, and the values of literals. Where arguments have other types, the compiled code
-    keeps torch.compile's guards for them, and its limit of recompilations.
+    A kind is the types, shapes, strides and dtypes of the tensors, their lazy signs, which of them
+    are the same, where they lie in memory that they share, and the values of literals. Where
+    arguments have other types, the compiled code keeps torch.compile's guards for them, and its
+    limit of recompilations.
 
     Args:
         module: in eval mode.
@@ -88,16 +89,24 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
 
 
 def _sharing(leaves: list[Any]) -> Hashable:
-    """Which tensors are the same, and which share memory. Compiled code takes the same for one."""
+    """Which tensors are the same, and which share memory: compiled code takes both for granted."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) < 2:
         return ()
     same = [id(t) for t in tensors]
     memory = [t.untyped_storage()._cdata if t.layout == torch.strided else id(t) for t in tensors]
-    return tuple(same.index(i) for i in same), tuple(memory.index(m) for m in memory)
+    if len(set(memory)) == len(tensors):
+        return ()
+    # by its place: code that changes an input in place takes the distance for granted
+    places = [
+        (memory.index(m), t.storage_offset() if memory.count(m) > 1 else 0)
+        for m, t in zip(memory, tensors, strict=True)
+    ]
+    return tuple(same.index(i) for i in same), tuple(places)
 
 
 def _kind_of_leaf(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        return type(value), value.shape, value.stride(), value.dtype
+        signs = value.is_neg(), value.is_conj()  # not yet computed
+        return type(value), value.shape, value.stride(), value.dtype, *signs
     return type(value), repr(value) if is_literal(value) else None

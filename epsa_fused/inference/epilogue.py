@@ -44,16 +44,19 @@ class PSAWithEpilogue(FusedPSAModule):
         return self._scale, self._shift, self._relu
 
     def forward(  # type: ignore[override]  # the overloads of the base say the same
-        self, x: Tensor, return_attention: bool = False
+        self, x: Tensor, return_attention: bool | str = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if asks_for_attention("PSAWithEpilogue", return_attention):
-            out, attention = super().forward(x, True)
-            return self._followed(out), attention
+        asked = asks_for_attention("PSAWithEpilogue", return_attention)
         if isinstance(x, Proxy):
-            leaf = as_leaf(self, x)
+            leaf = as_leaf(self, x, asked)
             if leaf is not None:  # the graph's node is a call of this forward
                 return leaf
-        elif self._operator_takes(x):
+        if asked:  # a call of its own, so that the output is the same with and without
+            return self._followed_or_fused(x), super().forward(x, True)[1]
+        return self._followed_or_fused(x)
+
+    def _followed_or_fused(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Proxy) and self._operator_takes(x):
             return self._call_operator(x, cast(list[nn.Conv2d], self._convs()), *self.epilogue())
         return self._followed(super().forward(x))
 
@@ -97,6 +100,7 @@ class PackedPSA(nn.Module):
         with torch.no_grad():
             _, *arguments = psa._arguments(torch.empty(0), convs)
         self._description = repr(psa)
+        self._whole = (psa,)  # in a tuple: its layers are no children of this module
         self._operator = torch.ops.epsa_fused.psa_forward.default
         winograd = winograd_allowed(psa.winograd)
         epilogue = psa.epilogue() if isinstance(psa, PSAWithEpilogue) else ()
@@ -105,7 +109,11 @@ class PackedPSA(nn.Module):
     def extra_repr(self) -> str:
         return self._description
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, return_attention: bool | str = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if return_attention is not False:
+            return cast(tuple[Tensor, Tensor], self._whole[0](x, return_attention))
         return cast(Tensor, self._operator(x, *self._rest))
 
 

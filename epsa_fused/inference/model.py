@@ -111,6 +111,8 @@ class InferenceModel:
             return self._function(*args, **kwargs)
 
     def _prepared(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):  # compiled code reads memory, where signs are not computed yet
+            leaf = leaf.resolve_conj().resolve_neg()
         return in_layout(cast_floats(leaf, self.report.dtype), self._memory_format)
 
     def __repr__(self) -> str:

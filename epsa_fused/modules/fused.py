@@ -121,10 +121,10 @@ class FusedPSAModule(NotScriptable, PSAModule):
             NotImplementedError: `save_output`, and the CPU's operator cannot compute the module; or
                 `return_attention` beside it with gradients, which keep no map to differentiate.
         """
-        return_attention = asks_for_attention("FusedPSAModule", return_attention)
+        asked = asks_for_attention("FusedPSAModule", return_attention)
         if isinstance(x, Proxy):
-            leaf = as_leaf(self, x, **({"return_attention": True} if return_attention else {}))
-            return super().forward(x, return_attention) if leaf is None else leaf
+            leaf = as_leaf(self, x, asked)
+            return super().forward(x, bool(asked)) if leaf is None else leaf
         check_tensor("FusedPSAModule: x", x)
         if self.save_output is not False:
             check_flag("FusedPSAModule: save_output", self.save_output)
@@ -138,7 +138,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             if save_output:
                 raise _no_save_output(why)
             warn_once(self, why)
-            return super().forward(x, return_attention)
+            return super().forward(x, bool(asked))
         convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
@@ -146,14 +146,15 @@ class FusedPSAModule(NotScriptable, PSAModule):
         if not taken or _why_not_taken(convs) is not None:
             if save_output:
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._fused_attention([conv(x) for conv in convs], return_attention)
-        if return_attention:
-            if save_output:
-                raise _no_save_output("return_attention asks for the gradient of the attention")
-            return self._call_for_attention(x, convs)
+            return self._fused_attention([conv(x) for conv in convs], bool(asked))
         if save_output:
+            if asked is True:
+                raise _no_save_output("return_attention asks for the gradient of the attention")
             arguments = (*self._arguments(x, convs), winograd_allowed(self.winograd))
-            return cast(Tensor, torch.ops.epsa_fused.psa_save_output.default(*arguments)[0])
+            out, _, attention = torch.ops.epsa_fused.psa_save_output.default(*arguments)
+            return (out, attention) if asked else out
+        if asked:
+            return self._call_for_attention(x, convs)
         return self._call_operator(x, convs)
 
     @overload

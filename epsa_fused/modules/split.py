@@ -92,11 +92,11 @@ class SplitPSA(nn.Module):
         """
         name = type(self).__name__
         check_tensor(f"{name}: x", x)
-        return_attention = asks_for_attention(name, return_attention)
+        asked = asks_for_attention(name, return_attention)
         feats = self._feats(x)
         weights = [se(feat) for se, feat in zip(self.se_blocks, feats, strict=True)]
         out, attention = _recalibrate(feats, weights, is_reversed(self.branch_order))
-        return (out, accumulated(attention)) if return_attention else out
+        return (out, accumulated(attention)) if asked else out
 
     def _feats(self, x: Tensor) -> list[Tensor]:
         """The branches' maps, S x [N, C', H', W']."""
@@ -147,15 +147,15 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
 
         With `return_attention` also the attention [N, S, C'], as of :class:`PSAModule`.
         """
-        return_attention = asks_for_attention("FusedSplitPSA", return_attention)
+        asked = asks_for_attention("FusedSplitPSA", return_attention)
         if isinstance(x, Proxy):
-            leaf = as_leaf(self, x, **({"return_attention": True} if return_attention else {}))
-            return super().forward(x, return_attention) if leaf is None else leaf
+            leaf = as_leaf(self, x, asked)
+            return super().forward(x, bool(asked)) if leaf is None else leaf
         check_tensor("FusedSplitPSA: x", x)
         why = why_not_plain("x", x) or self._why_not_fused()
         if why is not None:
             warn_once(self, why)
-            return super().forward(x, return_attention)
+            return super().forward(x, bool(asked))
         feats = self._feats(x)
         # In the order of the layers' calls, for parametrisations that draw random numbers.
         reads = [
@@ -170,7 +170,7 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
             torch.stack(fc2_weight),
             torch.stack(fc2_bias) if fc2_bias[0] is not None else None,
             branch_order=self.branch_order,
-            return_attention=return_attention,
+            return_attention=bool(asked),
         )
 
     def _why_not_fused(self) -> str | None:

@@ -10,7 +10,7 @@ from torch.fx import Proxy, Tracer
 from .calling import hooks_on_all_modules, warn_once
 
 
-def as_leaf(module: nn.Module, x: Proxy, **options: bool) -> Tensor | None:
+def as_leaf(module: nn.Module, x: Proxy, return_attention: bool | str) -> Tensor | None:
     """Record the call of `module` as one node of torch.fx's graph.
 
     Inside a graph the module stays itself: hooks, devices and packed weights are those of the time
@@ -19,7 +19,7 @@ def as_leaf(module: nn.Module, x: Proxy, **options: bool) -> Tensor | None:
     Args:
         module: called with the proxy.
         x: stands for the argument.
-        options: of the call, such as return_attention.
+        return_attention: of the call.
 
     Returns:
         A proxy of the result. None where the layers must be recorded instead, with a warning. The
@@ -34,6 +34,7 @@ def as_leaf(module: nn.Module, x: Proxy, **options: bool) -> Tensor | None:
         warn_once(module, "torch.fx.symbolic_trace records the module's hooks")
         return None
     path = tracer.path_of_module(module)
+    options = {"return_attention": return_attention} if return_attention else {}
     return cast(Tensor, tracer.create_proxy("call_module", path, (x,), options))
 
 

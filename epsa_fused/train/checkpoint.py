@@ -83,14 +83,14 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, wanted: str = "a checkpoint to resume from") -> dict[str, Any]:
     """Read what :func:`write` saved, to the CPU: tensors and plain values only, no code.
 
     Raises:
         InputError: the file is missing, cut short, damaged or of another format.
     """
     if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint to resume from, there is no such file")
+        raise InputError(f"{path}: expected {wanted}, there is no such file")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()

@@ -655,6 +655,85 @@ def test_compiled_code_of_the_same_tensor_twice_is_not_that_of_two():
             torch.testing.assert_close(served(x, y), model(x, y), rtol=1e-5, atol=1e-5)
 
 
+class AddsOne(nn.Module):
+    """It changes an input in place, which another one may overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, a, b):
+        a.add_(1)
+        return b * self.weight
+
+
+def test_compiled_code_of_tensors_that_overlap_in_other_ways():
+    served = optimize_for_inference(AddsOne().eval(), torch.zeros(2, 4), torch.zeros(2, 4))
+    for offset in (4, 2, 8, 6, 4):
+        base = torch.arange(40.0)
+        a, b = base[:8].view(2, 4), base[offset : offset + 8].view(2, 4)
+        right = torch.arange(40.0)
+        right[:8] += 1
+        out = served(a, b)
+        torch.testing.assert_close(out, right[offset : offset + 8].view(2, 4))
+
+
+def test_compiled_code_of_a_tensor_whose_sign_is_not_yet_computed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    z = torch.complex(torch.ones(2, 4), torch.ones(2, 4))
+    served = optimize_for_inference(model, z.imag)
+    for x in (z.imag, z.conj().imag, z.imag):
+        with torch.no_grad():
+            torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class AsksForAttention(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.psa = kind(64, 64)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        out, attention = self.psa(x, return_attention=True)
+        return torch.relu(self.norm(out)), attention
+
+
+@pytest.mark.parametrize("kind", (epsa_fused.PSAModule, epsa_fused.FusedPSAModule))
+def test_a_model_that_asks_for_attention(kind):
+    torch.manual_seed(0)
+    model, x = with_statistics(AsksForAttention(kind)), torch.randn(2, 64, 9, 9)
+    served = optimize_for_inference(model, x, compile=False)
+    with torch.no_grad():
+        for mine, right in zip(served(x), model(x), strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_epilogue_beside_the_attention(dtype):
+    torch.manual_seed(0)
+    psa = epsa_fused.FusedPSAModule(64, 64)
+    norm = with_statistics(nn.Sequential(nn.BatchNorm2d(64)))[0]
+    module = PSAWithEpilogue(psa, norm, True).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 64, 9, 9).to(dtype)
+    out, attention = module(x, return_attention=True)
+    assert torch.equal(out, module(x)) and torch.equal(attention, psa(x, True)[1])
+    with epsa_fused.record_attention(module) as record:
+        assert torch.equal(module(x), out)
+    assert torch.equal(record[""][0], attention)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.psa = module
+
+        def forward(self, x):
+            return self.psa(x, return_attention=True)
+
+    traced = torch.fx.symbolic_trace(Outer())(x)
+    assert torch.equal(traced[0], out) and torch.equal(traced[1], attention)
+
+
 class Constant(float):
     """A number that hides its value."""
 

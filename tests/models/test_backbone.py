@@ -68,8 +68,41 @@ def test_a_classifier_of_another_size_and_a_prefix():
     state = {f"module.{name}": value for name, value in resnet50().items()}
     report = load_backbone(model, state)
     assert len(report.taken) == 302
-    assert report.kept["fc.weight"] == ([10, 2048], [1000, 2048])
-    assert "of another shape: fc.weight [10, 2048], given [1000, 2048], fc.bias" in str(report)
+    assert report.kept["fc.weight"] == "[10, 2048], given [1000, 2048]"
+    assert "not fitting: fc.weight [10, 2048], given [1000, 2048], fc.bias" in str(report)
+
+
+def test_a_prefix_of_the_model_itself():
+    model = nn.DataParallel(nn.Sequential(nn.Linear(2, 2)))
+    report = load_backbone(model, copy.deepcopy(model.state_dict()))
+    assert len(report.taken) == 2 and not report.kept and not report.unused
+    linear = nn.Linear(1, 1)
+    report = load_backbone(linear, {"weight": torch.ones(1, 1), "module.weight": torch.zeros(1, 1)})
+    assert linear.weight.item() == 1 and report.unused == ["module.weight"]
+
+
+def test_numbers_of_another_kind_are_left():
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    other = {
+        "weight": torch.full((2, 2), 77, dtype=torch.int8),
+        "bias": torch.ones(2, dtype=torch.complex64),
+        "more": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match="expected some tensor"):
+        load_backbone(model, other)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    report = load_backbone(model, other | {"bias": torch.zeros(2, dtype=torch.float64)})
+    assert report.taken == ["bias"] and report.kept == {"weight": "torch.float32, given torch.int8"}
+    assert report.unused == ["more"]
+
+
+def test_a_tensor_with_two_names():
+    a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    b.weight = a.weight
+    report = load_backbone(nn.Sequential(a, b), {"0.weight": torch.ones(2, 2)})
+    assert report.taken == ["0.weight"] and torch.equal(b.weight, torch.ones(2, 2))
+    assert report.kept == {"1.weight": "is one with a tensor that was taken"}
 
 
 def test_dtype_device_and_parameters_stay():
@@ -100,7 +133,7 @@ def test_packed_weights_are_dropped():
         (
             lambda: load_backbone(nn.Linear(1, 1), {"weight": 1}),
             TypeError,
-            r"state_dict\['weight'\]: expected a Tensor, got 1",
+            r"state_dict: expected Tensors by their names, got 'weight': 1",
         ),
         (
             lambda: load_backbone(nn.Linear(1, 1), {"weight": torch.zeros(1, 1, device="meta")}),
@@ -111,6 +144,21 @@ def test_packed_weights_are_dropped():
             lambda: load_backbone(nn.Linear(1, 1), {"a": torch.zeros(2)}),
             ValueError,
             r"such as weight \[1, 1\], got a \[2\]",
+        ),
+        (
+            lambda: load_backbone(nn.Linear(1, 1), {1: torch.zeros(1)}),
+            TypeError,
+            "state_dict: expected Tensors by their names, got 1: ",
+        ),
+        (
+            lambda: load_backbone(nn.Linear(1, 1, device="meta"), {"weight": torch.zeros(1, 1)}),
+            ValueError,
+            "model: expected tensors with data, got weight without",
+        ),
+        (
+            lambda: load_backbone(nn.LazyLinear(1), {"weight": torch.zeros(1, 1)}),
+            ValueError,
+            "model: expected tensors with data, got weight without",
         ),
         (lambda: load_backbone(nn.Linear(1, 1), {}), ValueError, "such as weight .*, got none"),
     ),

@@ -102,12 +102,29 @@ def test_a_figure_of_its_own():
             lambda: plots.classes(record(), [0, 1, 1], module="third"),
             "expected one of 'first', 'second', got 'third'",
         ),
+        (
+            lambda: plots.image({"a": [attention(0.5, 0.5)] * 2, "b": [attention(0.5, 0.5)]}),
+            r"as many images of each module, got \{'a': 2, 'b': 1\}",
+        ),
+        (
+            lambda: plots.classes(record(), [-1, 0, 1], ["cat", "dog"]),
+            "classes: targets: expected .* got -1",
+        ),
+        (
+            lambda: plots.classes(record(), [0, 1, 2], ["cat", "dog"]),
+            "classes: targets: expected .* got 2",
+        ),
         (lambda: plots.image(record(), 3), "image: index: expected .* got 3"),
     ),
 )
 def test_what_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_targets_that_are_no_integers():
+    with pytest.raises(TypeError, match=r"classes: targets: expected an int, got 0\.5"):
+        plots.classes(record(), torch.tensor([0.5, 1, 1]))
 
 
 def test_without_matplotlib(monkeypatch):

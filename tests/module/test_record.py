@@ -1,6 +1,8 @@
 """return_attention of the modules, and record_attention of a model."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,7 +148,25 @@ def test_compiled_and_traced():
 def test_a_graph_of_the_module_itself_has_the_output_alone(make):
     module = make().requires_grad_(False)
     x = torch.randn(1, 24, 5, 5) if isinstance(module, SplitPSA) else image("stage3")
-    assert_near(torch.fx.symbolic_trace(module)(x), module(x), ROUNDING)
+    graph = torch.fx.symbolic_trace(module)
+    assert_near(graph(x), module(x), ROUNDING)
+    with pytest.raises(AssertionError, match="this graph has no attention"):
+        graph(x, return_attention=True)
+
+
+@pytest.mark.parametrize("kind", (PSAModule, FusedPSAModule))
+def test_a_graph_of_a_parent_that_asks(kind):
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.psa = build("stage3", kind, torch.bfloat16).requires_grad_(False)
+
+        def forward(self, x):
+            return self.psa(x, return_attention=True)
+
+    model, x = Outer(), image("stage3", torch.bfloat16)
+    for mine, right in zip(torch.fx.symbolic_trace(model)(x), model(x), strict=True):
+        assert torch.equal(mine, right) and mine.dtype == right.dtype
 
 
 @pytest.mark.parametrize("make", (lambda: build("stage3", PSAModule), lambda: build("stage3")))
@@ -162,6 +182,11 @@ def test_beside_save_output():
     with torch.no_grad():
         out, _ = module(x, return_attention=True)
         assert torch.equal(out, module(x))
+    expected = module(x)
+    with record_attention(module) as record:  # needs no gradient of the attention
+        out = module(x)
+    assert torch.equal(out, expected) and out.grad_fn.name() == expected.grad_fn.name()
+    assert_near(record[""][0], exact(module, x)[1].detach(), ROUNDING)
 
 
 class Doubled(FusedPSAModule):
@@ -261,6 +286,79 @@ def test_contexts_in_each_other_and_hooks_of_the_user():
     assert len(seen) == 4 and all(isinstance(shape, torch.Size) for shape in seen)
 
 
+def test_from_several_threads():
+    module, x = build("stage3").requires_grad_(False), image("stage3")
+
+    def work(asked: bool) -> int:
+        results = [module(x, return_attention=asked) for _ in range(100)]
+        return sum(isinstance(r, tuple) for r in results)
+
+    with record_attention(module) as record, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, (True, False, True, False))) == [100, 0, 100, 0]
+    assert len(record[""]) == 400
+
+
+def test_wrong_calls_stay_wrong():
+    module, x = build("stage3"), image("stage3")
+    with record_attention(module) as record:
+        for call in (lambda: module(x, False, 3), lambda: module(x, "no"), lambda: module(x, 1)):
+            with pytest.raises(TypeError):
+                call()
+        module(x)
+    assert len(record[""]) == 1
+
+
+def test_copies_and_pickles_record_nothing():
+    model = Net()
+    with record_attention(model) as record:
+        model(images())
+        copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (copied, loaded):
+            assert torch.equal(other(images()), model(images()))
+    assert len(record["second.0"]) == 3
+    for other in (copied, loaded):
+        assert isinstance(other(images()), torch.Tensor)
+        with record_attention(other) as again:
+            other(images())
+        assert len(again["second.0"]) == 1
+    assert len(record["second.0"]) == 3
+
+
+def test_lists_may_be_emptied_meanwhile(recwarn):
+    model = Net()
+    with record_attention(model) as record:
+        model(images())
+        record["first"].clear()
+        record["second.0"].clear()
+        record["second.1"].clear()
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_and_exports_record_nothing():
+    module, x = build("stage3").requires_grad_(False), image("stage3")
+    with record_attention(module) as record:
+        torch.func.vmap(module)(x[:, None])
+        exported = torch.export.export(module, (x,))
+        module(x)
+    assert len(record[""]) == 1 and type(record[""][0]) is torch.Tensor
+    assert_near(exported.module()(x), module(x), ROUNDING)
+
+
+class OwnForward(FusedPSAModule):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "method"), ((Doubled, "an attention"), (OwnForward, "a forward")))
+def test_a_module_that_takes_no_such_argument_is_refused(kind, method):
+    model = nn.Sequential(kind(64, 64))
+    words = f"got '0', a {kind.__name__} with {method} of its own"
+    with pytest.raises(ValueError, match=words), record_attention(model):
+        pass
+    assert not model[0]._forward_hooks
+
+
 def test_after_an_error():
     model = Net()
     with record_attention(model) as record:
@@ -293,7 +391,7 @@ def test_nothing_was_called():
 def test_what_is_refused():
     model = Net()
     for wrong, error, words in (
-        ((nn.Linear(1, 1),), ValueError, r"expected PSA modules of epsa_fused, got none; epsa"),
+        ((nn.Linear(1, 1),), ValueError, r"expected PSA modules of epsa_fused, got none\. fuse"),
         ((model, ["third"]), ValueError, r"names: expected some of 'first', .*, got 'third'"),
         ((model, "first"), TypeError, r"names: expected several, got 'first'"),
         ((print,), TypeError, r"model: expected a torch.nn.Module"),

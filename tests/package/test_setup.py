@@ -98,7 +98,8 @@ def test_packages_that_are_too_old_are_missing(setup, monkeypatch, name, version
     ("macros", "got"),
     [
         ("__GNUC__ 10", "GCC 10"),
-        ("__GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 16", "clang 16"),
+        ("__GNUC__ 14\n#define __clang__ 1\n#define __clang_major__ 16", "clang"),
+        ("__GNUC__ 13\n#define __NVCOMPILER 1", r"nvc\+\+"),
         (None, "what: no input files"),
         ("__GNUC__ 11", None),
     ],
@@ -113,6 +114,18 @@ def test_compilers_that_will_not_do(setup, tmp_path, monkeypatch, macros, got):
         setup["check_compiler"]()
         return
     with pytest.raises(SystemExit, match=f"^epsa_fused is compiled by GCC 11 .* got {got}; "):
+        setup["check_compiler"]()
+
+
+@pytest.mark.parametrize("given", ("", "  "))
+def test_a_blank_choice_of_compiler_is_none(setup, monkeypatch, given):
+    monkeypatch.setenv("CXX", given)
+    setup["check_compiler"]()
+
+
+def test_a_choice_of_compiler_that_no_shell_reads(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(SystemExit, match=r"CXX: expected a command, got .*: No closing quotation"):
         setup["check_compiler"]()
 
 

@@ -357,7 +357,7 @@ def test_every_mode_of_pillow_is_right_or_refused(tmp_path, monkeypatch, kind, m
     path = tmp_path / "image"
     path.touch()
     if kind == "unfit":
-        with pytest.raises(CorruptImageError, match=r"got None with (16|32)-bit integers"):
+        with pytest.raises(CorruptImageError, match=r"got no format with (16|32)-bit integers"):
             read_rgb(path)
     else:
         assert np.abs(np.asarray(read_rgb(path)).astype(int) - pixels).max() <= LOSSY

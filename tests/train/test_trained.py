@@ -76,6 +76,32 @@ def test_any_picture_gives_the_same(run):
     assert trained.preprocess([]).shape == (0, 3, 8, 8) and trained.predict([]) == []
 
 
+def test_pillows_images_are_read_as_files_are(run, tmp_path):
+    """Upright, and with the range of their format."""
+    trained = epsa_fused.load_trained(run)
+    ramp = np.linspace(0, 1, 16 * 12).reshape(12, 16)
+    files = [tmp_path / name for name in ("turned.jpg", "wide.png", "grey.png", "alpha.png")]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray((ramp * 255).astype(np.uint8)).convert("RGB").save(files[0], exif=exif)
+    Image.fromarray((ramp * 65535).astype(np.uint16)).save(files[1])
+    Image.fromarray((ramp * 255).astype(np.uint8)).save(files[2])
+    Image.fromarray((ramp * 255).astype(np.uint8)).convert("LA").save(files[3])
+    opened = [Image.open(file) for file in files]
+    sizes = [image.size for image in opened]
+    prepared = trained.preprocess(opened)
+    assert torch.equal(prepared, trained.preprocess(files))
+    assert [image.size for image in opened] == sizes  # they stay as they are
+    floats = Image.fromarray(ramp.astype(np.float32))
+    assert (trained.preprocess([floats]) - prepared[2]).abs().max() < 0.03
+    for wrong, words in (
+        (Image.fromarray((ramp * 65535).astype(np.uint16)), "no format with 16-bit integers"),
+        (Image.fromarray(ramp.astype(np.float32) * 2), "expected floats from 0 to 1, got 0 to 2"),
+    ):
+        with pytest.raises(InputError, match=rf"pictures\[1\]: .*{words}"):
+            trained.preprocess([files[0], wrong])
+
+
 def test_predictions(run):
     trained, files = epsa_fused.load_trained(run), held_out()[:3]
     found = trained.predict(files, top=2)
@@ -154,6 +180,7 @@ def changed(run: Path, folder: Path, change) -> Path:
     (
         (lambda best: best.update(format=1), "expected a checkpoint of format 2, got 1"),
         (lambda best: best.pop("shape"), "got weights of an older version"),
+        (lambda best: best.pop("run"), "expected best.pt of this version's training"),
         (lambda best: best["run"].update(model="resnet50"), "expected a model of .*, got resnet50"),
         (lambda best: best["state_dict"].pop("fc.bias"), "its weights do not fit small_epsanet"),
         (
@@ -165,6 +192,12 @@ def changed(run: Path, folder: Path, change) -> Path:
 def test_files_of_other_kinds(run, tmp_path, change, words):
     with pytest.raises(InputError, match=f"(?s){words}"):
         epsa_fused.load_trained(changed(run, tmp_path, change))
+
+
+def test_a_run_without_a_best_epoch(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"expected best.pt of a training, there is no such"):
+            epsa_fused.load_trained(path)
 
 
 def test_a_file_with_code_is_not_run(tmp_path):
@@ -181,6 +214,7 @@ def test_a_file_with_code_is_not_run(tmp_path):
         ([np.zeros((4, 4, 3))], r"pictures\[0\]: expected uint8 .*, got float64 \[4, 4, 3\]"),
         ([np.zeros((4, 4, 4), np.uint8)], r"got uint8 \[4, 4, 4\]"),
         ([np.zeros(4, np.uint8)], r"got uint8 \[4\]"),
+        ([np.zeros((0, 5), np.uint8)], r"got uint8 \[0, 5\]"),
     ),
 )
 def test_pictures_of_other_types(run, pictures, words):
@@ -210,7 +244,7 @@ def test_fine_tuning(kind, run, tmp_path, capsys):
         assert torch.equal(state[name], value) == (name != "fc.weight"), name
     said = capsys.readouterr().out
     assert f"--weights: {path}: load_backbone: {len(state) - 1} of {len(state)} tensors" in said
-    assert "of another shape: fc.weight [3, " in said
+    assert "not fitting: fc.weight [3, " in said
 
 
 def test_a_resumed_run_has_its_own_weights(run, tmp_path, capsys):
@@ -243,7 +277,7 @@ def test_weights_that_cannot_be_used(tmp_path):
         "code.pt": "expected tensors and plain values",
         "list.pt": "expected a state_dict, got list",
         "other.pt": r"expected some tensor with the name and shape .* got other \[1\]",
-        "number.pt": r"state_dict\['fc.weight'\]: expected a Tensor, got 1",
+        "number.pt": "expected Tensors by their names, got 'fc.weight': 1",
     }.items():
         with pytest.raises(InputError, match=rf"(?s)^--weights: .*{name}: .*({words})"):
             train(settings(tmp_path / "out", weights=str(tmp_path / name)))
