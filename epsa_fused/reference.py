@@ -7,6 +7,7 @@ reversed order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, cast, overload
 
@@ -122,6 +123,11 @@ def asks_for_attention(name: str, flag: bool | str) -> Literal[False] | bool | s
     if isinstance(flag, Proxy):
         torch._assert(flag == False, f"{name}: this graph has no attention")  # noqa: E712
         return False
+    if isinstance(flag, Tensor) and torch.jit.is_tracing():
+        # The ONNX exporter by TorchScript makes tensors of arguments. The trace holds this value.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            flag = bool(flag)
     if flag is not False and not (isinstance(flag, str) and flag == DETACHED):
         check_flag(f"{name}: return_attention", flag)
     return flag

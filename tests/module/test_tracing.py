@@ -194,6 +194,22 @@ def test_onnx_by_torchscript(make, grad):
     assert why_not_fused(module) is None
 
 
+def test_onnx_by_torchscript_with_the_attention():
+    optional("onnx")
+    runtime = optional("onnxruntime")
+    module, x = psa()
+    module, x = module.float().requires_grad_(False), x.float()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x, True), file, dynamo=False)
+        expected = module(x, return_attention=True)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    results = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for mine, right in zip(results, expected, strict=True):
+        assert_near(torch.tensor(mine), right, 1e-5)
+
+
 def test_onnx_by_torchscript_warns():
     optional("onnx")
     module, x = psa()
