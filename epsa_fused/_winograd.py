@@ -8,7 +8,7 @@ from ._checks import check_flag
 
 _value = os.environ.get("EPSA_WINOGRAD", "1")
 _allowed = _value == "1"
-# Of the variable. It is raised where the choice is used, so that importing the package works.
+# The variable's error is raised where the choice is used, so that importing the package works.
 _wrong = None if _value in ("0", "1") else f"EPSA_WINOGRAD: expected 0 or 1, got {_value!r}"
 
 

@@ -282,12 +282,6 @@ class PSAModule(nn.Module):
     def extra_repr(self) -> str:
         return f"branch_order={self.branch_order!r}"
 
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, inplans, H, W] -> [N, planes, H', W'].
 

@@ -43,7 +43,7 @@ class PSAWithEpilogue(FusedPSAModule):
         """The operator's arguments scale, shift and relu."""
         return self._scale, self._shift, self._relu
 
-    def forward(  # type: ignore[override]  # the overloads of the base say the same
+    def forward(
         self, x: Tensor, return_attention: bool | str = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         asked = asks_for_attention("PSAWithEpilogue", return_attention)
@@ -58,7 +58,7 @@ class PSAWithEpilogue(FusedPSAModule):
     def _followed_or_fused(self, x: Tensor) -> Tensor:
         if not isinstance(x, Proxy) and self._operator_takes(x):
             return self._call_operator(x, cast(list[nn.Conv2d], self._convs()), *self.epilogue())
-        return self._followed(super().forward(x))
+        return self._followed(cast(Tensor, super().forward(x)))
 
     def _followed(self, out: Tensor) -> Tensor:
         wide = out.to(torch.promote_types(out.dtype, torch.float32))

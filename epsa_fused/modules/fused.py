@@ -104,12 +104,6 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
         return super().extra_repr() + states
 
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, inplans, H, W] -> [N, planes, H', W'].
 

@@ -4,7 +4,7 @@ FusedSplitPSA, the same with the attention step fused."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, cast, overload
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +79,6 @@ class SplitPSA(nn.Module):
     def extra_repr(self) -> str:
         return f"branch_order={self.branch_order!r}"
 
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, S*C, H, W] -> [N, S*C', H', W'].
 
@@ -136,12 +130,6 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
         why = self._why_not_fused()
         return super().extra_repr() + (f", not fused: {why}" if why is not None else "")
 
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, S*C, H, W] -> [N, S*C', H', W'].
 

@@ -2,36 +2,25 @@
 
 import copy
 import pickle
-import re
 
-import numpy as np
 import pytest
 import torch
 from support import published
-from support.processes import run_code
+from support.inference import (
+    DTYPES,
+    Net,
+    Subclass,
+    assert_as_good_as_the_model,
+    images,
+    with_statistics,
+)
 from torch import nn
 
 import epsa_fused
 from epsa_fused import epsanet50, optimize_for_inference
 from epsa_fused.inference import optimize, pointwise
-from epsa_fused.inference.epilogue import PSAWithEpilogue
 
 MODULES = 16  # PSA modules of EPSANet-50
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def images(batch: int = 2, size: int = 64) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def with_statistics(model: nn.Module) -> nn.Module:
-    """BatchNorms start as the identity, which folding could leave out without notice."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
-                tensor.data.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -40,38 +29,9 @@ def network() -> nn.Module:
     return with_statistics(epsanet50())
 
 
-class Net(nn.Module):
-    """A foreign network around a PSA module of the published code."""
-
-    def __init__(self, channels: int = 64) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels))
-        self.psa = published.PSAModule(channels, channels)
-        self.norm = nn.BatchNorm2d(channels)
-        self.last = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        return (self.last(self.norm(self.psa(x)).relu()) + x).relu()
-
-
 class Branching(Net):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-
-def plain(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    with torch.no_grad():
-        return copy.deepcopy(model).to(dtype)(x.to(dtype)).double()
-
-
-def assert_as_good_as_the_model(served, model, x, dtype):
-    exact, usual = plain(model, x, torch.float64), plain(model, x, dtype)
-    allowed = 3 * (usual - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
-    out = served(x)
-    assert out.dtype == next(model.parameters()).dtype
-    assert not out.requires_grad
-    assert (out.double() - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -488,58 +448,6 @@ def test_a_psa_module_whose_layers_are_called_stays_as_it_is():
     assert calls.count(1) == 3  # once by each of the three models
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
-@pytest.mark.parametrize("why", ("a hook", "a subclass", "a gradient", "a tracer", "float64"))
-@pytest.mark.parametrize("save_output", (False, True))
-@pytest.mark.parametrize("relu", (False, True))
-def test_an_epilogue_is_never_left_out(why, save_output, relu):
-    """It follows by itself where the operator cannot compute it."""
-    torch.manual_seed(0)
-    psa = epsa_fused.FusedPSAModule(64, 64, save_output=save_output)
-    model = with_statistics(nn.Sequential(psa, nn.BatchNorm2d(64), *[nn.ReLU()] * relu))
-    module = PSAWithEpilogue(psa, model[1], relu)
-    x = torch.randn(2, 64, 9, 9)
-
-    def run(function, given):
-        out = function(given)
-        return out, torch.autograd.grad(out.sum(), (given, *psa.parameters()))
-
-    if why == "a gradient":
-        given = x.requires_grad_()
-        (out, grads), (right, expected) = run(module, given), run(model, given)
-        for mine, theirs in zip(grads, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    else:
-        with torch.no_grad():
-            right = model(x)
-            if why == "a hook":
-                psa.conv_2.register_forward_hook(lambda *_: None)
-            if why == "a tracer":
-                out = torch.fx.symbolic_trace(module)(x)
-            elif why == "float64":  # the operator wants scale and shift in float64
-                out = module.double()(x.double()).float()
-            else:
-                out = module(x.as_subclass(Subclass) if why == "a subclass" else x)
-    torch.testing.assert_close(out.as_subclass(torch.Tensor), right, rtol=1e-5, atol=1e-5)
-
-
-def test_an_epilogue_on_another_device():
-    model = with_statistics(nn.Sequential(epsa_fused.FusedPSAModule(64, 64), nn.BatchNorm2d(64)))
-    module = PSAWithEpilogue(model[0], model[1], relu=True).to("meta")
-    with torch.no_grad():
-        out = module(torch.randn(2, 64, 9, 9, device="meta"))
-    assert out.device.type == "meta" and out.shape == (2, 64, 9, 9)
-
-
-def test_a_packed_psa_module_is_one_call():
-    served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
-    (psa,) = (m for m in served.module.modules() if type(m).__name__ == "PackedPSA")
-    assert "then BatchNorm and ReLU" in repr(psa) and "prepacked" in repr(psa)
-
-
 def test_autocast_changes_nothing():
     served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
     with torch.autocast("cpu", torch.bfloat16):
@@ -566,231 +474,6 @@ def test_without_onednn(monkeypatch):
     served = optimize_for_inference(with_statistics(Net()), images(), compile=False)
     assert served.report.pointwise == 0 and "lacks oneDNN" in str(served.report)
     assert pointwise.why_not_available(torch.float32) is None
-
-
-# ---- compiled ----
-
-
-def test_compiled_and_frozen():
-    torch.manual_seed(0)
-    model = with_statistics(Net())
-    torch._dynamo.reset()
-    served = optimize_for_inference(model, images(), dtype=torch.bfloat16)
-    assert served.report.compiled and served.report.packed == 1
-    with torch.profiler.profile() as profiler:
-        served(images())
-    # only frozen weights are packed for oneDNN
-    names = {event.key for event in profiler.key_averages()}
-    assert {"mkldnn::_convolution_pointwise", "epsa_fused::psa_forward"} <= names
-    assert "aten::convolution" not in names
-    assert served.report.folded == ["stem.1", "norm"]
-    assert_as_good_as_the_model(served, model, images(), torch.bfloat16)
-    assert_as_good_as_the_model(served, model, images(1, 20), torch.bfloat16)
-
-
-class Counted(nn.Module):
-    """Its result depends on a value in x, which torch.fx cannot trace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x):
-        return self.conv(x) * int(x.sum().item())
-
-
-def test_compiled_code_of_a_model_that_looks_into_its_input():
-    torch.manual_seed(0)
-    model = Counted().eval()
-    served = optimize_for_inference(model, torch.ones(1, 3, 4, 4))
-    for value in (1.0, 2.0, 5.0, 1.0):
-        x = torch.full((1, 3, 4, 4), value)
-        with torch.no_grad():
-            torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-class Sized(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x, array):
-        return self.conv(x) * array.shape[0]
-
-
-def test_compiled_code_with_arguments_that_are_neither_tensors_nor_literals():
-    model, x = Sized().eval(), torch.randn(1, 3, 4, 4)
-    served = optimize_for_inference(model, x, np.zeros(2000))
-    assert served.report.notes == ["no PSA module was found"]
-    for length in (2000, 3000, 2000):
-        with torch.no_grad():
-            array = np.zeros(length)
-            torch.testing.assert_close(served(x, array), model(x, array), rtol=1e-5, atol=1e-5)
-    image, array = "floating-point tensor of 4 dimensions", "an object of type numpy.ndarray"
-    for args, kwargs, got in (
-        ((x, "0"), {}, f"({image}, '0')"),
-        ((x, [x, x[0]]), {}, f"({image}, [{image}, {image.replace('4', '3')}])"),
-        ((x,), {"array": np.zeros(2000)}, f"({image}, array={array})"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(f"takes for granted, got {got}") + "$"):
-            served(*args, **kwargs)
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x, y):
-        return self.conv(x) - 2 * self.conv(y)
-
-
-def test_compiled_code_of_the_same_tensor_twice_is_not_that_of_two():
-    torch.manual_seed(0)
-    model = Twice().eval()
-    served = optimize_for_inference(model, *torch.randn(2, 1, 3, 4, 4))
-    a, b = (torch.randn(1, 3, 5, 5).contiguous(memory_format=torch.channels_last) for _ in "ab")
-    for x, y in ((a, a), (a, b), (b, b), (a, a[:]), (b, a)):
-        with torch.no_grad():
-            torch.testing.assert_close(served(x, y), model(x, y), rtol=1e-5, atol=1e-5)
-
-
-class AddsOne(nn.Module):
-    """It changes an input in place, which another one may overlap."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def forward(self, a, b):
-        a.add_(1)
-        return b * self.weight
-
-
-def test_compiled_code_of_tensors_that_overlap_in_other_ways():
-    served = optimize_for_inference(AddsOne().eval(), torch.zeros(2, 4), torch.zeros(2, 4))
-    for offset in (4, 2, 8, 6, 4):
-        base = torch.arange(40.0)
-        a, b = base[:8].view(2, 4), base[offset : offset + 8].view(2, 4)
-        right = torch.arange(40.0)
-        right[:8] += 1
-        out = served(a, b)
-        torch.testing.assert_close(out, right[offset : offset + 8].view(2, 4))
-
-
-def test_compiled_code_of_a_tensor_whose_sign_is_not_yet_computed():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3)).eval()
-    z = torch.complex(torch.ones(2, 4), torch.ones(2, 4))
-    served = optimize_for_inference(model, z.imag)
-    for x in (z.imag, z.conj().imag, z.imag):
-        with torch.no_grad():
-            torch.testing.assert_close(served(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-class AsksForAttention(nn.Module):
-    def __init__(self, kind) -> None:
-        super().__init__()
-        self.psa = kind(64, 64)
-        self.norm = nn.BatchNorm2d(64)
-
-    def forward(self, x):
-        out, attention = self.psa(x, return_attention=True)
-        return torch.relu(self.norm(out)), attention
-
-
-@pytest.mark.parametrize("kind", (epsa_fused.PSAModule, epsa_fused.FusedPSAModule))
-def test_a_model_that_asks_for_attention(kind):
-    torch.manual_seed(0)
-    model, x = with_statistics(AsksForAttention(kind)), torch.randn(2, 64, 9, 9)
-    served = optimize_for_inference(model, x, compile=False)
-    with torch.no_grad():
-        for mine, right in zip(served(x), model(x), strict=True):
-            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_epilogue_beside_the_attention(dtype):
-    torch.manual_seed(0)
-    psa = epsa_fused.FusedPSAModule(64, 64)
-    norm = with_statistics(nn.Sequential(nn.BatchNorm2d(64)))[0]
-    module = PSAWithEpilogue(psa, norm, True).to(dtype).requires_grad_(False)
-    x = torch.randn(2, 64, 9, 9).to(dtype)
-    out, attention = module(x, return_attention=True)
-    assert torch.equal(out, module(x)) and torch.equal(attention, psa(x, True)[1])
-    with epsa_fused.record_attention(module) as record:
-        assert torch.equal(module(x), out)
-    assert torch.equal(record[""][0], attention)
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.psa = module
-
-        def forward(self, x):
-            return self.psa(x, return_attention=True)
-
-    traced = torch.fx.symbolic_trace(Outer())(x)
-    assert torch.equal(traced[0], out) and torch.equal(traced[1], attention)
-
-
-class Constant(float):
-    """A number that hides its value."""
-
-    def __repr__(self) -> str:
-        return "a number"
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x, factor):
-        return self.conv(x) * factor
-
-
-def test_compiled_code_with_a_number_of_a_type_of_its_own():
-    model, x = Scaled().eval(), torch.randn(1, 3, 4, 4)
-    served = optimize_for_inference(model, x, Constant(2.0))
-    for value in (2.0, 3.0, 2.0):
-        with torch.no_grad():
-            right = model(x, value)
-        torch.testing.assert_close(served(x, Constant(value)), right, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="expected the example's arguments"):
-        served(x, 2.0)
-
-
-def test_no_compiler_at_all():
-    code = """if True:
-        import torch
-        from epsa_fused import optimize_for_inference
-        try:
-            optimize_for_inference(torch.nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 4, 4))
-        except RuntimeError as error:
-            print(error)
-    """
-    message = run_code(code, PATH="/nonexistent", CXX="no-such-compiler").strip()
-    assert message == (
-        "optimize_for_inference: compile: expected a C++ compiler on PATH, got no "
-        "no-such-compiler; compile=False needs none"
-    )
-
-
-def test_the_import_of_the_package_does_not_import_the_compiler():
-    code = "import sys, epsa_fused; print('torch._inductor.config' in sys.modules)"
-    assert run_code(code).strip() == "False"
-
-
-def test_no_compiler_is_needed_without_compile():
-    code = """if True:
-        import torch
-        from epsa_fused import EPSANet, optimize_for_inference
-        model = EPSANet([1, 1, 1, 1], 10, planes=(64, 64, 64, 64)).eval()
-        served = optimize_for_inference(model, torch.randn(1, 3, 64, 64), compile=False)
-        print(tuple(served(torch.randn(2, 3, 64, 64)).shape))
-    """
-    assert run_code(code, PATH="/nonexistent", CXX="/nonexistent").strip() == "(2, 10)"
 
 
 # ---- bad input ----

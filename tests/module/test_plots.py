@@ -78,9 +78,11 @@ def test_a_figure_of_its_own():
     import matplotlib.pyplot as pyplot
 
     for draw in (plots.depth, plots.image, lambda r: plots.classes(r, [0, 1, 1])):
-        figure = draw(recorded).figure
-        figure.canvas.draw()
-        pyplot.close(figure)
+        before = pyplot.get_fignums()
+        axes = draw(recorded)
+        assert axes.has_data() and axes.figure.number not in before
+        axes.figure.canvas.draw()
+        pyplot.close(axes.figure)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ class Sample {
   }
 
  private:
-  // Of the channel i = s * C + c, whose slot is that of the output.
+  // The epilogue of the channel i = s * C + c: scale and shift have the order of the output's
+  // slots.
   Number epilogue(int i, Number x) const {
     const int s = i / k.C, slot = k.reversed ? k.S - 1 - s : s;
     if (k.affine) {
