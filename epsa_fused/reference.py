@@ -111,7 +111,7 @@ def psa_attention_reference(
 DETACHED = "detached"
 
 
-def asks_for_attention(name: str, flag: bool | str) -> Literal[False] | bool | str:
+def asks_for_attention(name: str, flag: bool | str) -> bool | str:
     """The argument return_attention of a module's call: a bool, or DETACHED.
 
     torch.fx gives the module that it traces stand-ins for all arguments. Its graph is that of the
