@@ -17,28 +17,32 @@ struct Cast {
       at::autocast::get_autocast_dispatch_key_from_device_type(device)};
   Tensor x;
   std::vector<Tensor> weights;
+  OptTensor bias;
 
-  Cast(const Tensor& x_, at::TensorList weights_) {
+  Cast(const Tensor& x_, at::TensorList weights_, const ConvBias& bias_ = kNoBias) {
     const auto dtype = at::autocast::get_autocast_dtype(device);
     x = at::autocast::cached_cast(dtype, x_, device);
     weights = at::autocast::cached_cast(dtype, weights_, device);
+    bias = at::autocast::cached_cast(dtype, bias_.value, device);
   }
 };
 
 template <c10::DeviceType device>
-ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
-  const Cast<device> cast(x, weights);
-  return call_conv(cast.x, cast.weights, k);
+ConvForward conv(
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias) {
+  const Cast<device> cast(x, weights, bias);
+  return call_conv(cast.x, cast.weights, k, {cast.bias});
 }
 
 template <c10::DeviceType device>
 Tensor module(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
-  const Cast<device> cast(x, weights);
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
+  const Cast<device> cast(x, weights, bias);
   // Packed weights hold the originals, so a cast leaves them unused.
   const bool same = weights.empty() || cast.weights[0].is_same(weights[0]);
-  return call_module(cast.x, cast.weights, k, se, reversed, same ? packed : std::nullopt, epilogue);
+  return call_module(
+      cast.x, cast.weights, k, se, reversed, same ? packed : std::nullopt, epilogue, {cast.bias});
 }
 
 template <c10::DeviceType device>

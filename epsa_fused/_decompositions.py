@@ -67,17 +67,20 @@ def _convolve(
     stride: int,
     padding: Sequence[int],
     dilation: Sequence[int],
+    winograd: bool = True,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
-    """The branches' maps, S x [N, C, H', W']."""
+    """The branches' maps, S x [N, C, H', W']. `winograd` changes no meaning."""
+    biases = [None] * len(weights) if bias is None else bias.chunk(len(weights))
     return [
-        torch.conv2d(x, w, None, stride, p, d, g)
-        for w, g, p, d in zip(weights, groups, padding, dilation, strict=True)
+        torch.conv2d(x, w, b, stride, p, d, g)
+        for w, b, g, p, d in zip(weights, biases, groups, padding, dilation, strict=True)
     ]
 
 
-def _spc_conv(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+def _spc_conv(*arguments: Any, **options: Any) -> tuple[list[Tensor], Tensor]:
     """As epsa_fused::spc_conv: S x [N, C, H', W'], and their means [N, S, C]."""
-    feats = _convolve(*arguments[:6])
+    feats = _convolve(*arguments, **options)
     acc = torch.float64 if feats[0].dtype == torch.float64 else torch.float32
     return feats, torch.stack([f.to(acc).mean((2, 3)) for f in feats], 1)
 
@@ -87,20 +90,19 @@ def _psa_save_output(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     `winograd`, behind the module's arguments, changes no meaning.
     """
-    return _module(arguments[:_MODULE])
+    module = ModuleArguments(*arguments[: len(ModuleArguments._fields)])
+    return _psa_attention(_convolve(*module[:6]), *module[6:])
 
 
-def _psa_forward(*arguments: Any) -> Tensor:
+def _psa_forward(*arguments: Any, **options: Any) -> Tensor:
     """As epsa_fused::psa_forward. `packed` and `winograd` change no meaning."""
-    return _module(arguments[:_MODULE], *arguments[_MODULE + 2 :])[0]
-
-
-_MODULE = len(ModuleArguments._fields)
-
-
-def _module(arguments: tuple[Any, ...], *epilogue: Any) -> tuple[Tensor, Tensor, Tensor]:
-    module = ModuleArguments(*arguments)
-    return _psa_attention(_convolve(*module[:6]), *module[6:], None, *epilogue)
+    count = len(ModuleArguments._fields)
+    module = ModuleArguments(*arguments[:count])
+    names = ("packed", "winograd", "scale", "shift", "relu", "bias")
+    rest = dict(zip(names, arguments[count:], strict=False)) | options
+    epilogue = {name: rest[name] for name in ("scale", "shift", "relu") if name in rest}
+    feats = _convolve(*module[:6], bias=rest.get("bias"))
+    return _psa_attention(feats, *module[6:], **epilogue)[0]
 
 
 def _register(name: str, decomposition: Callable[..., Any]) -> None:

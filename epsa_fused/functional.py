@@ -163,13 +163,14 @@ def spc_conv(
     padding: Sequence[int],
     dilation: Sequence[int] | None = None,
     winograd: bool | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The grouped convolutions of PSA's squeeze-and-concat step (arXiv 2105.14447, eq. 1 to 3).
 
-    Branch s is ``conv2d(x, weights[s], None, stride, padding[s], dilation[s], groups[s])``. One
-    call computes all branches from one packed copy of x, and the means of their maps. It runs on
-    the CPU and on CUDA devices. There a kernel takes grouped convolutions of 16-bit floats
-    (docs/cuda.md), and torch's convolution the other branches.
+    Branch s is ``conv2d(x, weights[s], b, stride, padding[s], dilation[s], groups[s])``, where b is
+    its part of the bias. One call computes all branches from one packed copy of x, and the means of
+    their maps. It runs on the CPU and on CUDA devices. There a kernel takes grouped convolutions of
+    16-bit floats (docs/cuda.md), and torch's convolution the other branches.
 
     Args:
         x: [N, in_channels, H, W], float32, float64, bfloat16 or float16. Contiguous and
@@ -180,6 +181,7 @@ def spc_conv(
         stride: of every branch.
         winograd: whether Winograd's method may be used, also for the gradient of x. None: as
             :func:`epsa_fused.set_winograd` says.
+        bias: [S*C] in the order of the branches, in x's dtype, or None.
 
     Returns:
         feats: the branches' maps [N, C, H', W'], in x's dtype and memory layout.
@@ -214,8 +216,17 @@ def spc_conv(
     check_ints("spc_conv: padding", padding)
     if dilation is not None:
         check_ints("spc_conv: dilation", dilation)
+    if bias is not None:
+        check_tensor("spc_conv: bias", bias)
     ones = [1] * len(weights) if dilation is None else list(dilation)
     result = torch.ops.epsa_fused.spc_conv.default(
-        x, list(weights), list(groups), stride, list(padding), ones, winograd_allowed(winograd)
+        x,
+        list(weights),
+        list(groups),
+        stride,
+        list(padding),
+        ones,
+        winograd_allowed(winograd),
+        bias,
     )
     return cast(tuple[list[Tensor], Tensor], result)

@@ -117,6 +117,8 @@ WRONG = {
     "psa_attention: fc1_weight: expected a Tensor, got an object of type numpy.ndarray": lambda: (
         attention(fc1=ARRAY)
     ),
+    "psa_attention: feats is a Tensor, expected a sequence of 2 to 8 maps (try feats.chunk("
+    "branches, dim=1))": lambda: attention(torch.cat(FEATS, 1)),
     "return_attention: expected a bool, got 'no'": lambda: attention(return_attention="no"),
     "psa_attention_reference: feats: expected a sequence, got 3": lambda: (
         epsa_fused.psa_attention_reference(3, FC1, None, FC2, None)
@@ -134,6 +136,14 @@ WRONG = {
     "fused: expected a bool, got None": lambda: epsanet50(fused=None),
     "planes: expected a sequence of ints, got 64": lambda: epsanet50(planes=64),
 }
+
+
+@pytest.mark.parametrize("function", (psa_attention, epsa_fused.psa_attention_reference))
+@pytest.mark.parametrize("order", ("backward", "", None, True))
+def test_an_unknown_branch_order(order, function):
+    message = r"branch_order: expected one of \('reversed', 'forward'\), got " + repr(order)
+    with pytest.raises(ValueError, match=message):
+        function(FEATS, FC1, None, FC2, None, branch_order=order)
 
 
 @pytest.mark.parametrize("message", WRONG)

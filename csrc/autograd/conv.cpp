@@ -3,6 +3,7 @@
 #include "ops/library.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -31,14 +32,24 @@ ConvBackward conv_formula(
 
 // ---- autograd ----
 
+// [S*C], differentiable.
+Tensor bias_grad(at::TensorList grad_feats) {
+  std::vector<Tensor> sums;
+  for (const Tensor& g : grad_feats) {
+    sums.push_back(g.sum({0, 2, 3}));
+  }
+  return at::cat(sums);
+}
+
 class Convolutions : public torch::autograd::Function<Convolutions> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const ConvSettings& k,
-      Tensor* pooled_out) {
+      AutogradContext* ctx, const Tensor& x, at::TensorList weights, const OptTensor& bias,
+      const ConvSettings& k, Tensor* pooled_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [feats, pooled] = call_conv(x, weights, k);
+    auto [feats, pooled] = call_conv(x, weights, k, {bias});
     *pooled_out = pooled;
+    ctx->saved_data["bias"] = bias.has_value();
     variable_list saved{x};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
@@ -52,7 +63,11 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
     const at::TensorList weights = at::TensorList(saved).slice(1);
     const SavedSettings settings(ctx);
     const c10::List<bool> mask = mask_of(ctx, saved, saved.size());
-    variable_list result(saved.size() + 2);  // settings and pooled have none
+    variable_list result(saved.size() + 3);  // settings and pooled have none
+    // the edge behind those of the saved tensors
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(saved.size())) {
+      result[saved.size()] = bias_grad(grads);
+    }
     if (!any_of(mask)) {
       return result;
     }
@@ -67,16 +82,20 @@ class Convolutions : public torch::autograd::Function<Convolutions> {
   }
 };
 
-ConvForward conv_autograd(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
-  refuse_forward_mode("spc_conv", has_tangent(x) || has_tangent(weights), kModuleReference);
-  if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(weights))) {
+ConvForward conv_autograd(
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias) {
+  refuse_forward_mode(
+      "spc_conv", has_tangent(x) || has_tangent(weights) || has_tangent(bias.value),
+      kModuleReference);
+  if (!at::GradMode::is_enabled() ||
+      !(needs_grad(x) || needs_grad(weights) || needs_grad(bias.value))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_conv(x, weights, k);
+    return call_conv(x, weights, k, bias);
   }
   // pooled is not differentiable. Marking an output so would stop compiled autograd's
   // tracing, so pooled is none.
   Tensor pooled;
-  variable_list feats = Convolutions::apply(x, weights, k, &pooled);
+  variable_list feats = Convolutions::apply(x, weights, bias.value, k, &pooled);
   return {std::move(feats), pooled};
 }
 

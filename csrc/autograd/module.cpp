@@ -1,6 +1,7 @@
 // The autograd of a whole PSA module.
 #include "autograd/common.h"
 #include "ops/library.h"
+#include "ops/module.h"
 
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
@@ -8,15 +9,19 @@
 namespace epsa {
 namespace {
 
-bool any_needs_grad(const Tensor& x, at::TensorList weights, const SEWeights& se) {
-  return at::GradMode::is_enabled() && (needs_grad(x) || needs_grad(weights) || needs_grad(se));
+bool any_needs_grad(
+    const Tensor& x, at::TensorList weights, const SEWeights& se, const OptTensor& bias = kNone) {
+  return at::GradMode::is_enabled() &&
+      (needs_grad(x) || needs_grad(weights) || needs_grad(se) || needs_grad(bias));
 }
 
 void refuse_tangents(
     const char* op, const Tensor& x, at::TensorList weights, const SEWeights& se,
-    const Epilogue& epilogue = {}) {
+    const Epilogue& epilogue = {}, const OptTensor& bias = kNone) {
   refuse_forward_mode(
-      op, has_tangent(x) || has_tangent(weights) || has_tangent(se) || has_tangent(epilogue),
+      op,
+      has_tangent(x) || has_tangent(weights) || has_tangent(se) || has_tangent(epilogue) ||
+          has_tangent(bias),
       kModuleReference);
 }
 
@@ -25,16 +30,20 @@ void refuse_tangents(
 
 Tensor module_autograd(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
-  refuse_tangents("psa_forward", x, weights, se, epilogue);
-  const bool grad = any_needs_grad(x, weights, se);
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
+  refuse_tangents("psa_forward", x, weights, se, epilogue, bias.value);
+  const bool grad = any_needs_grad(x, weights, se, bias.value);
   refuse_epilogue("psa_forward", epilogue, grad);
   if (grad) {
-    const auto [feats, pooled] = call_conv(x, weights, k);
+    // Both operators would check their part, but name themselves.
+    const auto p = check_module_arguments<c10::SymInt>("psa_forward", x, weights, k, se);
+    check_packed("psa_forward", x, packed);
+    check_bias("psa_forward", x, bias, p.conv);
+    const auto [feats, pooled] = call_conv(x, weights, k, bias);
     return std::get<0>(call_attention(feats, se, reversed, pooled, {}));
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_module(x, weights, k, se, reversed, packed, epilogue);
+  return call_module(x, weights, k, se, reversed, packed, epilogue, bias);
 }
 
 // ---- psa_save_output: keeps the output in place of the maps ----

@@ -109,7 +109,8 @@ class InputGrad {
     to.row_stride *= stride_;
     to.pixel_stride *= stride_;
     k_.unpack(
-        {buffer, part.row, part.pitch, false}, part.range, end - begin, part.columns, to, nullptr);
+        {buffer, part.row, part.pitch, false}, part.range, end - begin, part.columns, to,
+        /*bias=*/nullptr, /*totals=*/nullptr);
   }
 
  private:

@@ -42,8 +42,11 @@ ForwardBank::ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool may
 
 ForwardBank::ForwardBank(
     const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
-    const std::optional<Tensor>& prepacked)
+    const ConvBias& bias, const std::optional<Tensor>& prepacked)
     : ForwardBank(p, convs_of(p, weights, settings), /*may_pair=*/true) {
+  if (bias.value && p.acc == at::kFloat) {  // double has no kernels
+    bias_ = bias.value->to(at::kFloat).contiguous();
+  }
   header_ = PrepackHeader(p, convs_, isa_);
   // Packed weights are ignored where the weights were changed or replaced since, and where
   // the method that they are for is not wanted any more.
@@ -82,6 +85,7 @@ ForwardBank ForwardBank::in_floats() const {
     result.weights_.push_back(evenly(weights_[s]));
     result.add_branch(s, result.plan_of(s, {}));
   }
+  result.bias_ = bias_;
   TORCH_INTERNAL_ASSERT(result.has_all());  // whose maps nobody else would compute
   return result;
 }
@@ -223,8 +227,10 @@ struct ForwardBank::Call {
     const Tensor& feat = feats[task.branch];
     Image to = image_of(feat, n, run.first);
     to.data = static_cast<char*>(to.data) + begin * to.row_stride * feat.element_size();
+    const float* bias = self.bias(task.branch);
     self.k_.unpack(
         strip_sums(task, buffer), run.count, end - begin, p.out_w, to,
+        bias ? bias + run.first : nullptr,
         sums + self.first_sums_[task.branch] + task.strip * p.C + run.first);
   }
 
@@ -438,7 +444,7 @@ bool ForwardBank::by_unit(const Call& call, int64_t threads, const Done& done) c
 
 ConvForward convolve(
     const ForwardBank& native, const ConvProblem& p, const Tensor& x_, at::TensorList weights,
-    const ConvSettings& settings) {
+    const ConvSettings& settings, const ConvBias& bias) {
   const at::MemoryFormat format = conv_layout(x_);
   Tensor pooled = at::detail::empty_cpu(
       {p.N, p.S, p.C}, p.acc, /*pin_memory=*/false, at::MemoryFormat::Contiguous);
@@ -453,7 +459,11 @@ ConvForward convolve(
               {p.N, p.C, p.out_h, p.out_w}, p.dtype, /*pin_memory=*/false, format));
       continue;
     }
-    const Tensor f = library_conv(in_acc(x, p), in_acc(weights[s], p), settings, s);
+    std::optional<Tensor> own = bias.of(s, p.S);
+    if (own) {
+      own = in_acc(*own, p);
+    }
+    const Tensor f = library_conv(in_acc(x, p), in_acc(weights[s], p), settings, s, own);
     feats.push_back(settled(f, p.dtype, format));
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }
@@ -467,15 +477,17 @@ ConvForward convolve(
 
 namespace {
 
-ConvForward conv_forward(const Tensor& x, at::TensorList weights, const ConvSettings& settings) {
+ConvForward conv_forward(
+    const Tensor& x, at::TensorList weights, const ConvSettings& settings, const ConvBias& bias) {
   const ConvProblem p = check_conv_arguments("spc_conv", x, weights, settings);
-  const ForwardBank native("spc_conv", p, weights, settings);
-  return convolve(native, p, x, weights, settings);
+  check_bias("spc_conv", x, bias, p);
+  const ForwardBank native("spc_conv", p, weights, settings, bias);
+  return convolve(native, p, x, weights, settings, bias);
 }
 
 Tensor prepack(const Tensor& x, at::TensorList weights, const ConvSettings& settings, bool frozen) {
   const ConvProblem p = check_conv_arguments("spc_prepack", x, weights, settings);
-  const ForwardBank native("spc_prepack", p, weights, settings);
+  const ForwardBank native("spc_prepack", p, weights, settings, kNoBias);
   TORCH_CHECK_VALUE(
       native.has_any(),
       "spc_prepack: expected at least one convolution that has "

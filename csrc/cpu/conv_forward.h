@@ -13,7 +13,7 @@ class ForwardBank {
   // prepacked: the result of prepack() for such weights, or nothing.
   ForwardBank(
       const char* op, const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
-      const std::optional<Tensor>& prepacked = std::nullopt);
+      const ConvBias& bias, const std::optional<Tensor>& prepacked = std::nullopt);
 
   // The packed weights with their header, for a constructor's `prepacked`. Takes the
   // constructor's weights, which it may have copied to other strides. Calls compare the
@@ -49,6 +49,9 @@ class ForwardBank {
   // The same convolutions without pairs, from the weights as they are.
   ForwardBank in_floats() const;
 
+  const float* bias(int64_t s) const {
+    return bias_.defined() ? bias_.const_data_ptr<float>() + s * p_.C : nullptr;
+  }
   ConvPlan plan_of(int64_t s, const Packing& packing) const;
   void add_branch(int64_t s, const ConvPlan& plan);
   // run(), up to the first image that these kernels cannot compute. Returns whether there
@@ -75,6 +78,7 @@ class ForwardBank {
   const ConvKernels& k_;
   std::vector<ConvPlan> plans_;
   std::vector<Tensor> weights_;
+  Tensor bias_;  // [S*C] of float, or undefined
   PrepackHeader header_;
   Tensor prepacked_;
   std::vector<int64_t> first_sums_;  // of each branch, within a sample's sums
@@ -90,6 +94,6 @@ class ForwardBank {
 // Computes all branches: `native` where it has a kernel, torch's convolution elsewhere.
 ConvForward convolve(
     const ForwardBank& native, const ConvProblem& p, const Tensor& x, at::TensorList weights,
-    const ConvSettings& settings);
+    const ConvSettings& settings, const ConvBias& bias);
 
 }  // namespace epsa::cpu

@@ -25,14 +25,16 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
 // without a kernel here makes a map of its own.
 epsa::Forward forward(
     const char* op, const Tensor& x, at::TensorList weights, const ConvSettings& settings,
-    const SEWeights& se, bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
+    const SEWeights& se, bool reversed, const OptTensor& packed = std::nullopt,
+    const Epilogue& epilogue = {}, const ConvBias& bias = kNoBias) {
   const ModuleProblem problem = check_module_arguments(op, x, weights, settings, se);
   check_packed(op, x, packed);
   check_epilogue({op, x.device(), "x"}, epilogue, problem.attention);
   const ConvProblem& p = problem.conv;
-  const ForwardBank native(op, p, weights, settings, packed);
+  check_bias(op, x, bias, p);
+  const ForwardBank native(op, p, weights, settings, bias, packed);
   if (!native.has_all()) {
-    const auto [feats, pooled] = convolve(native, p, x, weights, settings);
+    const auto [feats, pooled] = convolve(native, p, x, weights, settings, bias);
     return attention_forward(problem.attention, feats, se, reversed, pooled, epilogue);
   }
   const at::MemoryFormat format = conv_layout(x);
@@ -57,14 +59,14 @@ epsa::Forward forward(
 
 Tensor psa_forward(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
-  return std::get<0>(forward("psa_forward", x, weights, k, se, reversed, packed, epilogue));
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
+  return std::get<0>(forward("psa_forward", x, weights, k, se, reversed, packed, epilogue, bias));
 }
 
 epsa::Forward psa_save_output(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed) {
-  return forward("psa_save_output", x, weights, k, se, reversed, std::nullopt, {});
+  return forward("psa_save_output", x, weights, k, se, reversed);
 }
 
 ModuleBackward psa_save_output_backward(

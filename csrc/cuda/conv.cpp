@@ -104,7 +104,8 @@ void run(
 // The maps of all branches, [N, C, out_h, out_w] each. The kernel's are channels_last: so are
 // then the others.
 std::vector<Tensor> maps(
-    const TorchProblem& p, const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+    const TorchProblem& p, const Tensor& x, at::TensorList weights, const ConvSettings& k,
+    const ConvBias& bias) {
   std::vector<Tensor> feats(p.S);
   const Native native = native_branches(p, weights, k, x.device().index());
   Tensor image = x;
@@ -116,18 +117,23 @@ std::vector<Tensor> maps(
     run(native, image, weights, feats);
   }
   for (int64_t s = 0; s < p.S; ++s) {
+    const OptTensor own = bias.of(s, p.S);
     if (!feats[s].defined()) {
-      feats[s] = library_conv(image, weights[s], k, s);
+      feats[s] = library_conv(image, weights[s], k, s, own);
+    } else if (own) {
+      feats[s].add_(own->unsqueeze(-1).unsqueeze(-1));
     }
   }
   return feats;
 }
 
-ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+ConvForward conv(
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias) {
   const TorchProblem p = check_conv_arguments("spc_conv", x, weights, k);
+  check_bias("spc_conv", x, bias, p);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = conv_layout(x);
-  std::vector<Tensor> feats = maps(p, x, weights, k);
+  std::vector<Tensor> feats = maps(p, x, weights, k, bias);
   std::vector<Tensor> means;
   for (Tensor& f : feats) {
     f = f.contiguous(format);
@@ -168,14 +174,15 @@ ConvBackward conv_backward(
 
 Tensor module(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
   const char* op = "psa_forward";
   const ModuleProblem p = check_module_arguments(op, x, weights, k, se);
   check_epilogue({op, x.device(), "x"}, epilogue, p.attention);
+  check_bias(op, x, bias, p.conv);
   TORCH_CHECK_VALUE(
       !packed, op, ": packed: expected None on ", x.device().type(), ", got packed weights");
   const c10::cuda::CUDAGuard guard(x.device());
-  const std::vector<Tensor> feats = maps(p.conv, x, weights, k);
+  const std::vector<Tensor> feats = maps(p.conv, x, weights, k, bias);
   const Tensor out = std::get<0>(call_attention(feats, se, reversed, std::nullopt, epilogue));
   return out.contiguous(conv_layout(x));
 }

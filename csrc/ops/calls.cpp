@@ -52,9 +52,10 @@ Backward call_attention_backward(
       grad_out, grad_attention, feats, se, pooled, attention, reversed, std::move(output_mask));
 }
 
-ConvForward call_conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+ConvForward call_conv(
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias) {
   static const Operator<decltype(call_conv)> op("epsa_fused::spc_conv");
-  return op(x, weights, k);
+  return op(x, weights, k, bias);
 }
 
 ConvBackward call_conv_backward(
@@ -66,9 +67,9 @@ ConvBackward call_conv_backward(
 
 Tensor call_module(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const OptTensor& packed, const Epilogue& epilogue) {
+    bool reversed, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
   static const Operator<decltype(call_module)> op("epsa_fused::psa_forward");
-  return op(x, weights, k, se, reversed, packed, epilogue);
+  return op(x, weights, k, se, reversed, packed, epilogue, bias);
 }
 
 Forward call_save_output(

@@ -14,14 +14,16 @@ Backward call_attention_backward(
     at::TensorList feats, const SEWeights& se, const at::Tensor& pooled,
     const at::Tensor& attention, bool reversed, c10::List<bool> output_mask);
 
-ConvForward call_conv(const at::Tensor& x, at::TensorList weights, const ConvSettings& k);
+ConvForward call_conv(
+    const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias);
 ConvBackward call_conv_backward(
     at::TensorList grad_feats, const at::Tensor& x, at::TensorList weights, const ConvSettings& k,
     c10::List<bool> output_mask);
 
 at::Tensor call_module(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool reversed, const std::optional<at::Tensor>& packed, const Epilogue& epilogue);
+    bool reversed, const std::optional<at::Tensor>& packed, const Epilogue& epilogue,
+    const ConvBias& bias);
 Forward call_save_output(
     const at::Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
     bool reversed);

@@ -135,6 +135,24 @@ ConvProblemOf<Int> check_conv_arguments(
 }
 
 template <class Int>
+void check_bias(
+    const char* op, const at::Tensor& x, const ConvBias& bias, const ConvProblemOf<Int>& p) {
+  if (!bias.value) {
+    return;
+  }
+  const at::Tensor& b = *bias.value;
+  const Int sizes[] = {p.S * p.C};
+  const at::ArrayRef<Int> expected(sizes);
+  check_device({op, x.device(), "x"}, "bias", b);
+  TORCH_CHECK_TYPE(
+      b.scalar_type() == p.dtype, op, ": bias has dtype ", b.scalar_type(), ", expected ", p.dtype,
+      ", the dtype of x");
+  TORCH_CHECK_VALUE(
+      sizes_of<Int>(b) == expected, op, ": bias has shape ", sizes_of<Int>(b), ", expected ",
+      expected, ", one entry for each output channel of each branch");
+}
+
+template <class Int>
 void check_conv_backward_arguments(
     const char* op, at::TensorList grad_feats, const at::Tensor& x, const ConvProblemOf<Int>& p,
     const c10::List<bool>& output_mask) {
@@ -158,11 +176,13 @@ void check_conv_backward_arguments(
   }
 }
 
-#define EPSA_INSTANTIATE(Int)                                                    \
-  template ConvProblemOf<Int> check_conv_arguments(                              \
-      const char*, const at::Tensor&, at::TensorList, const ConvSettings&);      \
-  template void check_conv_backward_arguments(                                   \
-      const char*, at::TensorList, const at::Tensor&, const ConvProblemOf<Int>&, \
+#define EPSA_INSTANTIATE(Int)                                                      \
+  template ConvProblemOf<Int> check_conv_arguments(                                \
+      const char*, const at::Tensor&, at::TensorList, const ConvSettings&);        \
+  template void check_bias(                                                        \
+      const char*, const at::Tensor&, const ConvBias&, const ConvProblemOf<Int>&); \
+  template void check_conv_backward_arguments(                                     \
+      const char*, at::TensorList, const at::Tensor&, const ConvProblemOf<Int>&,   \
       const c10::List<bool>&);
 EPSA_INSTANTIATE(int64_t)
 EPSA_INSTANTIATE(c10::SymInt)

@@ -15,6 +15,18 @@ struct ConvSettings {
   bool winograd = true;  // whether Winograd's method may be used
 };
 
+// The convolutions' biases [S*C], in the order of the branches, or none.
+struct ConvBias {
+  const std::optional<at::Tensor>& value;
+
+  // Branch s's part [C].
+  std::optional<at::Tensor> of(int64_t s, int64_t branches) const {
+    return value ? std::optional(value->chunk(branches)[s]) : std::nullopt;
+  }
+};
+inline const std::optional<at::Tensor> kNone;
+inline const ConvBias kNoBias{kNone};
+
 // Sizes and types of one checked call.
 template <class Int>
 struct ConvProblemOf {
@@ -35,6 +47,11 @@ ConvProblemOf<Int> check_conv_arguments(
     const at::Tensor& x,     // [N, in_channels, H, W]
     at::TensorList weights,  // S x [C, in_channels / groups, kh, kw]
     const ConvSettings& settings);
+
+// Checks the biases beside arguments that were checked.
+template <class Int>
+void check_bias(
+    const char* op, const at::Tensor& x, const ConvBias& bias, const ConvProblemOf<Int>& p);
 
 template <class Int>
 void check_conv_backward_arguments(

@@ -65,6 +65,15 @@ struct Group<const Epilogue&> {
   }
 };
 
+template <>
+struct Group<const ConvBias&> {
+  using Members = std::tuple<>;
+  using Appended = std::tuple<const std::optional<at::Tensor>&>;
+  static Members split(const ConvBias&) { return {}; }
+  static Appended appended(const ConvBias& bias) { return {bias.value}; }
+  static ConvBias join(const std::optional<at::Tensor>& bias) { return {bias}; }
+};
+
 template <class... Args>
 using FlatList = decltype(std::tuple_cat(
     std::declval<typename Group<Args>::Members>()...,

@@ -22,10 +22,11 @@ LibraryConv::LibraryConv(
 }
 
 at::Tensor library_conv(
-    const at::Tensor& x, const at::Tensor& weight, const ConvSettings& k, int64_t s) {
+    const at::Tensor& x, const at::Tensor& weight, const ConvSettings& k, int64_t s,
+    const std::optional<at::Tensor>& bias) {
   const LibraryConv conv(x, weight, k, s);
   return at::conv2d(
-      conv.x, weight, {}, {conv.stride, conv.stride}, {conv.padding, conv.padding},
+      conv.x, weight, bias, {conv.stride, conv.stride}, {conv.padding, conv.padding},
       {k.dilation[s], k.dilation[s]}, k.groups[s]);
 }
 

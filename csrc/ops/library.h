@@ -18,9 +18,10 @@ struct LibraryConv {
   LibraryConv(const at::Tensor& x, const at::Tensor& weight, const ConvSettings& k, int64_t s);
 };
 
-// Branch s, differentiable.
+// Branch s, differentiable. `bias`: its own, [C].
 at::Tensor library_conv(
-    const at::Tensor& x, const at::Tensor& weight, const ConvSettings& k, int64_t s);
+    const at::Tensor& x, const at::Tensor& weight, const ConvSettings& k, int64_t s,
+    const std::optional<at::Tensor>& bias = std::nullopt);
 
 // The gradients of x and of branch s's weight; undefined where they are not wanted.
 std::pair<at::Tensor, at::Tensor> library_conv_backward(

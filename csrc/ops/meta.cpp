@@ -68,8 +68,10 @@ Backward attention_backward(
 
 // ---- the convolutions ----
 
-ConvForward conv(const Tensor& x, at::TensorList weights, const ConvSettings& k) {
+ConvForward conv(
+    const Tensor& x, at::TensorList weights, const ConvSettings& k, const ConvBias& bias) {
   const auto p = check_conv_arguments<SymInt>("spc_conv", x, weights, k);
+  check_bias("spc_conv", x, bias, p);
   const at::MemoryFormat format = conv_layout<SymInt>(x);
   std::vector<Tensor> feats;
   for (int64_t s = 0; s < p.S; ++s) {
@@ -107,9 +109,10 @@ Tensor module_output(const Problem& p, const Tensor& x) {
 
 Tensor module_forward(
     const Tensor& x, at::TensorList weights, const ConvSettings& k, const SEWeights& se,
-    bool /*reversed*/, const OptTensor& packed, const Epilogue& epilogue) {
+    bool /*reversed*/, const OptTensor& packed, const Epilogue& epilogue, const ConvBias& bias) {
   const auto p = check_module_arguments<SymInt>("psa_forward", x, weights, k, se);
   check_packed("psa_forward", x, packed);
+  check_bias("psa_forward", x, bias, p.conv);
   check_epilogue({"psa_forward", x.device(), "x"}, epilogue, p.attention);
   return module_output(p.conv, x);
 }

@@ -20,6 +20,7 @@ const std::string kConv =
     "Tensor x, Tensor[] weights, int[] groups, int stride, int[] padding, "
     "int[] dilation";
 const std::string kAppended = ", bool winograd=True";  // of the convolutions' settings
+const std::string kBias = ", Tensor? bias=None";       // of the convolutions
 const std::string kEpilogue = ", Tensor? scale=None, Tensor? shift=None, bool relu=False";
 const std::string kSE = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias";
 const std::string kForward = " -> (Tensor out, Tensor pooled, Tensor attention)";
@@ -41,7 +42,7 @@ TORCH_LIBRARY(epsa_fused, m) {
           ", Tensor pooled, Tensor attention, bool reversed, "
           "bool[] output_mask) -> (Tensor[] grad_feats, " +
           kGradSE + ")");
-  define(m, "spc_conv", "(" + kConv + kAppended + ") -> (Tensor[] feats, Tensor pooled)");
+  define(m, "spc_conv", "(" + kConv + kAppended + kBias + ") -> (Tensor[] feats, Tensor pooled)");
   define(
       m, "spc_conv_backward",
       "(Tensor[] grad_feats, " + kConv + ", bool[] output_mask" + kAppended +
@@ -49,7 +50,7 @@ TORCH_LIBRARY(epsa_fused, m) {
   define(
       m, "psa_forward",
       "(" + kConv + ", " + kSE + ", bool reversed, Tensor? packed=None" + kAppended + kEpilogue +
-          ") -> Tensor");
+          kBias + ") -> Tensor");
   define(
       m, "psa_save_output",
       "(" + kConv + ", " + kSE + ", bool reversed" + kAppended + ")" + kForward);

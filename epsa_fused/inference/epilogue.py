@@ -11,6 +11,7 @@ from torch.fx import Proxy
 
 from .._winograd import winograd_allowed
 from ..modules import FusedPSAModule
+from ..modules.fused import conv_bias
 from ..modules.layers import is_plain, why_layer_called
 from ..modules.tracing import as_leaf
 from ..reference import asks_for_attention
@@ -99,12 +100,13 @@ class PackedPSA(nn.Module):
         convs = cast(list[nn.Conv2d], psa._convs())
         with torch.no_grad():
             _, *arguments = psa._arguments(torch.empty(0), convs)
+            bias = conv_bias(convs)
         self._description = repr(psa)
         self._whole = (psa,)  # in a tuple: its layers are no children of this module
         self._operator = torch.ops.epsa_fused.psa_forward.default
         winograd = winograd_allowed(psa.winograd)
-        epilogue = psa.epilogue() if isinstance(psa, PSAWithEpilogue) else ()
-        self._rest = (*arguments, psa._packed, winograd, *epilogue)
+        epilogue = psa.epilogue() if isinstance(psa, PSAWithEpilogue) else (None, None, False)
+        self._rest = (*arguments, psa._packed, winograd, *epilogue, bias)
 
     def extra_repr(self) -> str:
         return self._description

@@ -17,7 +17,14 @@ from .._winograd import winograd_allowed
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
-from .layers import is_plain, why_conv_not_taken, why_layer_called, why_not_plain, why_se_called
+from .layers import (
+    has_bias,
+    is_plain,
+    why_conv_not_taken,
+    why_layer_called,
+    why_not_plain,
+    why_se_called,
+)
 from .tracing import NotScriptable, as_leaf
 
 
@@ -30,7 +37,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
     On the CPU the whole module is one operator, psa_forward. Without gradients the convolutions
     write into the output, and each sample is reweighted in place. With gradients the operator runs
     :func:`epsa_fused.convolution.spc_conv` and :func:`epsa_fused.psa_attention`. The operator needs
-    convolutions of one stride, without bias. Other convolutions are called as layers.
+    convolutions of one stride. Other convolutions are called as layers.
 
     On a CUDA device the operator runs for bfloat16 and float16, also of autocast. Tensor cores
     compute its grouped convolutions: of stride 1, with kernels of 5, 7 and 9, and groups of 4 to
@@ -142,6 +149,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 raise _no_save_output(cast(str, _why_not_taken(convs)))
             return self._fused_attention([conv(x) for conv in convs], bool(asked))
         if save_output:
+            for i, conv in enumerate(convs, 1):
+                if has_bias(conv):
+                    raise _no_save_output(f"conv_{i} has a bias")
             if asked is True:
                 raise _no_save_output("return_attention asks for the gradient of the attention")
             arguments = (*self._arguments(x, convs), winograd_allowed(self.winograd))
@@ -197,7 +207,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
         Raises:
             RuntimeError: in training mode, on another device than the CPU, or with convolutions
-                that are not plain (hooks, a bias, a wrapper, several strides). Also for `frozen`
+                that are not plain (hooks, a wrapper, several strides). Also for `frozen`
                 weights that are no parameters, as a parametrisation makes them, or have no
                 version, as tensors of `torch.inference_mode` have none.
             ValueError: for sizes below 1, or a dtype or stride without a kernel to pack for. Also
@@ -316,7 +326,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
         packed = self._packed_for(arguments.weights) if local else None
         operator = torch.ops.epsa_fused.psa_forward.default
         winograd = winograd_allowed(self.winograd)
-        return cast(Tensor, operator(*arguments, packed, winograd, *epilogue))
+        bias = conv_bias(convs)
+        named = {} if bias is None else {"bias": bias}
+        return cast(Tensor, operator(*arguments, packed, winograd, *epilogue, **named))
 
     def _arguments(self, x: Tensor, convs: list[nn.Conv2d]) -> ModuleArguments:
         fc1, fc2 = self.se.fc1, self.se.fc2
@@ -336,11 +348,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
         winograd = winograd_allowed(self.winograd)
         tensors = (x, *self.parameters())
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if x.device.type == "cpu" and not grad:
+        bias = conv_bias(convs)
+        if x.device.type == "cpu" and not grad and bias is None:
             operator = torch.ops.epsa_fused.psa_save_output.default
             out, _, attention = operator(*arguments, winograd)
         else:  # what psa_forward runs, too
-            feats, pooled = torch.ops.epsa_fused.spc_conv.default(*arguments[:6], winograd)
+            feats, pooled = torch.ops.epsa_fused.spc_conv.default(*arguments[:6], winograd, bias)
             operator = torch.ops.epsa_fused.psa_attention.default
             out, _, attention = operator(feats, *arguments[6:], pooled)
         return out, attention
@@ -385,7 +398,7 @@ def _no_save_output(why: str) -> NotImplementedError:
     # The layers would keep the maps that save_output promises not to keep.
     return NotImplementedError(
         "FusedPSAModule: save_output=True expects a CPU tensor, plain convolutions of one stride "
-        f"and a plain SE: {why}"
+        f"without bias and a plain SE: {why}"
     )
 
 
@@ -398,6 +411,16 @@ def _why_not_taken(convs: list[nn.Conv2d]) -> str | None:
         if conv.stride != convs[0].stride:
             return f"conv_{i} has stride {conv.stride}, and conv_1 has {convs[0].stride}"
     return None
+
+
+def conv_bias(convs: list[nn.Conv2d]) -> Tensor | None:
+    """The biases of all branches [S*C], with zeros for absent ones; None where all are absent."""
+    biases = [conv.bias for conv in convs]
+    given = next((b for b in biases if b is not None), None)
+    if given is None:
+        return None
+    channels = convs[0].out_channels
+    return torch.cat([given.new_zeros(channels) if b is None else b for b in biases])
 
 
 def _conv_arguments(

@@ -111,8 +111,6 @@ def has_bias(conv: nn.Conv2d) -> bool:
 
 def why_conv_not_taken(name: str, conv: nn.Conv2d) -> str | None:
     """The reason why the CPU's operator cannot take the convolution's settings, or None."""
-    if has_bias(conv):
-        return f"{name} has a bias"
     if conv.padding_mode != "zeros":
         return f"{name} has padding_mode {conv.padding_mode!r}"
     if isinstance(conv.padding, str):

@@ -157,26 +157,6 @@ def gradients_of(results, inputs: Inputs, cotangents):
     return [*results, *torch.autograd.grad(results, inputs.tensors(), cotangents)]
 
 
-@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_function(backend, dynamic, layout, device):
-    """Bits and strides are those of eager, at a second shape too."""
-
-    def attention(feats, *weights):
-        return psa_attention(feats, *weights, return_attention=True)
-
-    compiled = torch.compile(attention, fullgraph=True, backend=backend, dynamic=dynamic)
-    for case in (BY_NAME["not_square"], BY_NAME["stage4"]):
-        inputs = make_inputs(case, layout=layout, device=device).leaves()
-        cotangents = make_cotangents(case, torch.float32, layout.out_format, device)
-        expected = gradients_of(attention(*inputs.args), inputs, cotangents)
-        actual = gradients_of(compiled(*inputs.args), inputs, cotangents)
-        assert describe(actual) == describe(expected)
-        for a, b in zip(actual, expected, strict=True):
-            assert torch.equal(a, b)
-
-
 def small_module(cls=FusedPSAModule) -> FusedPSAModule:
     return cls(16, 64, conv_groups=(1, 2, 4, 8))
 
@@ -276,7 +256,7 @@ def test_autocast_casts_nothing_here(dtype):
     assert fc1.weight.grad.dtype == torch.float32 and fc1.weight.grad.abs().max() > 0
 
 
-def test_compiled_under_autocast():
+def test_a_compiled_module_under_autocast():
     module = small_module()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 8, 8)

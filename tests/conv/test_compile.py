@@ -8,7 +8,6 @@ from support.compiling import (
     _no_caches,  # noqa: F401  (the fixture)
     assert_fakes_look_real,
     assert_one_graph_serves_every_size,
-    describe,
 )
 from support.convolutions import (
     BACKWARD,
@@ -106,21 +105,6 @@ def gradients_of(function, call, inputs):
     return [*feats, pooled, *torch.autograd.grad(feats, inputs.tensors(), inputs.grads)]
 
 
-@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_function(backend, dynamic, layout):
-    """Bits and strides are those of eager, at a second shape too."""
-    compiled = torch.compile(spc, fullgraph=True, backend=backend, dynamic=dynamic)
-    other = Call("other", 3, 16, 32, 9, 5, MIXED.branches)
-    for call in (MIXED, other):
-        inputs = make_inputs(call, layout=layout).leaves()
-        expected = gradients_of(spc, call, inputs)
-        actual = gradients_of(compiled, call, inputs)
-        assert describe(actual) == describe(expected)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
 def test_one_dynamic_graph_serves_every_size(call):
     weights = make_inputs(call).weights
@@ -179,16 +163,6 @@ def test_a_training_step_under_autocast():
     (first.float().sum() + second.float().sum()).backward()
     for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
         assert conv.weight.grad.dtype == torch.float32 and conv.weight.grad.abs().max() > 0
-
-
-def test_compiled_under_autocast():
-    compiled = torch.compile(spc, fullgraph=True, backend="aot_eager")
-    inputs = make_inputs(MIXED).leaves()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        feats, pooled = compiled(MIXED, inputs.x, inputs.weights)
-        expected, means = spc(MIXED, inputs.x, inputs.weights)
-    assert all(map(torch.equal, [*feats, pooled], [*expected, means]))
-    assert describe([*feats, pooled]) == describe([*expected, means])
 
 
 # ---- floating-point operations ----

@@ -176,12 +176,12 @@ void each_product(const Conv& c, const Visit& visit) {
   });
 }
 
-// Convolves unit by unit and strip by strip. add: to zeros. totals: the sums of each
-// strip's outputs, or null.
+// Convolves unit by unit and strip by strip. add: to zeros. bias: of the outputs, or null.
+// totals: the sums of each strip's outputs, or null.
 template <class T>
 void convolve(
     const ConvKernels& kernels, const Conv& c, const ConvPlan& plan, const Scratch& image,
-    const ConvWeights& weights, bool add, const Stored<T>& out, float* totals) {
+    const ConvWeights& weights, bool add, const Stored<T>& out, const float* bias, float* totals) {
   const ConvMethodKernels method = kernels.method(plan.method);
   const int64_t row = plan.buffer_width * plan.unit_pitch;
   for (int64_t unit = 0; unit < plan.units; ++unit) {
@@ -197,10 +197,11 @@ void convolve(
         i = method.convolve(c, plan, image, packed.get(), unit, i, begin, end, sums, lanes.get());
       }
       const Image to = out.image(first, begin);
-      kernels.unpack(sums, count, end - begin, c.out_width, to, nullptr);
+      const float* own = bias ? bias + first : nullptr;
+      kernels.unpack(sums, count, end - begin, c.out_width, to, own, nullptr);
       if (totals) {
         float* strip_totals = totals + strip * c.out_channels + first;
-        kernels.unpack(sums, count, end - begin, c.out_width, to, strip_totals);
+        kernels.unpack(sums, count, end - begin, c.out_width, to, own, strip_totals);
       }
     }
   }
@@ -231,7 +232,7 @@ void check_forward(
     bool add) {
   const Conv& c = k.conv;
   uint64_t state = 1;
-  ++cases;
+  const bool with_bias = ++cases % 2;
   const auto x = drawn<T>(k.from, input_axes(c), state);
   const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
@@ -242,10 +243,19 @@ void check_forward(
   const Stored<T> out(k.to, output_axes(c));
   const int64_t strips = plan.strips(c.out_height);
   const auto totals = filled<float>(strips * c.out_channels, kNan);
-  convolve(kernels, counted, plan, image.scratch, weights.weights(counted), add, out, totals.get());
+  const auto bias = filled<float>(c.out_channels, 0.0f);
+  for (int64_t o = 0; with_bias && o < c.out_channels; ++o) {
+    bias[o] = draw(state);
+  }
+  convolve(
+      kernels, counted, plan, image.scratch, weights.weights(counted), add, out,
+      with_bias ? bias.get() : nullptr, totals.get());
 
   const auto inputs = x.values(), factors = weights.values();
   Expected expected(c.out_channels * c.out_height * c.out_width);
+  each(output_axes(c), [&](int64_t o, int64_t h, int64_t w) {
+    expected[(o * c.out_height + h) * c.out_width + w].add(bias[o]);
+  });
   each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
     expected[output].add(inputs[input] * factors[weight]);
   });
@@ -310,7 +320,9 @@ void check_input_grad(const Case& k, Isa isa) {
   size.include(phase, plan.buffer_width);
   const Packed packed(kernels, grad, c.out_channels, size);
   const Stored<T> result(k.to, input_axes(c));
-  convolve(kernels, phase, plan, packed.scratch, weights.turned(c), /*add=*/true, result, nullptr);
+  convolve(
+      kernels, phase, plan, packed.scratch, weights.turned(c), /*add=*/true, result,
+      /*bias=*/nullptr, /*totals=*/nullptr);
 
   const auto grads = grad.values(), factors = weights.values();
   Expected expected(c.in_channels * c.height * c.width);

@@ -565,7 +565,6 @@ def test_a_module_of_an_older_version():
 
 
 NOT_TAKEN = {
-    "bias": (nn.Conv2d(16, 16, 5, padding=2, groups=2), r"conv_2 has a bias"),
     "padding_mode": (nn.Conv2d(16, 16, 5, padding=2, bias=False, padding_mode="reflect"),
         r"conv_2 has padding_mode 'reflect'"),
     "same": (nn.Conv2d(16, 16, 5, padding="same", bias=False), r"conv_2 has padding 'same'"),

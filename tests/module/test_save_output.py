@@ -253,7 +253,7 @@ def test_layers_that_are_not_plain_are_refused(change):
     module, x = make("stage1", save_output=True), make_x("stage1")
     change, why = REFUSED[change]
     change(module)
-    expects = "expects a CPU tensor, plain convolutions of one stride and a plain SE"
+    expects = "expects a CPU tensor, plain convolutions of one stride without bias and a plain SE"
     with pytest.raises(NotImplementedError, match=f"{expects}: {why}"):
         module(x)
     with torch.no_grad():  # nothing would be saved

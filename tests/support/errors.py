@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
-from support.cases import memory_of
 from torch import Tensor
 
 Arguments = dict[str, Any]
@@ -25,6 +23,26 @@ class Bad:
     change: Change
     words: str
     error: type[Exception]
+
+    @property
+    def of_one_device(self) -> bool:
+        """RuntimeError is that of tensors on different devices alone."""
+        return self.error is not RuntimeError
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """An operator, its good arguments on a device, and the rows that it refuses."""
+
+    operator: Callable
+    good: Callable[[str], Arguments]
+    bad: dict[str, Bad]
+    devices: tuple[str, ...] = ("cpu",)
+    differentiable: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.operator._schema.name.removeprefix("epsa_fused::")
 
 
 def raising(error: type[Exception], table: dict[str, tuple[Change, str]]) -> dict[str, Bad]:
@@ -78,39 +96,9 @@ def tensors_of(arguments: Arguments) -> list[Tensor]:
     return found
 
 
-ON_META = tensors(lambda t: t.to("meta"))
+def on_meta(t: Tensor) -> Tensor:
+    return t.to("meta")
 
 
-# ---- the test of a row ----
-
-
-def assert_raises(
-    operator: Callable, bad: Bad, good: Callable[[], Arguments], *, requires_grad: bool = False
-) -> None:
-    """With the operator's name and the row's words. No input is written, and the next good call
-    gives what it gave before."""
-    with torch.no_grad():
-        expected = torch.utils._pytree.tree_leaves(operator(*good().values()))
-    wrong = bad.change(good())
-    given = tensors_of(wrong)
-    if requires_grad:
-        given = [t.requires_grad_() for t in given if t.is_floating_point()]
-    given = [t for t in given if not t.is_meta]
-    before = [memory_of(t).clone() for t in given]
-    name = operator._schema.name.removeprefix("epsa_fused::")
-    with pytest.raises(bad.error, match=f"^{name}: {bad.words}"):
-        operator(*wrong.values())
-    assert all(torch.equal(memory_of(t), old) for t, old in zip(given, before, strict=True))
-    with torch.no_grad():
-        again = torch.utils._pytree.tree_leaves(operator(*good().values()))
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-
-
-def assert_same_words_on_meta(operator: Callable, bad: Bad, good: Callable[[], Arguments]) -> None:
-    """Without data the same row raises the same error, word for word."""
-    wrong = bad.change(good())
-    with pytest.raises(bad.error) as with_data:
-        operator(*wrong.values())
-    with pytest.raises(bad.error) as on_meta:
-        operator(*ON_META(wrong).values())
-    assert str(on_meta.value) == str(with_data.value)
+# the device of good arguments, in words of errors
+HERE = r"(cpu|cuda:\d)"

@@ -63,11 +63,11 @@ struct ConvKernels {
   bool (*pack_image)(
       const Image& source, int64_t channels, int64_t width, const Scratch&, int64_t begin,
       int64_t end);
-  // Copies sums to the destination. If `totals` is not null, it receives their sums over
-  // the pixels, which are not rounded to the dtype.
+  // Copies sums, plus the channels' `bias` if it is not null, to the destination. If `totals`
+  // is not null, it receives the sums over the pixels, which are not rounded to the dtype.
   void (*unpack)(
       const Sums&, int64_t channels, int64_t rows, int64_t width, const Image& destination,
-      float* totals);
+      const float* bias, float* totals);
   // Adds one image's contribution to one unit's sums [taps][block][L].
   void (*weight_grad)(
       const Conv&, const WeightGradPlan&, const Scratch& x, const Scratch& grad, int64_t unit,

@@ -1,26 +1,25 @@
-"""Bad input of the attention: the exception, and a message that names the argument and states what
-was expected and what was given."""
+"""What the attention's operators refuse."""
 
 import functools
+import re
 
-import pytest
 import torch
 from support.cases import BY_NAME, WEIGHT_KINDS, WEIGHT_NAMES, make_inputs
 from support.errors import (
+    HERE,
     Arguments,
-    assert_raises,
-    assert_same_words_on_meta,
+    Bad,
+    Refusals,
     at,
     both,
     each,
     item,
+    on_meta,
     raising,
     shaped,
 )
 from support.tolerance import make_cotangents
 from torch import Tensor
-
-from epsa_fused import psa_attention, psa_attention_reference
 
 OP = torch.ops.epsa_fused.psa_attention.default
 BACKWARD = torch.ops.epsa_fused.psa_attention_backward.default
@@ -29,18 +28,18 @@ CASE = BY_NAME["odd"]  # 3 branches of [3, 5, 5, 3], r = 2
 KINDS = {kind.name: kind for kind in WEIGHT_KINDS}
 
 
-def forward(kind: str = "matrices", dtype: torch.dtype = torch.float32, device="cpu") -> Arguments:
-    feats, *weights = make_inputs(CASE, dtype, kind=KINDS[kind], device=device).args
+def forward(kind: str, device: str) -> Arguments:
+    feats, *weights = make_inputs(CASE, torch.float32, kind=KINDS[kind], device=device).args
     return {"feats": feats, **dict(zip(WEIGHT_NAMES, weights, strict=True)), "reversed": True}
 
 
-def with_pooled() -> Arguments:
-    arguments = forward()
+def with_pooled(kind: str, device: str) -> Arguments:
+    arguments = forward(kind, device)
     return arguments | {"pooled": OP(*arguments.values())[1]}
 
 
-def backward(kind: str = "matrices", device="cpu") -> Arguments:
-    arguments = forward(kind, device=device)
+def backward(kind: str, device: str) -> Arguments:
+    arguments = forward(kind, device)
     order = arguments.pop("reversed")
     grad_out, grad_attention = make_cotangents(CASE, torch.float32, device=device)
     _, pooled, attention = OP(*arguments.values(), order)
@@ -151,25 +150,41 @@ BAD_PER_BRANCH = raising(
             r"fc2_bias has shape \[5\], expected \[3, 5\] \(SE weights of each branch\)"),
     },
 )  # fmt: skip
-EVERY = [("matrices", bad) for bad in BAD] + [("per_branch", bad) for bad in BAD_PER_BRANCH]
 
 
 def vector(name: str) -> dict:
     """The rows of a vector [N, S, C]."""
     rows = {
-        "shape": (at(name, lambda t: t[:2]), r"\[2, 3, 5\], expected \[3, 3, 5\]"),
-        "rank": (at(name, lambda t: t[..., None]), r"\[3, 3, 5, 1\], expected \[3, 3, 5\]"),
+        "shape": (at(name, lambda t: t[:2]), r"\[2, 3, 5\], expected \[3, 3, 5\]", ValueError),
+        "rank": (at(name, lambda t: t[..., None]), r"\[3, 3, 5, 1\], expected \[3", ValueError),
+        "dtype": (
+            at(name, Tensor.double),
+            r"Double, expected Float, the accumulation type of Float",
+            TypeError,
+        ),
+        "device": (at(name, on_meta), rf"meta, expected {HERE}", RuntimeError),
     }
-    dtype = (at(name, Tensor.double), r"Double, expected Float, the accumulation type of Float")
-    device = (at(name, lambda t: t.to("meta")), r"meta, expected cpu")
-    table = raising(ValueError, rows) | raising(TypeError, {"dtype": dtype})
-    table |= raising(RuntimeError, {"device": device})
     return {
-        f"{name}_{row}": type(bad)(bad.change, rf"{name} (has|is).*{bad.words}", bad.error)
-        for row, bad in table.items()
+        f"{name}_{row}": Bad(change, rf"{name} (has|is).*{words}", error)
+        for row, (change, words, error) in rows.items()
     }
 
 
+# The accumulation type follows the features' dtype.
+POOLED_OF_OTHERS = raising(
+    TypeError,
+    {
+        f"pooled_beside_{dtype}": (
+            both(each("feats", lambda f, dtype=dtype: f.to(dtype)), weights(change),
+                at("pooled", Tensor.half)),
+            f"pooled has dtype Half, expected {expected}",
+        )
+        for dtype, change, expected in (
+            (torch.bfloat16, Tensor.float, "Float"),
+            (torch.float64, Tensor.double, "Double"),
+        )
+    },
+)  # fmt: skip
 MASK = {
     f"mask_of_{length}": (
         at("output_mask", lambda _, length=length: [True] * length),
@@ -204,106 +219,34 @@ BAD_BACKWARD = (
         RuntimeError,
         {
             "grad_out_device": (
-                at("grad_out", lambda t: t.to("meta")),
-                "grad_out is on meta, expect",
+                at("grad_out", on_meta),
+                f"grad_out is on meta, expected {HERE}",
             )
         },
     )
 )
 
-
-@pytest.mark.parametrize("requires_grad", (False, True), ids=("no_grad", "grad"))
-@pytest.mark.parametrize(("kind", "bad"), EVERY)
-def test_bad_arguments(kind, bad, requires_grad, device):
-    row = (BAD | BAD_PER_BRANCH)[bad]
-    assert_raises(OP, row, lambda: forward(kind, device=device), requires_grad=requires_grad)
-
-
-@pytest.mark.parametrize(("kind", "bad"), EVERY)
-def test_the_backward_op_checks_the_same_arguments(kind, bad, device):
-    assert_raises(BACKWARD, (BAD | BAD_PER_BRANCH)[bad], lambda: backward(kind, device))
+ELSEWHERE = {
+    f"{name}_device": Bad(change, rf"{re.escape(name)} is on meta, expected {HERE}", RuntimeError)
+    for name, change in {
+        "feats[1]": item("feats", 1, on_meta),
+        **{name: at(name, on_meta) for name in WEIGHT_NAMES},
+    }.items()
+}
 
 
-@pytest.mark.parametrize("bad", BAD_BACKWARD)
-def test_bad_arguments_of_the_backward_op(bad):
-    assert_raises(BACKWARD, BAD_BACKWARD[bad], backward)
+def refusals(operator, good, kind: str, bad: dict[str, Bad]) -> Refusals:
+    return Refusals(operator, functools.partial(good, kind), bad, ("cpu", "cuda"))
 
 
-@pytest.mark.parametrize("bad", vector("pooled"))
-def test_a_bad_pooled(bad):
-    assert_raises(OP, vector("pooled")[bad], with_pooled)
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
-def test_pooled_has_the_accumulation_type(dtype, device):
-    expected = "Double" if dtype == torch.float64 else "Float"
-    wrong = torch.zeros(CASE.attention_shape, dtype=torch.float16, device=device)
-    with pytest.raises(TypeError, match=f"pooled has dtype Half, expected {expected}"):
-        OP(*forward(dtype=dtype, device=device).values(), wrong)
-
-
-@pytest.mark.parametrize("name", ("feats[1]", *WEIGHT_NAMES))
-def test_tensors_on_different_devices(name):
-    change = (
-        functools.partial(item, "feats", 1) if name == "feats[1]" else functools.partial(at, name)
-    )
-    wrong = change(lambda t: t.to("meta"))(forward())
-    message = rf"psa_attention: {name.replace('[', '.').replace(']', '.')} is on meta, expected cpu"
-    with pytest.raises(RuntimeError, match=message):
-        OP(*wrong.values())
-
-
-# ---- the Python function's own arguments ----
-
-
-def test_one_tensor_in_place_of_a_list(device):
-    """Its first dimension would be taken for the branches."""
-    inputs = make_inputs(CASE, device=device)
-    with pytest.raises(TypeError, match=r"feats is a Tensor, expected a sequence of 2 to 8.*chunk"):
-        psa_attention(torch.cat(inputs.feats, 1), *inputs.weights)
-
-
-@pytest.mark.parametrize("function", (psa_attention, psa_attention_reference))
-@pytest.mark.parametrize("order", ("backward", "", None, True))
-def test_unknown_branch_order(order, function, device):
-    message = r"branch_order: expected one of \('reversed', 'forward'\), got " + repr(order)
-    with pytest.raises(ValueError, match=message):
-        function(*make_inputs(CASE, device=device).args, branch_order=order)
-
-
-def test_things_that_are_no_tensors(device):
-    inputs = make_inputs(CASE, device=device)
-    with pytest.raises((TypeError, RuntimeError), match="feats"):
-        psa_attention([f.tolist() for f in inputs.feats], *inputs.weights)
-    with pytest.raises((TypeError, RuntimeError), match="fc1_weight"):
-        psa_attention(inputs.feats, None, *inputs.weights[1:])
-
-
-# ---- without data, where torch.compile would meet the same input first ----
-
-NOT_DEVICE = {name: bad for name, bad in BAD_BACKWARD.items() if not name.endswith("_device")}
-
-
-@pytest.mark.parametrize(("kind", "bad"), EVERY)
-def test_meta_tensors_are_refused_with_the_same_words(kind, bad):
-    row = (BAD | BAD_PER_BRANCH)[bad]
-    assert_same_words_on_meta(OP, row, lambda: forward(kind))
-    assert_same_words_on_meta(BACKWARD, row, lambda: backward(kind))
-
-
-@pytest.mark.parametrize("bad", NOT_DEVICE)
-def test_the_backward_op_refuses_meta_tensors_with_the_same_words(bad):
-    assert_same_words_on_meta(BACKWARD, NOT_DEVICE[bad], backward)
-
-
-@pytest.mark.parametrize("row", ("shape", "rank", "dtype"))
-def test_a_bad_pooled_on_meta(row):
-    assert_same_words_on_meta(OP, vector("pooled")[f"pooled_{row}"], with_pooled)
-
-
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_compiled_call_is_refused_while_it_is_traced(dynamic, device):
-    compiled = torch.compile(lambda *a: OP(*a), backend="eager", fullgraph=True, dynamic=dynamic)
-    bad = BAD["fc1_channels"]
-    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="fc1_weight has shape"):
-        compiled(*bad.change(forward(device=device)).values())
+SUITES = {
+    "psa_attention": refusals(OP, forward, "matrices", BAD | ELSEWHERE),
+    "psa_attention_per_branch": refusals(OP, forward, "per_branch", BAD_PER_BRANCH),
+    "psa_attention_pooled": refusals(
+        OP, with_pooled, "matrices", vector("pooled") | POOLED_OF_OTHERS
+    ),
+    "psa_attention_backward": refusals(
+        BACKWARD, backward, "matrices", BAD | ELSEWHERE | BAD_BACKWARD
+    ),
+    "psa_attention_backward_per_branch": refusals(BACKWARD, backward, "per_branch", BAD_PER_BRANCH),
+}

@@ -1,17 +1,16 @@
-"""Bad input of spc_conv: the exception, and a message that names the argument and states what was
-expected and what was given."""
+"""What spc_conv and its backward refuse."""
 
-import pytest
 import torch
 from support.convolutions import BACKWARD, OP, Call, make_inputs, same
 from support.errors import (
+    HERE,
     Arguments,
     Change,
-    assert_raises,
-    assert_same_words_on_meta,
+    Refusals,
     at,
     both,
     item,
+    on_meta,
     put,
     raising,
     shaped,
@@ -24,14 +23,15 @@ CALL = Call("good", 2, 12, 8, 6, 7, (same(3, 1), same(5, 2), same(3, 4)))
 SETTINGS = ("groups", "stride", "padding", "dilation")
 
 
-def forward() -> Arguments:
-    inputs = make_inputs(CALL)
+def forward(device: str) -> Arguments:
+    inputs = make_inputs(CALL).map(lambda t: t.to(device))
     settings = dict(zip(SETTINGS, CALL.settings, strict=True))
     return {"x": inputs.x, "weights": inputs.weights} | settings
 
 
-def backward() -> Arguments:
-    return {"grad_feats": make_inputs(CALL).grads} | forward() | {"output_mask": [True] * 4}
+def backward(device: str) -> Arguments:
+    grads = [g.to(device) for g in make_inputs(CALL).grads]
+    return {"grad_feats": grads} | forward(device) | {"output_mask": [True] * 4}
 
 
 def cut(name: str) -> Change:
@@ -164,39 +164,47 @@ BAD_BACKWARD = raising(
 )
 
 
-@pytest.mark.parametrize("requires_grad", (False, True), ids=("no_grad", "grad"))
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments(bad, requires_grad):
-    assert_raises(OP, BAD[bad], forward, requires_grad=requires_grad)
+def elsewhere(name: str) -> dict:
+    words = rf"{name}\[1\] is on meta, expected {HERE}, the device of x"
+    return raising(RuntimeError, {f"{name}_device": (item(name, 1, on_meta), words)})
 
 
-@pytest.mark.parametrize("requires_grad", (False, True), ids=("no_grad", "grad"))
-@pytest.mark.parametrize("bad", BAD | BAD_BACKWARD)
-def test_bad_arguments_of_the_backward_op(bad, requires_grad):
-    assert_raises(BACKWARD, (BAD | BAD_BACKWARD)[bad], backward, requires_grad=requires_grad)
+def with_bias(device: str) -> Arguments:
+    return forward(device) | {"winograd": True, "bias": torch.ones(24, device=device)}
 
 
-@pytest.mark.parametrize("name", ("weights", "grad_feats"))
-def test_tensors_on_different_devices(name):
-    operator, good = (OP, forward) if name == "weights" else (BACKWARD, backward)
-    # a meta tensor among them sends the call to the fake kernel
-    message = rf"spc_conv(_backward)?: {name}\[1\] is on meta, expected cpu, the device of x"
-    with pytest.raises(RuntimeError, match=message):
-        operator(*item(name, 1, lambda t: t.to("meta"))(good()).values())
+BAD_BIAS = raising(
+    ValueError,
+    {
+        f"bias_{name}": (
+            at("bias", shaped(*shape)),
+            rf"bias has shape \[{shown}\], expected \[24\]",
+        )
+        for name, shape, shown in (
+            ("short", (23,), "23"),
+            ("of_one_branch", (8,), "8"),
+            ("rank", (3, 8), "3, 8"),
+            ("scalar", (), ""),
+        )
+    },
+) | raising(
+    TypeError,
+    {
+        "bias_dtype": (
+            at("bias", Tensor.double),
+            r"bias has dtype Double, expected Float, the dtype of x",
+        )
+    },
+)
+BIAS_ELSEWHERE = raising(
+    RuntimeError,
+    {"bias_device": (at("bias", on_meta), rf"bias is on meta, expected {HERE}, the device of x")},
+)
 
-
-@pytest.mark.parametrize("bad", BAD)
-def test_meta_tensors_are_refused_with_the_same_words(bad):
-    assert_same_words_on_meta(OP, BAD[bad], forward)
-
-
-@pytest.mark.parametrize("bad", BAD | BAD_BACKWARD)
-def test_the_backward_op_refuses_meta_tensors_with_the_same_words(bad):
-    assert_same_words_on_meta(BACKWARD, (BAD | BAD_BACKWARD)[bad], backward)
-
-
-def test_a_compiled_call_is_refused_while_it_is_traced():
-    compiled = torch.compile(lambda *a: OP(*a), backend="eager", fullgraph=True)
-    bad = BAD["outputs_differ"]
-    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match=r"expected 8 output channels"):
-        compiled(*bad.change(forward()).values())
+SUITES = {
+    "spc_conv": Refusals(OP, forward, BAD | elsewhere("weights")),
+    "spc_conv_bias": Refusals(OP, with_bias, BAD_BIAS | BIAS_ELSEWHERE),
+    "spc_conv_backward": Refusals(
+        BACKWARD, backward, BAD | BAD_BACKWARD | elsewhere("weights") | elsewhere("grad_feats")
+    ),
+}

@@ -1,15 +1,15 @@
-"""Bad input of the operators of a whole module: the exception, and its words. They name arguments
-that the operators have: x and weights, and no feats."""
+"""What the operators of a whole module refuse. The words name arguments that these operators have:
+x and weights, and no feats."""
 
-import pytest
 import torch
 from support.cases import WEIGHT_NAMES
 from support.errors import (
+    HERE,
     Arguments,
-    assert_raises,
-    assert_same_words_on_meta,
+    Refusals,
     at,
     both,
+    on_meta,
     put,
     raising,
     shaped,
@@ -27,12 +27,13 @@ CASE = "two_branches"  # 2 branches of [5, 16, 6, 5] from x [5, 32, 6, 5], r = 4
 NAMES = ("x", "weights", "groups", "stride", "padding", "dilation", *WEIGHT_NAMES, "reversed")
 
 
-def forward() -> Arguments:
-    return dict(zip(NAMES, arguments(build(CASE, PSAModule), image(CASE)), strict=True))
+def forward(device: str) -> Arguments:
+    module, x = build(CASE, PSAModule).to(device), image(CASE).to(device)
+    return dict(zip(NAMES, arguments(module, x), strict=True))
 
 
-def backward() -> Arguments:
-    given = forward()
+def backward(device: str) -> Arguments:
+    given = forward(device)
     order = given.pop("reversed")
     out, pooled, attention = SAVE_OUTPUT(*given.values(), order)
     saved = {"out": out, "pooled": pooled, "attention": attention}
@@ -120,42 +121,41 @@ BAD_FORWARD = raising(
         ),
     },
 )
-OPERATORS = {"forward": (FORWARD, forward), "save_output": (SAVE_OUTPUT, forward)}
-OPERATORS["backward"] = (BACKWARD, backward)
-ROWS = [(operator, bad) for operator in OPERATORS for bad in BAD]
-ROWS += [("backward", bad) for bad in BAD_BACKWARD]
-ROWS += [("forward", bad) for bad in BAD_FORWARD]
-ALL_BAD = BAD | BAD_BACKWARD | BAD_FORWARD
+ELSEWHERE = raising(
+    RuntimeError,
+    {
+        f"{name}_device": (at(name, on_meta), rf"{name} is on meta, expected {HERE}, the device of")
+        for name in WEIGHT_NAMES
+    },
+)
+# The dispatcher sends a call with any meta tensor to the kernel that only has shapes.
+PACKED_ELSEWHERE = raising(
+    RuntimeError,
+    {
+        "packed_device": (
+            packed(torch.zeros(64, dtype=torch.uint8, device="meta")),
+            rf"packed is on meta, expected {HERE}, the device of x",
+        )
+    },
+)
 
 
-@pytest.mark.parametrize(("operator", "bad"), ROWS)
-def test_bad_arguments(operator, bad):
-    call, good = OPERATORS[operator]
-    assert_raises(call, ALL_BAD[bad], good)
+def with_bias(device: str) -> Arguments:
+    rest = {"packed": None, "winograd": True, "scale": None, "shift": None, "relu": False}
+    return forward(device) | rest | {"bias": torch.ones(32, device=device)}
 
 
-@pytest.mark.parametrize(("operator", "bad"), ROWS)
-def test_meta_tensors_are_refused_with_the_same_words(operator, bad):
-    call, good = OPERATORS[operator]
-    assert_same_words_on_meta(call, ALL_BAD[bad], good)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("name", WEIGHT_NAMES)
-def test_tensors_on_different_devices(name, operator):
-    call, good = OPERATORS[operator]
-    wrong = at(name, lambda t: t.to("meta"))(good())
-    with pytest.raises(RuntimeError, match=f"{name} is on meta, expected cpu, the device of x"):
-        call(*wrong.values())
-
-
-def test_packed_weights_on_another_device():
-    """The dispatcher sends a call with any meta tensor to the kernel that only has shapes."""
-    wrong = packed(torch.zeros(64, dtype=torch.uint8, device="meta"))(forward())
-    with pytest.raises(RuntimeError, match="packed is on meta, expected cpu, the device of x"):
-        FORWARD(*wrong.values())
-
-
-def test_a_bias_is_none_in_no_row():
-    """A row that changes an absent bias would test nothing."""
-    assert all(isinstance(forward()[name], Tensor) for name in WEIGHT_NAMES)
+SUITES = {
+    "psa_forward_bias": Refusals(
+        FORWARD,
+        with_bias,
+        raising(ValueError, {"bias_short": (first("bias"), r"bias has shape \[1\], expected \[32")})
+        | raising(TypeError, {"bias_dtype": (at("bias", Tensor.half), r"bias has dtype Half, exp")})
+        | raising(RuntimeError, {"bias_device": (at("bias", on_meta), r"bias is on meta, exp")}),
+    ),
+    "psa_forward": Refusals(FORWARD, forward, BAD | BAD_FORWARD | ELSEWHERE | PACKED_ELSEWHERE),
+    "psa_save_output": Refusals(SAVE_OUTPUT, forward, BAD | ELSEWHERE),
+    "psa_save_output_backward": Refusals(
+        BACKWARD, backward, BAD | BAD_BACKWARD | ELSEWHERE, differentiable=False
+    ),
+}
