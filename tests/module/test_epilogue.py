@@ -4,15 +4,13 @@ tests/attention/test_epilogue.py has the same behind the attention step alone.
 """
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
+from support.bad.epilogue import SUITES
 from support.cases import BY_NAME, DTYPES, FORMATS, ORDERS, make_inputs, name_of
 from support.epilogue import EPILOGUES, assert_is_epilogue, factors
-from support.errors import Change, assert_raises, assert_same_words_on_meta, raising
 from support.modules import CASES, arguments, build, image
-from torch import Tensor
 
 from epsa_fused import PSAModule
 from epsa_fused._decompositions import _psa_attention, _psa_forward
@@ -104,96 +102,18 @@ def test_compiled():
 
 # ---- bad input ----
 
-NAMES = (
-    "feats",
-    "fc1",
-    "fc1_bias",
-    "fc2",
-    "fc2_bias",
-    "reversed",
-    "pooled",
-    "scale",
-    "shift",
-    "relu",
-)
-
-
-def attention_call(device: str = "cpu") -> dict:
-    feats, *weights = make_inputs(BY_NAME["odd"], torch.float32, device=device).args
-    values = (feats, *weights, True, None, *factors(15, torch.float32, device), True)
-    return dict(zip(NAMES, values, strict=True))
-
-
-def module_call() -> dict:
-    values = (*call(), True)
-    names = [f"argument_{i}" for i in range(len(values) - 3)]
-    return dict(zip((*names, *NAMES[-3:]), values, strict=True))
-
-
-def changed(name: str, change) -> Change:
-    return lambda given: given | {name: change(given[name])}
-
-
-BAD = raising(
-    ValueError,
-    {
-        "scale alone": (
-            changed("shift", lambda t: None),
-            r"scale is given and shift is not, expected both or none",
-        ),
-        "shift alone": (
-            changed("scale", lambda t: None),
-            r"shift is given and scale is not, expected both or none",
-        ),
-        "length": (
-            changed("scale", lambda t: t[1:]),
-            r"scale has shape \[\d+\], expected \[\d+\] \(\[S\*C\]\)",
-        ),
-        "rank": (
-            changed("shift", lambda t: t[:, None]),
-            r"shift has shape \[\d+, 1\], expected \[\d+\] \(\[S\*C\]\)",
-        ),
-    },
-) | raising(
-    TypeError,
-    {
-        "dtype": (
-            changed("shift", Tensor.double),
-            r"shift has dtype Double, expected Float, the accumulation type of Float features",
-        ),
-        "half": (changed("scale", Tensor.bfloat16), r"scale has dtype BFloat16, expected Float"),
-    },
-)
-CALLS = {"attention": (ATTENTION, attention_call), "module": (OP, module_call)}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments_of_the_attention_step(bad, device):
-    good = partial(attention_call, device)
-    assert_raises(ATTENTION, BAD[bad], good)
-    assert_same_words_on_meta(ATTENTION, BAD[bad], good)
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments_of_a_module(bad):
-    assert_raises(OP, BAD[bad], module_call)
-    assert_same_words_on_meta(OP, BAD[bad], module_call)
-
-
-@pytest.mark.parametrize("operator", CALLS)
-@pytest.mark.parametrize("name", ("scale", "shift"))
-def test_another_device(name, operator):
-    op, good = CALLS[operator]
-    wrong = changed(name, lambda t: t.to("meta"))(good())
-    with pytest.raises(RuntimeError, match=f"{name} is on meta, expected cpu, the device of"):
-        op(*wrong.values())
+# test_errors.py has what the operators refuse of scale and shift alone
+CALLS = {
+    "attention": (ATTENTION, SUITES["psa_attention_epilogue"].good),
+    "module": (OP, SUITES["psa_forward_epilogue"].good),
+}
 
 
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("wanting", ("scale", "shift", "an input"))
 def test_a_gradient_is_refused(wanting, operator):
     op, good = CALLS[operator]
-    given = good()
+    given = good("cpu")
     if wanting == "an input":
         first = next(iter(given.values()))
         (first[0] if isinstance(first, list) else first).requires_grad_()
@@ -209,7 +129,7 @@ def test_a_gradient_is_refused(wanting, operator):
 @pytest.mark.parametrize("name", ("scale", "shift"))
 def test_a_tangent_is_refused(name, operator):
     op, good = CALLS[operator]
-    given = good()
+    given = good("cpu")
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         value = given[name]
         given[name] = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
