@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +111,11 @@ def load_trained(run: str | Path) -> Trained:
     Raises:
         epsa_fused.train.InputError: the file is missing, damaged, or of another version.
     """
-    from .train import InputError, checkpoint
+    from .train import InputError, weights
 
-    path = Path(run)
-    path = path / "best.pt" if path.is_dir() else path
-    saved = checkpoint.read(path, "best.pt of a training")
-    settings: dict[str, Any] = saved.get("run", {})
-    if "shape" not in saved or not settings:
-        found = "weights of an older version" if "mean" in saved else "a checkpoint to resume from"
-        raise InputError(f"{path}: expected best.pt of this version's training, got {found}")
+    path = weights.best_of(run)
+    found = weights.read_best(path)
+    saved, settings = found.facts, found.facts["run"]
     build = MODELS.get(settings["model"])
     if build is None:
         raise InputError(
@@ -131,11 +127,7 @@ def load_trained(run: str | Path) -> Trained:
         in_chans=saved["shape"][2],
         drop_rate=settings["dropout"],
     )
-    try:
-        model.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        last = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit {settings['model']}: {last}") from error
+    weights.load_whole(model, found.tensors, path, settings["model"])
     return Trained(
         model=model.eval(),
         classes=list(settings["classes"]),
