@@ -57,6 +57,7 @@ def linear(classes: int, **_) -> nn.Module:
     "given",
     [
         pytest.param({"dropout": 0.3, "ema": 0.9}, id="dropout and average"),
+        pytest.param({"warmup": 1, "schedule": "cosine"}, id="warm-up"),
         pytest.param({"amp": "bf16", "accumulate": 2, "channels_last": True}, id="bf16"),
         pytest.param({"amp": "fp16", "model": "epsanet50"}, id="fp16"),
     ],
