@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from support.pages import block
 from support.training import settings
 
 from epsa_fused.train import Config
@@ -44,6 +45,14 @@ def test_every_option_can_be_in_it(file, tmp_path):
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
         lines.append(f"{name.replace('_', '-')} = {shown}")
     assert Config.of_command_line(file("\n".join(lines))) == wanted
+
+
+def test_the_file_in_the_docs(file, tmp_path):
+    text = block("toml", "channels-last").code.replace('"imagenet"', repr(str(tmp_path)))
+    config = Config.of_command_line(file(text))
+    assert config == Config.of(
+        str(tmp_path), batch=512, lr=0.2, warmup=5, amp="bf16", channels_last=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """train() on a Dataset or DataLoader of one's own."""
 
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 import epsa_fused
 from epsa_fused.train import Config, InputError, train
 from epsa_fused.train.data import open_data
+from epsa_fused.train.interrupts import SIGNALS
 from epsa_fused.train.own_data import own_data
 from epsa_fused.train.passes import held_out_of, passes_of
 from epsa_fused.train.processes import Processes
@@ -218,6 +221,26 @@ def test_two_processes_share_a_dataloader_by_its_sampler(monkeypatch):
         assert not torch.equal(torch.cat(first), torch.cat(other))
     every = torch.cat([label for share in labels for label in share])
     assert every.sort().values.tolist() == Own("val").source.labels.tolist()
+
+
+class Interrupted(Own):
+    """Whoever reads a sample gets the signals that a terminal and a scheduler send."""
+
+    def __getitem__(self, index: int):
+        if torch.utils.data.get_worker_info() is not None:
+            for number in SIGNALS:
+                os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+def test_loading_processes_leave_signals_to_the_training():
+    training = DataLoader(Interrupted("train"), batch_size=16, num_workers=1)
+    data, processes = own_data(training, Own("val"), None), Processes("cpu")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    passes = passes_of(data, Config(batch=16), processes)
+    assert len([batch for batch in passes.epoch(0, 0) if not batch.failed]) == STEPS
+    passes.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 # ---- what is refused ----
