@@ -116,8 +116,8 @@ def _check_same(path: Path, facts: dict[str, Any], config: Config, data: Data | 
     checkpoint.check_same(
         path,
         {
-            "model": facts["run"].get("model"),
-            "classes": facts["run"].get("classes"),
+            "model": facts["run"]["model"],
+            "classes": facts["run"]["classes"],
             "images": (list(facts["shape"]), kinds[bool(facts["mean"])]),
         },
         {

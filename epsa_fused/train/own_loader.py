@@ -53,19 +53,22 @@ class LoaderPasses:
         self.loader, self.data, self.processes = loader, data, processes
         self.accumulate, self.seed = config.accumulate, config.seed
         # Without a smaller last batch, which would count as much as the others.
-        self.steps = len(_sampler(loader)) // wanted // config.accumulate
+        images = len(_sampler(loader))
+        self.steps = images // wanted // config.accumulate
+        if not self.steps:
+            raise InputError(
+                f"training: expected a DataLoader of at least {wanted * config.accumulate} images "
+                f"for a step, got {images}"
+            )
         self._iterator: Any = None
 
     def epoch(self, epoch: int, step: int) -> Iterator[Batch]:
         device, sampler = self.processes.device, _sampler(self.loader)
         state = generators.random_state(device)
         seed = generators.seed_host(_EPOCH, self.seed, epoch, self.processes.rank)
-        for generator in (self.loader.generator, getattr(sampler, "generator", None)):
-            if generator is not None:
-                generator.manual_seed(seed)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        self._iterator = _iterator(self.loader)
+        self._iterator = _iterator(self.loader, seed)
         left_out, count = step * self.accumulate, self.steps * self.accumulate
         batches = itertools.islice(self._iterator, count)
         if step:
@@ -98,7 +101,7 @@ class LoaderHeldOut:
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = _iterator(self.loader)
+        self._iterator = _iterator(self.loader, 0)
         return (_batch("validation", batch, self.data) for batch in self._iterator)
 
     def close(self) -> None:
@@ -133,8 +136,14 @@ def _check(loader: DataLoader[Any], name: str, processes: Processes) -> None:
         )
 
 
-def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start a pass; its loading processes leave signals to this one, which ends them."""
+def _iterator(loader: DataLoader[Any], seed: int) -> Iterator[Any]:
+    """Start a pass, its own generators seeded.
+
+    Its loading processes leave signals to this one, which ends them.
+    """
+    for generator in (loader.generator, getattr(_sampler(loader), "generator", None)):
+        if generator is not None:
+            generator.manual_seed(seed)
     with _signals_held():
         return iter(loader)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.utils.data import DataLoader
 
 from .config import Config
@@ -38,13 +36,13 @@ def passes_of(data: Data | OwnData, config: Config, processes: Processes) -> Pas
     """This process's training images; InputError if they do not fill a step."""
     train = data.train
     assert train is not None
-    images: Any = train.dataset if isinstance(train, DataLoader) else _by_key(train)
+    if isinstance(train, DataLoader):
+        return LoaderPasses(train, data, config, processes)
+    images = _by_key(train)
     if len(images) < config.batch:
         raise InputError(
             f"--batch: expected at most the {len(images)} training images, got {config.batch}"
         )
-    if isinstance(train, DataLoader):
-        return LoaderPasses(train, data, config, processes)
     batches = TrainingBatches(
         len(images),
         config.batch,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 from ..backbone import load_backbone
 from . import checkpoint, generators, weights
@@ -29,7 +30,7 @@ from .interrupts import Interrupts
 from .loading import Batch, Speed
 from .log import Logs
 from .messages import Messages
-from .own_data import Given, OwnData, own_data
+from .own_data import OwnData, own_data
 from .passes import held_out_of, micro_batch, passes_of
 from .processes import Processes
 from .schedule import Schedule
@@ -49,8 +50,8 @@ class Result:
 
 def train(
     config: Config,
-    training: Given | None = None,
-    validation: Given | None = None,
+    training: Dataset[Any] | DataLoader[Any] | None = None,
+    validation: Dataset[Any] | DataLoader[Any] | None = None,
     *,
     classes: Sequence[str] | None = None,
 ) -> Result:

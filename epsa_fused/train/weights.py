@@ -18,6 +18,9 @@ BEST = "best.pt"
 SAFETENSORS = ".safetensors"
 # the metadata of best.safetensors that has, as JSON, what best.pt holds beside the weights
 FACTS = "epsa_fused"
+# what load_trained and --evaluate read of it
+_NEEDED = {"run", "top1", "mean", "std", "shape", "white", "centre"}
+_NEEDED_OF_RUN = {"model", "classes", "psa", "dropout"}
 
 
 class Weights(NamedTuple):
@@ -81,8 +84,13 @@ def read_best(path: Path) -> Weights:
     else:
         saved = checkpoint.read(path, f"{BEST} of a training")
         weights = _split(saved)
-    if "shape" not in saved or not saved.get("run"):
-        found = "weights of an older version" if "mean" in saved else "a checkpoint to resume from"
+    run = saved.get("run")
+    settings = run.keys() if isinstance(run, dict) else set()
+    missing = sorted((_NEEDED - saved.keys()) | (_NEEDED_OF_RUN - settings))
+    if missing:
+        found = f"weights of another version, without {', '.join(missing)}"
+        if "optimizer" in saved:
+            found = "a checkpoint to resume from"
         raise InputError(f"{path}: expected {BEST} of this version's training, got {found}")
     return weights
 

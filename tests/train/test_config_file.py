@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from support.optional import optional
 from support.pages import block
 from support.training import settings
 
@@ -13,6 +14,9 @@ from epsa_fused.train.__main__ import main
 
 @pytest.fixture
 def file(tmp_path):
+    if sys.version_info < (3, 11):
+        optional("tomli")
+
     def written(text: str) -> list[str]:
         path = tmp_path / "run.toml"
         path.write_text(text)

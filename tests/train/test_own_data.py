@@ -18,7 +18,14 @@ from support.training import (
     settings,
     trained,
 )
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+)
 
 import epsa_fused
 from epsa_fused.train import Config, InputError, train
@@ -314,6 +321,11 @@ IMAGE = torch.zeros(3, 8, 8)
         (Own("train"), Changed("val", 3, (IMAGE, 3)), r"validation\[3\]: .* from 0 to 2, got 3"),
         (Changed("train", 7, (IMAGE, -1)), Own("val"), r"training\[7\]: .* from 0 to 2, got -1"),
         (Changed("train", 7, (IMAGE[:, 1:], 0)), Own("val"), r"\[3, 8, 8\] .* got \[3, 7, 8\]"),
+        (
+            loaders(sampler=RandomSampler(Own("train"), num_samples=15), shuffle=None)[0],
+            Own("val"),
+            "training: expected a DataLoader of at least 16 images for a step, got 15",
+        ),
         (loaders(batch_size=8)[0], Own("val"), "with batch_size=16, .* got batch_size=8"),
         (loaders(batch_size=None, shuffle=False)[0], Own("val"), "with a batch_size, got one with"),
         (loaders(num_workers=1, persistent_workers=True)[0], Own("val"), "without persistent_w"),
