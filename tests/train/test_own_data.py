@@ -1,7 +1,7 @@
 """train() on a Dataset or DataLoader of one's own."""
 
+import functools
 import os
-import re
 import signal
 
 import numpy as np
@@ -160,10 +160,9 @@ def test_what_a_resumed_run_is_compared_by(tmp_path):
 @pytest.mark.parametrize(
     "given",
     (
-        {"num_workers": 1, "generator": torch.Generator()},
-        {"accumulate": 2, "batch_size": 8},
+        pytest.param({"num_workers": 1, "generator": torch.Generator()}, id="a worker"),
+        pytest.param({"accumulate": 2, "batch_size": 8}, id="micro-batches"),
     ),
-    ids=str,
 )
 def test_a_dataloader_goes_on_bitwise(tmp_path, monkeypatch, given):
     torch.set_num_threads(1)
@@ -292,53 +291,49 @@ class Changed(Own):
 
 
 IMAGE = torch.zeros(3, 8, 8)
+TRAIN, VAL = functools.partial(Own, "train"), functools.partial(Own, "val")
+
+
+def changed(part: str, at: int, image: torch.Tensor, label: object = 0) -> Changed:
+    return Changed(part, at, (image, label))
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "words"),
+    ("words", "training", "validation"),
     (
-        (Own("train"), None, "validation: expected a Dataset or DataLoader, as training is, got N"),
-        (None, Own("val"), "training: expected a Dataset or DataLoader, got None"),
-        (Endless(), Own("val"), "training: expected a Dataset with a length .*, got Endless"),
+        ("validation: expected a Dataset or DataLoader, as training is", TRAIN, lambda: None),
+        ("training: expected a Dataset or DataLoader, got None", lambda: None, VAL),
+        ("training: expected a Dataset with a length .*, got Endless", Endless, VAL),
+        ("training: .* a length .*, got Endless", lambda: DataLoader(Endless()), VAL),
+        ("validation: expected a Dataset with a length", TRAIN, lambda: Subset(VAL(), [])),
+        ("classes: expected at least 2 .* None", lambda: Subset(TRAIN(), range(9)), VAL),
+        (r"validation\[0\]: expected \(image, label", TRAIN, lambda: Changed("val", 0, IMAGE)),
+        ("floats, got torch.uint8", TRAIN, lambda: changed("val", 0, IMAGE.byte())),
+        ("an integer label, got float", TRAIN, lambda: changed("val", 0, IMAGE, 0.5)),
+        (r"validation\[3\]: .* 0 to 2, got 3", TRAIN, lambda: changed("val", 3, IMAGE, 3)),
+        (r"training\[7\]: .* 0 to 2, got -1", lambda: changed("train", 7, IMAGE, -1), VAL),
+        (r"\[3, 8, 8\] .* got \[3, 7, 8\]", lambda: changed("train", 7, IMAGE[:, 1:]), VAL),
+        ("with batch_size=16, .* got batch_size=8", lambda: loaders(batch_size=8)[0], VAL),
+        ("a batch_size, got one", lambda: loaders(batch_size=None, shuffle=False)[0], VAL),
         (
-            DataLoader(Endless()),
-            Own("val"),
-            "training: expected a Dataset with a len.* got Endless",
-        ),
-        (Own("train"), Subset(Own("val"), []), "validation: expected a Dataset with a length"),
-        (Subset(Own("train"), range(9)), Own("val"), "classes: expected at least 2 .* got None"),
-        (
-            Own("train"),
-            Changed("val", 0, IMAGE),
-            r"validation\[0\]: expected \(image, label\), got",
-        ),
-        (
-            Own("train"),
-            Changed("val", 0, (IMAGE.byte(), 0)),
-            "of normalised floats, got torch.uint8",
-        ),
-        (Own("train"), Changed("val", 0, (IMAGE, 0.5)), "expected an integer label, got float"),
-        (Own("train"), Changed("val", 3, (IMAGE, 3)), r"validation\[3\]: .* from 0 to 2, got 3"),
-        (Changed("train", 7, (IMAGE, -1)), Own("val"), r"training\[7\]: .* from 0 to 2, got -1"),
-        (Changed("train", 7, (IMAGE[:, 1:], 0)), Own("val"), r"\[3, 8, 8\] .* got \[3, 7, 8\]"),
-        (
-            loaders(sampler=RandomSampler(Own("train"), num_samples=15), shuffle=None)[0],
-            Own("val"),
             "training: expected a DataLoader of at least 16 images for a step, got 15",
+            lambda: DataLoader(TRAIN(), 16, sampler=RandomSampler(TRAIN(), num_samples=15)),
+            VAL,
         ),
-        (loaders(batch_size=8)[0], Own("val"), "with batch_size=16, .* got batch_size=8"),
-        (loaders(batch_size=None, shuffle=False)[0], Own("val"), "with a batch_size, got one with"),
-        (loaders(num_workers=1, persistent_workers=True)[0], Own("val"), "without persistent_w"),
-        (Own("train"), DataLoader(Own("val"), 5, drop_last=True), "every image once, .* drop_last"),
-        (loaders()[0], DataLoader(Changed("val", 3, (IMAGE, 3)), 8), "a batch of validation: .* 3"),
         (
-            Own("train"),
-            DataLoader(Own("val"), 8, collate_fn=len),
-            "expected .image, label., got int",
+            "without persistent_workers",
+            lambda: loaders(num_workers=1, persistent_workers=True)[0],
+            VAL,
         ),
+        ("image once, .* drop_last", TRAIN, lambda: DataLoader(VAL(), 5, drop_last=True)),
+        (
+            "a batch of validation: expected a label from 0 to 2, got 3",
+            TRAIN,
+            lambda: DataLoader(changed("val", 3, IMAGE, 3), 8),
+        ),
+        (".image, label., got int", TRAIN, lambda: DataLoader(VAL(), 8, collate_fn=len)),
     ),
-    ids=lambda value: "" if not isinstance(value, str) else re.sub(r"\W+", " ", value)[:40],
 )
 def test_what_it_refuses(tmp_path, training, validation, words):
     with pytest.raises(InputError, match=words):
-        train(own(tmp_path, epochs=1), training, validation)
+        train(own(tmp_path, epochs=1), training(), validation())
