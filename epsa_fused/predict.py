@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m epsa_fused.predict",
         description="Names the likeliest classes of images, by a network that was trained here.",
     )
-    parser.add_argument("run", help="the folder of a training (--out), or its best.pt")
+    parser.add_argument(
+        "run", help="the folder of a training (--out), or its best.pt or best.safetensors"
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
     parser.add_argument("--top", type=int, default=5, help="how many classes [5]")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each image")

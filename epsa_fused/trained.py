@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class Trained:
     Attributes:
         model: in eval mode, on the CPU, with the weights of the best epoch.
         classes: their names, in the order of the model's outputs.
-        mean, std: of each channel, in units of a pixel's value.
+        mean, std: of each channel, in units of a pixel's value; () where the training had a
+            Dataset or DataLoader of the user's own, whose preprocessing is not known here.
         shape: H, W and C of an image. C is 1 for grey images.
         white: the value of white, 255 for photographs.
         centre: the share of the shorter side that the centre crop has.
@@ -54,10 +55,17 @@ class Trained:
 
         Raises:
             TypeError: a picture is of another type.
-            epsa_fused.train.InputError: a picture cannot be read, and why.
+            epsa_fused.train.InputError: a picture cannot be read, and why; or `mean` is ().
         """
         if isinstance(pictures, str | Path) or not isinstance(pictures, Sequence):
             raise TypeError(f"preprocess: pictures: expected a sequence, got {given(pictures)}")
+        if not self.mean:
+            from .train import InputError
+
+            raise InputError(
+                "preprocess: expected a training on files, got one on images that its user "
+                "prepared: prepare these in the same way, and call the model"
+            )
         if not pictures:
             return torch.empty(0, self.shape[2], *self.shape[:2])
         return torch.stack([self._prepared(i, p) for i, p in enumerate(pictures)])
@@ -106,20 +114,17 @@ def load_trained(run: str | Path) -> Trained:
     It runs no code of the file: `torch.load` reads it with `weights_only`.
 
     Args:
-        run: best.pt, or the folder that holds it (`--out` of the training).
+        run: best.pt, best.safetensors, or the folder that holds them (`--out` of the training).
 
     Raises:
-        epsa_fused.train.InputError: the file is missing, damaged, or of another version.
+        epsa_fused.train.InputError: the file is missing, damaged or of another version, or the
+            package that reads it is missing.
     """
-    from .train import InputError, checkpoint
+    from .train import InputError, weights
 
-    path = Path(run)
-    path = path / "best.pt" if path.is_dir() else path
-    saved = checkpoint.read(path, "best.pt of a training")
-    settings: dict[str, Any] = saved.get("run", {})
-    if "shape" not in saved or not settings:
-        found = "weights of an older version" if "mean" in saved else "a checkpoint to resume from"
-        raise InputError(f"{path}: expected best.pt of this version's training, got {found}")
+    path = weights.best_of(run)
+    found = weights.read_best(path)
+    saved, settings = found.facts, found.facts["run"]
     build = MODELS.get(settings["model"])
     if build is None:
         raise InputError(
@@ -131,11 +136,7 @@ def load_trained(run: str | Path) -> Trained:
         in_chans=saved["shape"][2],
         drop_rate=settings["dropout"],
     )
-    try:
-        model.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        last = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit {settings['model']}: {last}") from error
+    weights.load_whole(model, found.tensors, path, settings["model"])
     return Trained(
         model=model.eval(),
         classes=list(settings["classes"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import MODELS
+from .config_file import read_options
 from .data import kind_of_data
 from .errors import InputError
 
@@ -85,6 +86,11 @@ class Config:
         alone="yes",
         free=True,
     )
+    evaluate: bool = _option(
+        False,
+        "train nothing: evaluate best.pt of --out, or --weights, on the held-out images",
+        free=True,
+    )
 
     model: str = _option("epsanet50", "the network", choices=tuple(MODELS))
     psa: str = _option("fused", "the PSA modules", choices=("fused", "reference"))
@@ -110,6 +116,9 @@ class Config:
     schedule: str = _option("step", "of the learning rate, by epochs", choices=SCHEDULES)
     decay_every: int = _option(30, "epochs between two decays of the step schedule", least=1)
     decay: float = _option(0.1, "factor of each decay of the step schedule", least=0)
+    warmup: int = _option(
+        0, "epochs in which the learning rate rises to --lr, before the schedule", least=0
+    )
     smoothing: float = _option(0.1, "label smoothing", least=0, below=1)
     ema: float = _option(
         0.0,
@@ -143,10 +152,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            wrong = _what_was_expected(option, value)
-            if wrong:
-                raise InputError(f"{_flag(option)}: expected {wrong}, got {value!r}")
+            _check(option, getattr(self, option.name))
+        if self.warmup >= self.epochs:
+            raise InputError(
+                f"--warmup: expected less than the {self.epochs} --epochs, got {self.warmup}"
+            )
 
     @classmethod
     def of(cls, data: str = "digits", **given: Any) -> Config:
@@ -155,8 +165,21 @@ class Config:
 
     @classmethod
     def of_command_line(cls, arguments: Sequence[str] | None = None) -> Config:
-        """The options of a command line; SystemExit if argparse refuses them."""
-        return cls.of(**vars(_parser().parse_args(arguments)))
+        """The options of a command line, and of the file that its --config names.
+
+        SystemExit if argparse refuses them.
+        """
+        given = vars(_parser().parse_args(arguments))
+        if (path := given.pop("config", None)) is not None:
+            options = {option.name: option for option in fields(cls)}
+            in_file = read_options(Path(path), options)
+            try:
+                for name, value in in_file.items():
+                    _check(options[name], value)
+            except InputError as error:
+                raise InputError(f"--config: {path}: {error}") from error
+            given = in_file | given  # the command line wins
+        return cls.of(**given)
 
     def binding(self) -> dict[str, Any]:
         """The options that a resumed run must keep."""
@@ -169,9 +192,23 @@ class Config:
     def folder(self) -> Path:
         return Path(self.out)
 
+    def network(self, classes: int, channels: int) -> Any:
+        """The network with its random start, for so many classes and channels of an image.
+
+        Any, since the types of nn.Module.to know no memory_format.
+        """
+        return MODELS[self.model](
+            classes, fused=self.psa == "fused", in_chans=channels, drop_rate=self.dropout
+        )
+
 
 def _flag(option: Field[Any]) -> str:
     return "--" + option.name.replace("_", "-")
+
+
+def _check(option: Field[Any], value: Any) -> None:
+    if wrong := _what_was_expected(option, value):
+        raise InputError(f"{_flag(option)}: expected {wrong}, got {value!r}")
 
 
 def _what_was_expected(option: Field[Any], value: Any) -> str:
@@ -205,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
         argument_default=argparse.SUPPRESS,  # the recipe supplies the other options
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="a file of options, such as image-size = 160"
     )
     for option in fields(Config):
         help = f"{option.metadata['help']} [{option.default}]"

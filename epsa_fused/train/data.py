@@ -60,6 +60,11 @@ class Data:
     white: int = 255
     centre: float = 1.0
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of every image."""
+        return self.train.shape
+
     def description(self) -> dict[str, Any]:
         """What identifies the data: a resumed run must have the same."""
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ class Images(Dataset[Batch]):
 
     def __init__(self, source: Source) -> None:
         self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         start = time.perf_counter()
@@ -120,12 +123,68 @@ class EvaluationBatches(Sampler[list[Key]]):
         return -(-len(self.own) // self.size)
 
 
+class Passes(Protocol):
+    """The training images, epoch by epoch."""
+
+    steps: int  # of an epoch, each of as many batches as `--accumulate` says
+
+    def epoch(self, epoch: int, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of an epoch, from a step on."""
+
+    def close(self) -> None:
+        """End the loading processes."""
+
+
+class HeldOut(Protocol):
+    """The held-out images that this process evaluates."""
+
+    longest: int  # the largest number of batches that a process has
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None:
+        """End the loading processes."""
+
+
+class DatasetPasses:
+    """:class:`Passes` over images that are asked for by :data:`Key`."""
+
+    def __init__(
+        self, images: Dataset[Batch], batches: TrainingBatches, workers: int, pin: bool
+    ) -> None:
+        self.batches, self.steps = batches, batches.steps
+        self.loader = loader(images, batches, workers, pin)
+
+    def epoch(self, epoch: int, step: int) -> Iterator[Batch]:
+        self.batches.start_at(epoch, step)
+        return iter(self.loader)
+
+    def close(self) -> None:
+        end_workers(self.loader._iterator)
+
+
+class DatasetHeldOut:
+    """:class:`HeldOut` of images that are asked for by :data:`Key`."""
+
+    def __init__(
+        self, images: Dataset[Batch], batches: EvaluationBatches, workers: int, pin: bool
+    ) -> None:
+        self.longest = batches.longest
+        self.loader = loader(images, batches, workers, pin)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
+
+    def close(self) -> None:
+        end_workers(self.loader._iterator)
+
+
 def loader(
-    source: Source, batches: Sampler[list[Key]], workers: int, pin: bool
+    images: Dataset[Batch], batches: Sampler[list[Key]], workers: int, pin: bool
 ) -> DataLoader[Batch]:
     """A DataLoader of :class:`Batch`; its processes stay from epoch to epoch."""
     return DataLoader(
-        Images(source),
+        images,
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -136,6 +195,16 @@ def loader(
         # resumes in the middle of an epoch.
         generator=torch.Generator(),
     )
+
+
+def end_workers(iterator: Any) -> None:
+    """End the loading processes of a DataLoader's iterator, if it has any.
+
+    After an error its traceback keeps them alive. At exit Python would send SIGTERM, which they
+    ignore, and wait for ever.
+    """
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
-import sys
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 from ..backbone import load_backbone
-from ..models import MODELS
-from . import checkpoint
+from . import checkpoint, generators, weights
 from .config import Config
-from .data import kind_of_data, open_data
-from .errors import InputError, required
+from .data import Data, kind_of_data, open_data
+from .errors import InputError
+from .evaluation import Accuracy, accuracy_of, evaluate
+from .inputs import Inputs
 from .interrupts import Interrupts
-from .loading import Batch, EvaluationBatches, Speed, TrainingBatches, loader
+from .loading import Batch, Speed
 from .log import Logs
+from .messages import Messages
+from .own_data import OwnData, own_data
+from .passes import held_out_of, micro_batch, passes_of
 from .processes import Processes
+from .schedule import Schedule
 
-CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.previous.pt", "best.pt"
-AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Loss and accuracy on the held-out images."""
-
-    loss: float
-    top1: float  # share, 0 to 1
-    top5: float  # share with the label among the five likeliest
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 @dataclass(frozen=True)
@@ -56,18 +48,38 @@ class Result:
     interrupted: bool
 
 
-def train(config: Config) -> Result:
+def train(
+    config: Config,
+    training: Dataset[Any] | DataLoader[Any] | None = None,
+    validation: Dataset[Any] | DataLoader[Any] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Result:
     """Train as `config` says, alone or as one of the processes that torchrun started.
 
     It writes into `config.out`:
 
     - checkpoint.pt at the start, every `checkpoint_every` steps, and before and after each epoch's
       evaluation; checkpoint.previous.pt is the checkpoint of an earlier step;
-    - best.pt, the weights of the epoch with the best top-1;
+    - best.pt, the weights of the epoch with the best top-1, and best.safetensors where that
+      package is installed;
     - steps.csv and epochs.csv.
 
     Ctrl-C, SIGTERM and SIGHUP save after the current step and return. They cut an evaluation off:
     the resumed run repeats it. Outside the main thread signals are left alone.
+
+    With `config.evaluate` it evaluates best.pt, or `config.weights`, and writes nothing.
+
+    Args:
+        config: its `data`, `image_size` and `corrupt` are not used with data of your own.
+        training: a Dataset or DataLoader of your own. A sample is (image, label): a float Tensor
+            [C, H, W] as the network takes it, and an integer. All images have one shape. A batch is
+            (images [N, C, H, W], labels [N]). A DataLoader has a `batch_size`, that of a
+            micro-batch, and under torchrun a DistributedSampler.
+        validation: the same, to be evaluated on. `training` needs it; `config.evaluate` needs it
+            alone.
+        classes: their names, in the order of the labels; the Dataset's attribute `classes` by
+            default.
 
     Returns:
         The accuracy of the last epoch, the steps, their seconds, and whether it was interrupted.
@@ -78,10 +90,20 @@ def train(config: Config) -> Result:
             last saved checkpoint stays.
     """
     with Processes(config.device) as processes, _algorithms(config.deterministic):
-        training = Training(config, processes)
+        if training is None and (validation is None or not config.evaluate):
+            if validation is not None:
+                raise InputError("training: expected a Dataset or DataLoader, got None")
+            data: Data | OwnData = open_data(config.data, config.image_size)
+        else:
+            data = own_data(training, validation, classes)
         # Signals stay noted until the end: SIGTERM may come twice.
-        with Interrupts() as interrupts, contextlib.closing(training):
-            return training.run(interrupts)
+        if config.evaluate:
+            with Interrupts() as interrupts:
+                accuracy = evaluate(config, data, processes, interrupts)
+            return Result(accuracy, 0, 0.0, accuracy is None)
+        made = Training(config, processes, data)
+        with Interrupts() as interrupts, contextlib.closing(made):
+            return made.run(interrupts)
 
 
 @contextlib.contextmanager
@@ -99,26 +121,16 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
 class Training:
     """The state of one training; it stands at step `step` of epoch `epoch`."""
 
-    def __init__(self, config: Config, processes: Processes) -> None:
+    def __init__(
+        self, config: Config, processes: Processes, data: Data | OwnData | None = None
+    ) -> None:
         self.config, self.processes = config, processes
         self.device = processes.device
-        self.tqdm = required("tqdm", "training", "tqdm").tqdm
-        # The first process draws progress bars; None draws them only in a terminal.
-        self.hide_bars = None if processes.first else True
-
-        parts = config.accumulate * processes.count
-        if config.batch % parts:
-            raise InputError(
-                f"--batch: expected a multiple of {parts} ({processes.count} processes x "
-                f"{config.accumulate} micro-batches each), got {config.batch}"
-            )
-        self.micro_batch = config.batch // parts
-        self.data = open_data(config.data, config.image_size)
-        images = len(self.data.train.labels)
-        if images < config.batch:
-            raise InputError(
-                f"--batch: expected at most the {images} training images, got {config.batch}"
-            )
+        self.messages = Messages(processes)
+        self.micro_batch = micro_batch(config, processes)
+        self.data = data or open_data(config.data, config.image_size)
+        self.passes = passes_of(self.data, config, processes)
+        self.held_out = held_out_of(self.data, config, processes)
         self.path, self.previous = config.folder / CHECKPOINT, config.folder / PREVIOUS
         # A resumed run must have the same.
         self.binding = config.binding() | {
@@ -127,7 +139,7 @@ class Training:
             **self.data.description(),
         }
         saved = self._checkpoint()
-        self._build(parts, fresh=saved is None)
+        self._build(fresh=saved is None)
         self._check_normalised()
         self.epoch = self.step = self.steps_done = 0
         self.best_top1 = -1.0
@@ -149,20 +161,15 @@ class Training:
         if saved is None:
             self._save()  # shows a bad --out now; later runs always have one to resume from
 
-    def _build(self, parts: int, fresh: bool) -> None:
+    def _build(self, fresh: bool) -> None:
         config, device, data = self.config, self.device, self.data
         torch.manual_seed(config.seed)  # equal initial weights in every process
-        model = MODELS[config.model](
-            len(data.classes),
-            fused=config.psa == "fused",
-            in_chans=len(data.mean),
-            drop_rate=config.dropout,
-        )
+        model = config.network(len(data.classes), data.shape[2])
         if config.weights and fresh:
             self._start_from(Path(config.weights), model)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=self.layout)
-        checkpoint.seed(config.seed + self.processes.rank)  # each process its own dropout
+        self.inputs = Inputs(config, device, data.mean, data.std, self.messages)
+        self.model = model.to(device, memory_format=self.inputs.layout)
+        generators.seed(config.seed + self.processes.rank)  # each process its own dropout
         self.parallel = self.processes.parallel(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -170,29 +177,12 @@ class Training:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.scheduler = (
-            StepLR(self.optimizer, config.decay_every, config.decay)
-            if config.schedule == "step"
-            else CosineAnnealingLR(self.optimizer, config.epochs)
-        )
+        self.schedule = Schedule(self.optimizer, config, self.passes.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.ema = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-
-        shape = (1, len(data.mean), 1, 1)
-        self.mean = torch.tensor(data.mean, device=device).view(shape)
-        self.std = torch.tensor(data.std, device=device).view(shape)
-        place = {"rank": self.processes.rank, "processes": self.processes.count}
-        pin = device.type == "cuda"
-        self.batches = TrainingBatches(
-            len(data.train.labels), config.batch, parts, seed=config.seed, **place
-        )
-        self.loader = loader(data.train, self.batches, config.workers, pin)
-        self.held_out = EvaluationBatches(len(data.held_out.labels), self.micro_batch, **place)
-        self.held_out_loader = loader(data.held_out, self.held_out, config.workers, pin)
-        self.named: set[str] = set()  # the corrupt images that were reported
 
     # ---- running ----
 
@@ -201,45 +191,42 @@ class Training:
         stopped = False
         while self.epoch < config.epochs and not stopped:
             # A run that was cut off in an evaluation has no steps left in this epoch.
-            if self.step < self.batches.steps:
+            if self.step < self.passes.steps:
                 stopped = self._steps(interrupts)
             if not stopped:
                 stopped = self._end_epoch(interrupts)
         unfinished = self.epoch < config.epochs
         if unfinished:
-            self._say(
+            self.messages.say(
                 f"interrupted and saved after {self.steps_done:,} steps (epoch {self.epoch + 1} of "
                 f"{config.epochs}); the same command with --resume goes on"
             )
         else:
             assert self.accuracy is not None  # an epoch has ended
-            self._say(
+            self.messages.say(
                 f"done: {self.steps_done:,} steps, held out: top-1 {self.accuracy.top1:.2%}; "
-                f"the best epoch's {self.best_top1:.2%} are in {config.folder / BEST}"
+                f"the best epoch's {self.best_top1:.2%} are in {config.folder / weights.BEST}"
             )
         return Result(self.accuracy, self.steps_done, self.seconds, unfinished)
 
     def _steps(self, interrupts: Interrupts) -> bool:
         """Train to the epoch's end or an interrupt, and save; returns whether interrupted."""
         self.parallel.train()
-        self.batches.start_at(self.epoch, self.step)
-        batches = iter(self.loader)
+        batches = self.passes.epoch(self.epoch, self.step)
         config, speed = self.config, Speed(self.config.workers)
-        bar = self.tqdm(
+        bar = self.messages.bar(
             desc=f"epoch {self.epoch + 1}/{config.epochs}",
-            total=self.batches.steps,
+            total=self.passes.steps,
             initial=self.step,
             unit="step",
-            leave=False,
-            disable=self.hide_bars,
         )
         with bar:
-            while self.step < self.batches.steps:
+            while self.step < self.passes.steps:
                 loss = self._one_step(batches, speed)
                 self.step += 1
                 self.steps_done += 1
                 bar.update()
-                ends = self.step == self.batches.steps
+                ends = self.step == self.passes.steps
                 if ends or self.steps_done % config.log_every == 0:
                     bar.set_postfix_str(self._log_step(loss, speed))
                     self.seconds += speed.seconds
@@ -257,17 +244,18 @@ class Training:
     def _one_step(self, batches: Iterator[Batch], speed: Speed) -> Tensor:
         """Train one step; returns this process's loss, a scalar."""
         accumulate = self.config.accumulate
+        self.schedule.begin_step(self.steps_done)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i in range(accumulate):
             start = time.perf_counter()
             batch = next(batches)
             speed.count(batch, time.perf_counter() - start)
-            self._check_images(batch)
+            self.inputs.check(batch)
             self._check_readable(len(batch.labels))
             with self._gradients_shared(i + 1 == accumulate):
-                with self._autocast():
-                    logits = self.parallel(self._prepared(batch))
+                with self.inputs.autocast():
+                    logits = self.parallel(self.inputs.prepared(batch))
                     labels = batch.labels.to(self.device, non_blocking=True)
                     loss = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing)
                     loss = loss / accumulate
@@ -291,11 +279,9 @@ class Training:
         result = self._evaluate(interrupts)
         if result is None:
             return True
-        lr = float(self.scheduler.get_last_lr()[0])
+        lr = self.schedule.lr
         loss = self._finite_mean_loss()
-        with warnings.catch_warnings():  # after resuming, it warns of the order of the calls
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        self.schedule.end_epoch(self.epoch + 1)
         self._check_loss(result.loss)  # before its weights are saved
         self.accuracy = result
         self.epoch += 1
@@ -312,9 +298,8 @@ class Training:
                     "seconds": round(self.seconds, 3),
                 }
             )
-        self._say(
-            f"epoch {self.epoch}/{self.config.epochs}  loss {loss:.4f}  held out: "
-            f"loss {result.loss:.4f}, top-1 {result.top1:.2%}, top-5 {result.top5:.2%}  "
+        self.messages.say(
+            f"epoch {self.epoch}/{self.config.epochs}  loss {loss:.4f}  held out: {result}  "
             f"{self.last_speed}"
         )
         self.step = 0
@@ -322,90 +307,28 @@ class Training:
         if result.top1 > self.best_top1:
             self.best_top1 = result.top1
             if self.processes.first:
-                checkpoint.write(self.config.folder / BEST, self._best())
+                weights.write_best(self.config.folder / weights.BEST, self._best())
         self._save()
         return self.processes.any(interrupts.pending)
 
-    @torch.no_grad()
     def _evaluate(self, interrupts: Interrupts) -> Accuracy | None:
         """Evaluate the held-out images; None at an interrupt."""
-        model = self.model if self.ema is None else self.ema.module
-        self.processes.share_buffers(model)
-        model.eval()
-        # loss, top 1, top 5, images
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        batches = iter(self.held_out_loader)
-        for _ in self.tqdm(
-            range(self.held_out.longest), "held out", leave=False, disable=self.hide_bars
-        ):
-            if self.processes.any(interrupts.pending):
-                return None
-            batch = next(batches, None)  # some processes have one batch less
-            if batch is None:
-                continue
-            self._check_images(batch)
-            if not len(batch.labels):
-                continue
-            with self._autocast():
-                logits = model(self._prepared(batch))
-            labels = batch.labels.to(self.device)
-            ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            sums += torch.stack(
-                [
-                    F.cross_entropy(logits.double(), labels, reduction="sum"),
-                    ranks[:, 0].sum(),
-                    ranks.sum(),
-                    torch.tensor(len(labels), device=self.device),
-                ]
-            )
-        loss, top1, top5, images = self.processes.total(sums).tolist()
-        if not images:
-            raise InputError("evaluation: expected at least one readable held-out image, got none")
-        return Accuracy(loss / images, top1 / images, top5 / images)
+        return accuracy_of(
+            self._evaluated(), self.held_out, self.inputs, self.processes, self.messages, interrupts
+        )
 
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST[self.config.amp]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-    def _prepared(self, batch: Batch) -> Tensor:
-        """The normalised images, float32 [N, C, H, W] on the device."""
-        images = batch.images.to(self.device, non_blocking=True)
-        images = images.to(torch.float32, memory_format=self.layout)
-        return images.sub_(self.mean).div_(self.std)
+    def _evaluated(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
 
     # ---- messages and checks ----
 
     def _start_from(self, path: Path, model: nn.Module) -> None:
+        given = weights.read_given(path)
         try:
-            report = load_backbone(model, checkpoint.read_weights(path))
+            report = load_backbone(model, given.tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"--weights: {path}: {error}") from error
-        self._say(f"--weights: {path}: {report}")
-
-    def _say(self, line: str) -> None:
-        if self.processes.first:
-            self._write(line, sys.stdout)
-
-    def _write(self, line: str, file: TextIO) -> None:
-        try:
-            self.tqdm.write(line, file=file)
-            file.flush()
-        except OSError as error:
-            # EIO is a closed terminal, EPIPE a reader that ended (Ctrl-C ends tee too).
-            if error.errno not in (errno.EIO, errno.EPIPE):
-                raise
-
-    def _check_images(self, batch: Batch) -> None:
-        if batch.failed:
-            raise InputError(batch.failed)
-        for message in batch.corrupt:
-            if self.config.corrupt == "fail":
-                raise InputError(
-                    f"an image cannot be read: {message} (--corrupt skip leaves such images out)"
-                )
-            if message not in self.named:
-                self.named.add(message)
-                self._write(f"left out, cannot be read: {message}", sys.stderr)
+        self.messages.say(f"--weights: {path}: {report}")
 
     def _check_normalised(self) -> None:
         """InputError if every micro-batch is one image, and BatchNorm needs two."""
@@ -415,7 +338,7 @@ class Training:
         would_do = [f"--batch {2 * config.batch}"]
         if config.accumulate > 1:
             would_do.append("--accumulate 1")
-        if kind_of_data(config.data) == "folder":
+        if isinstance(self.data, Data) and kind_of_data(config.data) == "folder":
             would_do.append(f"--image-size {self._image_size_of_two_values()}")
         raise InputError(
             f"--batch: expected at least 2 images in a micro-batch, got {config.batch} for "
@@ -436,7 +359,7 @@ class Training:
             )
 
     def _why_two(self) -> str:
-        height, width, _ = self.data.train.shape
+        height, width, _ = self.data.shape
         return (
             f"images of {height} x {width} give maps of 1 x 1 in {self.config.model}, and "
             "BatchNorm cannot train on a single value"
@@ -444,7 +367,7 @@ class Training:
 
     @functools.cached_property
     def _one_image_is_too_few(self) -> bool:
-        return self._fewest_values(*self.data.train.shape[:2]) == 1
+        return self._fewest_values(*self.data.shape[:2]) == 1
 
     def _image_size_of_two_values(self) -> int:
         """A larger --image-size, at which one image is enough for BatchNorm."""
@@ -466,7 +389,7 @@ class Training:
         weight = next(self.model.parameters())
         try:
             # In eval mode no statistics and no random numbers change.
-            self.model.eval()(weight.new_zeros(1, len(self.data.mean), height, width))
+            self.model.eval()(weight.new_zeros(1, self.data.shape[2], height, width))
         finally:
             self.model.train(was_training)
             for hook in hooks:
@@ -481,7 +404,7 @@ class Training:
         row: dict[str, float] = {
             "step": self.steps_done,
             "epoch": self.epoch + 1,
-            "lr": float(self.scheduler.get_last_lr()[0]),
+            "lr": self.schedule.lr,
             "loss": mean,
             "images_per_s": round(speed.of_steps * count, 1),
             "loader_images_per_s": round(speed.of_loader * count, 1),
@@ -527,7 +450,8 @@ class Training:
                     f"{self.path}: expected a checkpoint to resume from, got weights alone, "
                     "as best.pt holds them"
                 )
-            checkpoint.check_same(self.path, saved["run"], self.binding)
+            # runs from before there was a warm-up had none
+            checkpoint.check_same(self.path, {"warmup": 0} | saved["run"], self.binding)
             begun = saved["epoch"] + (saved["step"] > 0)
             if begun > config.epochs:
                 raise InputError(
@@ -554,7 +478,7 @@ class Training:
         if not all(bool(values.isfinite().all()) for values in self.model.state_dict().values()):
             self._stop_for("expected finite weights and statistics, got others")
         own = {
-            "random": checkpoint.random_state(self.device),
+            "random": generators.random_state(self.device),
             "loss_sum": self.loss_sum.cpu(),
         }
         every = self.processes.gather(own)
@@ -578,7 +502,7 @@ class Training:
                 "state_dict": self.model.state_dict(),
                 "ema": self.ema and self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
+                "scheduler": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "processes": every,
             },
@@ -590,7 +514,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        self.schedule.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.steps_done, self.seconds = saved["steps_done"], saved["seconds"]
@@ -599,22 +523,21 @@ class Training:
         self.accuracy = saved["accuracy"] and Accuracy(**saved["accuracy"])
         own = saved["processes"][self.processes.rank]
         self.loss_sum.copy_(own["loss_sum"])
-        checkpoint.set_random_state(own["random"], self.device)
-        self._say(f"resumed after {self.steps_done:,} steps, in epoch {self.epoch + 1}")
+        generators.set_random_state(own["random"], self.device)
+        self.messages.say(f"resumed after {self.steps_done:,} steps, in epoch {self.epoch + 1}")
 
     def _best(self) -> dict[str, Any]:
         """The evaluated weights, and the facts that their use needs."""
-        model = self.model if self.ema is None else self.ema.module
         return {
             "format": checkpoint.FORMAT,
             "run": self.binding,
             "epoch": self.epoch,
             "top1": self.best_top1,
-            "state_dict": model.state_dict(),
+            "state_dict": self._evaluated().state_dict(),
             # what load_trained prepares other images by
             "mean": self.data.mean,  # in units of a pixel's value
             "std": self.data.std,
-            "shape": self.data.train.shape,
+            "shape": self.data.shape,
             "white": self.data.white,
             "centre": self.data.centre,
         }
@@ -622,9 +545,5 @@ class Training:
     def close(self) -> None:
         if self.logs is not None:
             self.logs.close()
-        for images in (self.loader, self.held_out_loader):
-            # After an error its traceback keeps the workers alive. At exit Python would send
-            # SIGTERM, which they ignore, and wait for ever.
-            workers: Any = images._iterator
-            if workers is not None:
-                workers._shutdown_workers()
+        self.passes.close()
+        self.held_out.close()

@@ -33,6 +33,8 @@ SLOW = ("torch.compile(model", "torch.onnx.export")
 NEEDS = {
     "plots": ("matplotlib",),
     "load_trained(": ("numpy", "PIL"),
+    "epsa_fused.train": ("numpy", "tqdm"),
+    "huggingface_hub": ("huggingface_hub", "safetensors"),
     "import timm": ("timm",),
     "from torchvision": ("torchvision",),
     "torch.onnx.export": ("onnx", "onnxscript"),
@@ -121,6 +123,7 @@ CPP = "run_package.cpp"
 # Why these commands are not run. What they do is covered where it says so.
 WEIGHTS = "needs such data; tests/train/test_trained.py starts from weights"
 PREDICT = "tests/train/test_trained.py runs the command on a training of its own"
+EVALUATE = "needs such data; tests/train/test_evaluate.py evaluates a training of its own"
 SETS_UP = "sets up .venv by pip, minutes"
 TIMING = "minutes of timing or more; test_the_demo runs the quick setting"
 GPU = "needs a GPU"
@@ -143,6 +146,12 @@ NOT_RUN = {
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
     "python -m epsa_fused.predict runs/imagenet cat.jpg dog.jpg": PREDICT,
     "python -m epsa_fused.train --data flowers --weights best.pt": WEIGHTS,
+    "python -m epsa_fused.train --data imagenet --out runs/imagenet --evaluate": EVALUATE,
+    "python -m epsa_fused.train --data imagenet --weights other.pt --evaluate": EVALUATE,
+    "torchrun --standalone --nproc-per-node 8 -m epsa_fused.train --data imagenet --out "
+    "runs/imagenet --batch 512 --lr 0.2 --warmup 5 --amp bf16 --channels-last --workers 5": (
+        "needs ImageNet and eight GPUs; test_the_trainings runs two processes"
+    ),
     "python -m epsa_fused.predict runs/imagenet cat.jpg --json": PREDICT,
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",

@@ -130,6 +130,14 @@ def test_two_processes_evaluate_every_image_once(pair):
     assert_no_worse(held_out, torch.tensor(loss), torch.tensor(exact).double(), terms=TERMS)
 
 
+def test_two_processes_evaluate_without_training(pair):
+    output, code = run(pair, evaluate=True)
+    row = rows(pair, "epochs.csv")[saved(pair, "best.pt")["epoch"] - 1]
+    assert code == 0, output
+    held_out = f"loss {float(row['held_out_loss']):.4f}, top-1 {float(row['top1']):.2%}"
+    assert output.count(f"{pair}/best.pt, held out: {held_out}") == output.count("top-1") == 1
+
+
 def test_two_processes_are_interrupted_and_go_on_bitwise(tmp_path, pair):
     cut, uncut = tmp_path / "cut", tmp_path / "uncut"
     process = start(cut, epochs=ENDLESS)

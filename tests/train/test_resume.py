@@ -26,6 +26,7 @@ from torch import nn
 from epsa_fused.models import MODELS
 from epsa_fused.train import InputError, checkpoint, train
 from epsa_fused.train.data import open_data
+from epsa_fused.train.inputs import Inputs
 from epsa_fused.train.training import Training
 
 
@@ -56,6 +57,7 @@ def linear(classes: int, **_) -> nn.Module:
     "given",
     [
         pytest.param({"dropout": 0.3, "ema": 0.9}, id="dropout and average"),
+        pytest.param({"warmup": 1, "schedule": "cosine"}, id="warm-up"),
         pytest.param({"amp": "bf16", "accumulate": 2, "channels_last": True}, id="bf16"),
         pytest.param({"amp": "fp16", "model": "epsanet50"}, id="fp16"),
     ],
@@ -95,21 +97,15 @@ def test_crops_go_on_bitwise_with_another_number_of_workers(tmp_path, monkeypatc
 def cut_off_in_the_evaluation(monkeypatch, config) -> None:
     """Cuts off after the evaluation's first images."""
 
-    def never(self, batch):
-        assert self.step == STEPS
-        raise CutOff
+    check = Inputs.check
+
+    def evaluated_never(self, batch):
+        if not torch.is_grad_enabled():
+            raise CutOff
+        check(self, batch)
 
     with monkeypatch.context() as patch, pytest.raises(CutOff):
-        one_step = Training._one_step
-        check = Training._check_images
-
-        def step(self, *args):
-            with monkeypatch.context() as inside:
-                inside.setattr(Training, "_check_images", check)
-                return one_step(self, *args)
-
-        patch.setattr(Training, "_one_step", step)
-        patch.setattr(Training, "_check_images", never)
+        patch.setattr(Inputs, "check", evaluated_never)
         train(config)
 
 
@@ -141,16 +137,16 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkey
     given = {"batch": 8}  # three batches of held-out images
     train(settings(uncut, **given))
     batches = []
-    prepared = Training._prepared
+    prepared = Inputs.prepared
 
     def note(self, batch):
-        if not self.model.training:
+        if not torch.is_grad_enabled():
             batches.append(len(batch.labels))
             os.kill(os.getpid(), signal.SIGTERM)
         return prepared(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_prepared", note)
+        patch.setattr(Inputs, "prepared", note)
         result = train(settings(cut, **given))
     assert batches == [8]
     assert result.interrupted and result.steps == saved(cut)["step"] == 12

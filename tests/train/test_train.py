@@ -33,6 +33,7 @@ from epsa_fused.train import Config, InputError, train
 from epsa_fused.train.__main__ import main
 from epsa_fused.train.data import open_data
 from epsa_fused.train.errors import CorruptImageError
+from epsa_fused.train.inputs import Inputs
 from epsa_fused.train.loading import EvaluationBatches, Images, TrainingBatches, loader
 from epsa_fused.train.processes import Processes
 from epsa_fused.train.training import Training
@@ -334,7 +335,7 @@ def test_a_batch_depends_on_seed_epoch_and_image_alone(tmp_path, workers):
     source = open_data(str(image_folder(tmp_path)), 16).train
     keys = [[(5, 1, 3), (5, 1, 20)], [(5, 2, 3), (6, 1, 3)], [(5, 1, 3)]]
     global_state = torch.get_rng_state()
-    first, second, third = loader(source, keys, workers, pin=False)
+    first, second, third = loader(Images(source), keys, workers, pin=False)
     assert torch.equal(torch.get_rng_state(), global_state)
     assert first.images.shape == (2, 3, 16, 16) and first.images.dtype == torch.uint8
     assert first.images.is_contiguous(memory_format=torch.channels_last)
@@ -461,9 +462,9 @@ FOUR_STEPS = {"batch": 24, "epochs": 1, "lr": 0.01}
 @pytest.fixture
 def in_float64(monkeypatch):
     """Networks and images of the trainings are float64. Their logged losses stay float32."""
-    small_epsanet, prepared = MODELS["small_epsanet"], Training._prepared
+    small_epsanet, prepared = MODELS["small_epsanet"], Inputs.prepared
     monkeypatch.setitem(MODELS, "small_epsanet", lambda *a, **k: small_epsanet(*a, **k).double())
-    monkeypatch.setattr(Training, "_prepared", lambda *args: prepared(*args).double())
+    monkeypatch.setattr(Inputs, "prepared", lambda *args: prepared(*args).double())
 
 
 @pytest.mark.parametrize("channels_last", (False, True))

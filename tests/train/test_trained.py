@@ -179,7 +179,7 @@ def changed(run: Path, folder: Path, change) -> Path:
     ("change", "words"),
     (
         (lambda best: best.update(format=1), "expected a checkpoint of format 2, got 1"),
-        (lambda best: best.pop("shape"), "got weights of an older version"),
+        (lambda best: best.pop("shape"), "got weights of another version, without shape"),
         (lambda best: best.pop("run"), "expected best.pt of this version's training"),
         (lambda best: best["run"].update(model="resnet50"), "expected a model of .*, got resnet50"),
         (lambda best: best["state_dict"].pop("fc.bias"), "its weights do not fit small_epsanet"),

@@ -1,0 +1,218 @@
+"""Datasets and DataLoaders of the user's own, in place of the data that `--data` names.
+
+A sample is (image, label): the image as the network takes it, a float Tensor [C, H, W], and the
+number of its class. A batch of a DataLoader is (images [N, C, H, W], labels [N]).
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from . import generators
+from .errors import InputError
+from .loading import Batch, Key
+
+# The first of the numbers that a sample's generators are seeded by; loading.py has others.
+_SAMPLE = 3
+
+# what train() takes
+Given: TypeAlias = Dataset[Any] | DataLoader[Any]
+
+
+class OwnImages(Dataset[Batch]):
+    """The samples of a Dataset by :data:`.loading.Key`.
+
+    The global generators are seeded for each sample by the key. So random crops depend on the
+    seed, the epoch and the image alone, as those of the built-in data do.
+    """
+
+    def __init__(self, name: str, dataset: Any, classes: int, shape: Sequence[int]) -> None:
+        self.name, self.dataset, self.classes = name, dataset, classes
+        self.shape = _channels_first(shape)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        start = time.perf_counter()
+        host = torch.device("cpu")
+        before = generators.random_state(host)
+        images, labels, failed = [], [], ""
+        for seed, epoch, index in keys:
+            generators.seed_host(_SAMPLE, max(seed, 0), epoch + 1, index)
+            try:
+                image, label = _sample(self.name, self.dataset, index)
+                _check_shape(f"{self.name}[{index}]", image.shape, self.shape)
+                _check_label(f"{self.name}[{index}]", label, label, self.classes)
+            except InputError as error:
+                failed = str(error)
+                break
+            images.append(image)
+            labels.append(label)
+        generators.set_random_state(before, host)
+        pixels = torch.stack(images) if images else torch.empty(0, *self.shape)
+        return Batch(pixels, torch.tensor(labels), [], failed, time.perf_counter() - start)
+
+
+@dataclass
+class OwnData:
+    """Training and held-out images of the user's own; :class:`.data.Data` has the other ones."""
+
+    train: OwnImages | DataLoader[Any] | None  # None where the network is only evaluated
+    held_out: OwnImages | DataLoader[Any]
+    classes: list[str]
+    shape: tuple[int, int, int]  # H, W and C of every image
+    # They come prepared, by means that are not known here.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    white: int = 255
+    centre: float = 1.0
+
+    def description(self) -> dict[str, Any]:
+        """What a resumed run is compared by; the images themselves are not looked at."""
+        return {
+            "classes": self.classes,
+            "training": _described(self.train),
+            "held out": _described(self.held_out),
+            "shape": self.shape,
+        }
+
+
+def own_data(
+    training: Given | None, validation: Given | None, classes: Sequence[str] | None
+) -> OwnData:
+    """The data that :func:`.train` was given.
+
+    Raises:
+        InputError: validation is missing, a dataset has no length, the classes are not known, or
+            the first sample is of another kind.
+    """
+    if validation is None:
+        raise InputError("validation: expected a Dataset or DataLoader, as training is, got None")
+    datasets = [
+        _dataset(name, images)
+        for name, images in (("training", training), ("validation", validation))
+        if images is not None
+    ]
+    if classes is None:  # torchvision's datasets have this attribute
+        classes = getattr(datasets[0], "classes", None)
+    if (
+        not isinstance(classes, Sequence)
+        or isinstance(classes, str)
+        or len(classes) < 2
+        or not all(isinstance(name, str) for name in classes)
+    ):
+        raise InputError(
+            "classes: expected at least 2 names in the order of the labels, where the Dataset has "
+            f"no attribute classes, got {classes!r:.60}"
+        )
+    host = torch.device("cpu")
+    before = generators.random_state(host)
+    image, _ = _sample("validation", datasets[-1], 0)
+    generators.set_random_state(before, host)
+    channels, height, width = image.shape
+    shape = (height, width, channels)
+
+    def by_key(name: str, images: Given | None) -> Any:
+        if images is None or isinstance(images, DataLoader):
+            return images
+        return OwnImages(name, images, len(classes), shape)
+
+    return OwnData(
+        by_key("training", training), by_key("validation", validation), list(classes), shape
+    )
+
+
+def checked_batch(name: str, batch: Any, classes: int, shape: Sequence[int]) -> Batch:
+    """A batch of a DataLoader as a :class:`Batch`; its `failed` says what is wrong with it."""
+    try:
+        images, labels = _pair(name, batch)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+            raise InputError(f"{name}: expected labels, integers [N], got {_shown(labels)}")
+        _check_image(f"{name}: images", images, 4)
+        _check_shape(name, images.shape[1:], _channels_first(shape))
+        if len(images) != len(labels) or not len(labels):
+            raise InputError(
+                f"{name}: expected as many labels as images, got {len(labels)} and {len(images)}"
+            )
+        _check_label(name, int(labels.min()), int(labels.max()), classes)
+    except InputError as error:
+        return Batch(torch.empty(0), torch.empty(0), [], str(error), float("nan"))
+    # The DataLoader does not tell how long its processes took.
+    return Batch(images, labels.long(), [], "", float("nan"))
+
+
+def _described(images: OwnImages | DataLoader[Any] | None) -> str:
+    if images is None:
+        return "none"
+    kind = "DataLoader" if isinstance(images, DataLoader) else "Dataset"
+    return f"a {kind} of {len(images.dataset):,} images"  # type: ignore[arg-type]
+
+
+def _dataset(name: str, images: Given) -> Any:
+    """The Dataset itself, which has a length and samples by their number."""
+    dataset = images.dataset if isinstance(images, DataLoader) else images
+    fits = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not fits or isinstance(dataset, IterableDataset) or not len(dataset):  # type: ignore
+        raise InputError(
+            f"{name}: expected a Dataset with a length and samples by their number, got "
+            f"{type(dataset).__name__}"
+        )
+    return dataset
+
+
+def _sample(name: str, dataset: Any, index: int) -> tuple[Tensor, int]:
+    where = f"{name}[{index}]"
+    image, label = _pair(where, dataset[index])
+    _check_image(f"{where}: image", image, 3)
+    try:
+        return image, operator.index(label)
+    except TypeError:
+        raise InputError(f"{where}: expected an integer label, got {_shown(label)}") from None
+
+
+def _pair(name: str, sample: Any) -> tuple[Any, Any]:
+    if not isinstance(sample, Sequence) or len(sample) != 2:
+        raise InputError(f"{name}: expected (image, label), got {_shown(sample)}")
+    return sample[0], sample[1]
+
+
+def _check_image(name: str, image: Any, dimensions: int) -> None:
+    wanted = "[C, H, W]" if dimensions == 3 else "[N, C, H, W]"
+    if not isinstance(image, Tensor) or image.ndim != dimensions or not image.is_floating_point():
+        raise InputError(
+            f"{name}: expected a Tensor {wanted} of normalised floats, got {_shown(image)}"
+        )
+
+
+def _check_shape(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(shape) != tuple(wanted):
+        raise InputError(
+            f"{name}: expected an image {list(wanted)} as validation[0] is, got {list(shape)}"
+        )
+
+
+def _check_label(name: str, least: int, largest: int, classes: int) -> None:
+    if least < 0 or largest >= classes:
+        got = least if least < 0 else largest
+        raise InputError(f"{name}: expected a label from 0 to {classes - 1}, got {got}")
+
+
+def _channels_first(shape: Sequence[int]) -> tuple[int, int, int]:
+    height, width, channels = shape
+    return channels, height, width
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    length = f" of {len(value)}" if isinstance(value, Sequence) else ""
+    return f"{type(value).__name__}{length}"
