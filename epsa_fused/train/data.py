@@ -258,8 +258,16 @@ class FolderSource:
         self.size = size
         files: list[bytes] = []
         labels: list[int] = []
+        class_of: dict[Path, str] = {}
         for label, name in enumerate(classes):
-            found = _images_below(folder / name)
+            found, folders = _images_below(folder / name)
+            for entered in folders:
+                other = class_of.setdefault(entered, name)
+                if other != name:
+                    raise InputError(
+                        f"{folder / name}: expected images of its own, got those of {entered}, "
+                        f"which the class {other} has too: they would have two labels"
+                    )
             if not found:
                 raise InputError(
                     f"{folder / name}: expected images ({', '.join(ENDINGS)}), found none"
@@ -311,18 +319,21 @@ class FolderSource:
         return self._centre(width, height)  # a long, thin image
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted: the file system's order may vary.
+def _images_below(folder: Path) -> tuple[list[Path], set[Path]]:
+    """The image files below a folder, sorted, and the folders, without links, that they are in.
 
     Hidden files and folders are left out: macOS and Jupyter keep copies of images there. Every
     folder is entered once, and no link to a folder around this one is followed. InputError if a
     folder cannot be read.
     """
     entered = _itself_and_around(folder)
-    images = []
+    images, folders = [], set()
     for where, inside, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         here = Path(where)
-        images += [here / name for name in _shown(names) if name.lower().endswith(ENDINGS)]
+        found = [here / name for name in _shown(names) if name.lower().endswith(ENDINGS)]
+        if found:
+            images += found
+            folders.add(here.resolve())
         # Sorted, so that of two links to one folder the same is entered every time.
         targets = {name: (here / name).resolve() for name in sorted(_shown(inside))}
         inside.clear()  # os.walk enters what the list then holds
@@ -330,7 +341,7 @@ def _images_below(folder: Path) -> list[Path]:
             if target not in entered:
                 entered.add(target)
                 inside.append(name)
-    return sorted(images)
+    return sorted(images), folders
 
 
 def _classes(folder: Path) -> list[str]:

@@ -457,6 +457,23 @@ def test_a_class_may_be_a_link(tmp_path):
     assert files_of(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("at", "to"), [("ant/link", "bee"), ("bee/link", "ant/nested"), ("dog", "bee")]
+)
+def test_classes_that_share_a_folder_are_refused(tmp_path, at, to):
+    """By a link from one into the other, or by two names of one folder."""
+    folder = image_folder(tmp_path / "data", train=2)
+    nested = folder / "train" / "ant" / "nested"
+    nested.mkdir()
+    (nested / "2.png").write_bytes(b"")
+    (folder / "train" / at).symlink_to(folder / "train" / to)
+    if at == "dog":
+        (folder / "val" / "dog").mkdir()
+        (folder / "val" / "dog" / "0.png").write_bytes(b"")
+    with pytest.raises(InputError, match=f"expected images of its own, got those of .*{to}"):
+        files_of(folder)
+
+
 @pytest.mark.parametrize("where", ["train", "train/ant", "train/ant/nested"])
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, where):
     folder = image_folder(tmp_path)
