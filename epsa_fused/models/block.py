@@ -142,7 +142,8 @@ def make_stage(
     """
     outplanes = planes * options["expansion"]
     downsample = None
-    if stride != 1 or inplanes != outplanes:
+    # where dilation replaces a stride, the same weights must fit
+    if stride != 1 or dilations[0] != dilations[1] or inplanes != outplanes:
         downsample = nn.Sequential(
             nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False),
             options["norm_layer"](outplanes),
