@@ -119,6 +119,7 @@ ACTIVATE = ". .venv/bin/activate"
 CPP = "run_package.cpp"
 
 # Why these commands are not run. What they do is covered where it says so.
+TIMM = "needs timm's train.py and ImageNet; tests/models/test_timm.py gives it another script"
 WEIGHTS = "needs such data; tests/train/test_trained.py starts from weights"
 PREDICT = "tests/train/test_trained.py runs the command on a training of its own"
 SETS_UP = "sets up .venv by pip, minutes"
@@ -144,6 +145,8 @@ NOT_RUN = {
     "python -m epsa_fused.predict runs/imagenet cat.jpg dog.jpg": PREDICT,
     "python -m epsa_fused.train --data flowers --weights best.pt": WEIGHTS,
     "python -m epsa_fused.predict runs/imagenet cat.jpg --json": PREDICT,
+    "pip install timm": "changes the environment",
+    "python examples/timm_train.py train.py --data-dir imagenet --model epsanet50 --amp": TIMM,
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",
     'make test PYTEST_ARGS="tests/cuda/test_simt_emulator.py"': SETS_UP,
