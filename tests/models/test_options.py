@@ -9,7 +9,7 @@ from support.networks import NARROW, narrow, on_meta, psa_modules
 from support.tolerance import assert_near
 from torch import nn
 
-from epsa_fused import EPSABlock, FusedPSAModule, PSAModule, epsanet50
+from epsa_fused import EPSABlock, FusedPSAModule, PSAModule, epsanet50, fuse
 from epsa_fused.models import small_epsanet
 
 
@@ -141,6 +141,11 @@ def test_a_dilated_network_fused_and_plain():
         results.append((out, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for expected, actual in zip(*results, strict=True):
         assert_near(actual, expected)
+
+
+def test_a_dilated_plain_network_is_fused():
+    model = fuse(narrow(output_stride=8, fused=False))
+    assert len(model.fuse_report.replaced) == 6 and not model.fuse_report.left
 
 
 @pytest.mark.parametrize("stride", (1, 2))
