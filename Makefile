@@ -47,9 +47,10 @@ check-torch:
 	git ls-files -z | tar --null --files-from - -cf - | tar -xf - -C $(TORCH_COPY)
 	$(MAKE) -C $(TORCH_COPY) test TORCH="$(TORCH)"
 
-# all tools that look into models; `make test` has the light ones
+# all tools that look into models, and timm; `make test` has the light ones. timm's torchvision must be
+# made for the torch that is there: PyPI has such for PyPI's.
 compat: $(VENV)/built $(VENV)/packages-compat
-	$(PY) -m pytest tests/package/test_tools.py
+	$(PY) -m pytest tests/package/test_tools.py tests/models
 
 bench: $(VENV)/built $(VENV)/packages-demo
 	$(PY) benchmarks/latency.py
@@ -124,7 +125,8 @@ $(VENV)/packages-docs: EXTRAS := docs
 $(VENV)/packages-compat: EXTRAS := test tools compat
 $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 	@$(PY) scripts/requirements.py $(EXTRAS) > $(VENV)/$*.txt
-	$(PROGRESS) --bars $(PIP) -r $(VENV)/$*.txt
+	@$(PY) -m pip freeze | sed -n '/^torch==/p' > $(VENV)/kept.txt # no package replaces the torch
+	$(PROGRESS) --bars $(PIP) -c $(VENV)/kept.txt -r $(VENV)/$*.txt
 	touch $@
 
 # In place, by ninja in a folder that stays: another build compiles only what changed. pip's

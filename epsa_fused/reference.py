@@ -189,6 +189,7 @@ def _check_configuration(
     stride: int,
     conv_groups: Sequence[int],
     reduction: int,
+    dilation: int,
 ) -> None:
     """Raise ValueError or TypeError if no PSA module can be built from these arguments."""
     check_ints("conv_kernels", conv_kernels)
@@ -203,8 +204,13 @@ def _check_configuration(
         raise ValueError(
             f"conv_kernels: expected {MIN_BRANCHES} to {MAX_BRANCHES} branches, got {branches}"
         )
-    numbers = {"inplans": inplans, "planes": planes, "stride": stride, "reduction": reduction}
-    for name, value in numbers.items():
+    for name, value in (
+        ("inplans", inplans),
+        ("planes", planes),
+        ("stride", stride),
+        ("reduction", reduction),
+        ("dilation", dilation),
+    ):
         check_int(name, value, 1)
     for i, kernel in enumerate(conv_kernels):
         if kernel < 1 or kernel % 2 == 0:
@@ -241,6 +247,7 @@ class PSAModule(nn.Module):
         reduction: channels of a branch per hidden unit of the SE (16 in the published code).
         branch_order: "reversed" as in the published code and in weights trained with it, or
             "forward" as in the paper's equation 8.
+        dilation: of every convolution. The padding grows with it, so H' and W' stay.
 
     The `state_dict` keys are those of the published code: conv_1.weight, ..., se.fc1.weight,
     se.fc1.bias, se.fc2.weight, se.fc2.bias.
@@ -259,9 +266,12 @@ class PSAModule(nn.Module):
         *,
         reduction: int = 16,
         branch_order: str = "reversed",
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        _check_configuration(inplans, planes, conv_kernels, stride, conv_groups, reduction)
+        _check_configuration(
+            inplans, planes, conv_kernels, stride, conv_groups, reduction, dilation
+        )
         is_reversed(branch_order)
         self.branches = len(conv_kernels)
         self.split_channel = planes // self.branches
@@ -272,7 +282,8 @@ class PSAModule(nn.Module):
                 self.split_channel,
                 kernel,
                 stride=stride,
-                padding=kernel // 2,
+                padding=dilation * (kernel // 2),
+                dilation=dilation,
                 groups=groups,
                 bias=False,
             )

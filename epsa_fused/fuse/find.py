@@ -84,6 +84,7 @@ def _build_published(module: nn.Module, order: str) -> FusedPSAModule:
                 [conv.groups for conv in convs],
                 reduction=first.out_channels,
                 branch_order=order,
+                dilation=min(conv.dilation[0] for conv in convs),
             )
     except (ValueError, TypeError) as error:
         raise MisfitError(str(error)) from None

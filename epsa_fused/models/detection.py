@@ -43,7 +43,8 @@ def fpn_backbone(
 
     The result is a torchvision BackboneWithFPN. It maps images [N, in_chans, H, W] to an ordered
     dict of maps [N, out_channels, H / s, W / s], with sizes rounded up. Keys "0", "1", ... are the
-    returned layers (s = 4, 8, 16, 32 for layers 1 to 4); the levels of `extra_blocks` follow::
+    returned layers (s = 4, 8, 16, 32 for layers 1 to 4, or the model's `pyramid_strides`); the
+    levels of `extra_blocks` follow::
 
         from epsa_fused import epsanet50
         from epsa_fused.detection import foreground_only, fpn_backbone

@@ -8,26 +8,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from typing_extensions import Unpack
 
-from .._checks import (
-    check_callable,
-    check_flag,
-    check_int,
-    check_ints,
-    check_module,
-    check_number,
-    check_tensor,
-)
-from ..modules import FusedPSAModule
-from ..reference import PSAModule
+from .._checks import check_callable, check_flag, check_int, check_ints, check_tensor, given
+from .block import RELU, ActLayer, BlockOptions, EPSABlock, NormLayer, check_rate, make_stage
+from .features import taken_indices
+from .recompute import checkpointed
 from .registry import Figures, register
+from .state_dict import check_state_dict, without_module_prefix
 
 __all__ = [
     "EPSABlock",
@@ -38,21 +32,13 @@ __all__ = [
     "epsanet101_large",
 ]
 
-NormLayer = Callable[[int], nn.Module]
-
-# An error message shows at most this many keys of each kind.
-_SHOWN_KEYS = 4
-
-
-class BlockOptions(TypedDict, total=False):
-    """The options that every :class:`EPSABlock` of a network shares; see there."""
-
-    expansion: int
-    conv_kernels: Sequence[int]
-    conv_groups: Sequence[int]
-    reduction: int
-    fused: bool
-    norm_layer: NormLayer
+_STRIDES = (4, 8, 16, 32)  # of the four stages
+_OUTPUT_STRIDES = (8, 16, 32)
+_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "avg": partial(nn.AdaptiveAvgPool2d, 1),
+    "max": partial(nn.AdaptiveMaxPool2d, 1),
+    "": nn.Identity,
+}
 
 
 class ModelOptions(BlockOptions, total=False):
@@ -61,66 +47,9 @@ class ModelOptions(BlockOptions, total=False):
     planes: Sequence[int]
     in_chans: int
     drop_rate: float
-
-
-class EPSABlock(nn.Module):
-    """The bottleneck block: 1x1 convolution, PSA module, 1x1 convolution, and a shortcut.
-
-    x [N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride], rounded up.
-
-    Args:
-        inplanes: input channels.
-        planes: channels of the PSA module, a multiple of the number of its branches.
-        stride: stride of the PSA module.
-        downsample: the shortcut's layers; None where input and output have the same shape.
-        expansion: output channels per channel of the PSA module.
-        conv_kernels, conv_groups, reduction: of the PSA module, see :class:`epsa_fused.PSAModule`.
-        fused: whether to use :class:`epsa_fused.FusedPSAModule` or :class:`epsa_fused.PSAModule`.
-        norm_layer: called with a number of channels, returns a normalisation layer.
-
-    Raises:
-        ValueError, TypeError: the PSA module cannot be built from these arguments.
-    """
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        *,
-        expansion: int = 4,
-        conv_kernels: Sequence[int] = (3, 5, 7, 9),
-        conv_groups: Sequence[int] = (1, 4, 8, 16),
-        reduction: int = 16,
-        fused: bool = True,
-        norm_layer: NormLayer = nn.BatchNorm2d,
-    ) -> None:
-        super().__init__()
-        for name, value in (("inplanes", inplanes), ("planes", planes), ("stride", stride)):
-            check_int(name, value, 1)
-        if downsample is not None:
-            check_module("downsample", downsample)
-        check_int("expansion", expansion, 1)
-        check_flag("fused", fused)
-        check_callable("norm_layer", norm_layer)
-        psa = FusedPSAModule if fused else PSAModule
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
-        self.bn1 = norm_layer(planes)
-        self.conv2 = psa(planes, planes, conv_kernels, stride, conv_groups, reduction=reduction)
-        self.bn2 = norm_layer(planes)
-        self.conv3 = nn.Conv2d(planes, planes * expansion, 1, bias=False)
-        self.bn3 = norm_layer(planes * expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += identity
-        return cast(Tensor, self.relu(out))
+    drop_path_rate: float
+    global_pool: str
+    output_stride: int
 
 
 class EPSANet(nn.Module):
@@ -134,15 +63,21 @@ class EPSANet(nn.Module):
         num_classes: outputs of the classifier. With 0 there is no classifier, and the network
             returns the pooled features [N, num_features].
         planes: channels of the PSA modules in each stage.
-        expansion, conv_kernels, conv_groups, reduction, fused, norm_layer: of every
-            :class:`EPSABlock`.
+        expansion, conv_kernels, conv_groups, reduction, fused, norm_layer, act_layer: of every
+            :class:`EPSABlock`. The stem takes the two layers, too.
         in_chans: channels of the images.
         drop_rate: dropout before the classifier; 0 in the published code.
+        drop_path_rate: stochastic depth of the last block. It grows linearly from 0 in the first.
+        global_pool: "avg", "max", or "" for none, which goes without a classifier.
+        output_stride: 32, 16 or 8: how much smaller than the images the last maps are. With less
+            than 32 the last stages have stride 1, and the convolutions behind a lost stride are
+            dilated by it, as in timm's ResNet. The parameters stay the same.
 
     Attributes:
-        num_features: channels of the last stage.
+        num_features, head_hidden_size: channels of the last stage.
         pyramid_channels, pyramid_strides: of the maps that :meth:`forward_pyramid` returns.
         feature_info: the same in timm's form, with the stem first.
+        grad_checkpointing: see :meth:`set_grad_checkpointing`.
 
     The weights of every convolution start as normal(0, sqrt(2 / (k_h * k_w * out_channels))), as
     in the published code.
@@ -151,7 +86,10 @@ class EPSANet(nn.Module):
         ValueError, TypeError: the network cannot be built; the message names the argument.
     """
 
-    pyramid_strides = (4, 8, 16, 32)
+    # networks pickled by an older version lack these attributes
+    pyramid_strides: tuple[int, ...] = _STRIDES
+    global_pool: str = "avg"
+    grad_checkpointing: bool = False
     fc: nn.Linear | nn.Identity
 
     def __init__(
@@ -167,16 +105,31 @@ class EPSANet(nn.Module):
         fused: bool = True,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        output_stride: int = 32,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        act_layer: ActLayer = RELU,
     ) -> None:
         super().__init__()
-        _check_configuration(layers, planes, expansion, in_chans, drop_rate)
+        _check_configuration(layers, planes, expansion, in_chans)
+        check_rate("drop_rate", drop_rate)
+        check_rate("drop_path_rate", drop_path_rate)
+        check_int("output_stride", output_stride)
+        if output_stride not in _OUTPUT_STRIDES:
+            raise ValueError(
+                f"output_stride: expected one of {_OUTPUT_STRIDES}, got {output_stride}"
+            )
         check_callable("norm_layer", norm_layer)
+        check_callable("act_layer", act_layer)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.pyramid_channels = tuple(expansion * p for p in planes)
+        self.pyramid_strides = tuple(min(stride, output_stride) for stride in _STRIDES)
         self.num_features = self.pyramid_channels[-1]
-        self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "relu"}] + [
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": 64, "reduction": 2, "module": "relu"}
+        ] + [
             {"num_chs": channels, "reduction": stride, "module": f"layer{i}"}
             for i, (channels, stride) in enumerate(
                 zip(self.pyramid_channels, self.pyramid_strides, strict=True), 1
@@ -185,7 +138,7 @@ class EPSANet(nn.Module):
 
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(64)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = act_layer()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         options: BlockOptions = {
             "expansion": expansion,
@@ -194,14 +147,20 @@ class EPSANet(nn.Module):
             "reduction": reduction,
             "fused": fused,
             "norm_layer": norm_layer,
+            "act_layer": act_layer,
         }
-        inplanes = 64
-        for i, (blocks, width) in enumerate(zip(layers, planes, strict=True)):
-            stage = _make_stage(inplanes, width, blocks, 1 if i == 0 else 2, options)
+        rates = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers))]
+        inplanes, before, dilation = 64, _STRIDES[0], 1
+        for i, (blocks, width, stride) in enumerate(
+            zip(layers, planes, self.pyramid_strides, strict=True)
+        ):
+            dilations = (dilation, _STRIDES[i] // stride)  # the first block sees the maps before
+            stage_rates, rates = rates[:blocks], rates[blocks:]
+            stage = make_stage(inplanes, width, stride // before, dilations, stage_rates, options)
             self.add_module(f"layer{i + 1}", stage)
-            inplanes = width * expansion
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.reset_classifier(num_classes)
+            inplanes, before, dilation = width * expansion, stride, dilations[1]
+        self.avgpool = _POOLS["avg"]()
+        self.reset_classifier(num_classes, global_pool)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -218,13 +177,15 @@ class EPSANet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """x [N, in_chans, H, W] -> the last stage's maps [N, num_features, H / 32, W / 32].
 
-        H / 32 and W / 32 are rounded up.
+        H / 32 and W / 32 are rounded up. Another `output_stride` replaces 32.
         """
         return self.forward_pyramid(x)["3"]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's maps -> logits, or with `pre_logits` the classifier's input."""
-        x = torch.flatten(self.avgpool(x), 1)
+        x = self.avgpool(x)
+        if self.global_pool:
+            x = torch.flatten(x, 1)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else cast(Tensor, self.fc(x))
 
@@ -234,14 +195,57 @@ class EPSANet(nn.Module):
         Map i is [N, pyramid_channels[i], H / pyramid_strides[i], W / pyramid_strides[i]], rounded
         up. torchvision's FeaturePyramidNetwork(pyramid_channels, ...) takes the result.
         """
-        check_tensor("EPSANet: x", x)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self._stem(x))
         maps: OrderedDict[str, Tensor] = OrderedDict()
         for i in range(4):
-            x = maps[str(i)] = getattr(self, f"layer{i + 1}")(x)
+            x = maps[str(i)] = self._stage(i + 1, x)
         return maps
 
-    # ---- the classifier, by timm's names ----
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """x [N, in_chans, H, W] -> the last stage's maps, and the maps that `indices` name.
+
+        Map 0 is the stem's, of stride 2; maps 1 to 4 are C2 to C5.
+
+        Args:
+            x: the images.
+            indices: of the maps. An int stands for the last ones, None for all.
+            norm: has no effect: no normalisation follows the maps.
+            stop_early: whether to leave out the stages behind the last of `indices`.
+            output_fmt: "NCHW", the one there is.
+            intermediates_only: whether to return the list of maps alone.
+
+        Raises:
+            TypeError, ValueError: there are no such maps, or there is no such format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {given(output_fmt)}")
+        taken = taken_indices(indices, len(self.feature_info))
+        x = self._stem(x)
+        maps = [x] if 0 in taken else []
+        x = self.maxpool(x)
+        for i in range(1, max(taken) + 1 if stop_early else len(self.feature_info)):
+            x = self._stage(i, x)
+            if i in taken:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        check_tensor("EPSANet: x", x)
+        return cast(Tensor, self.relu(self.bn1(self.conv1(x))))
+
+    def _stage(self, number: int, x: Tensor) -> Tensor:
+        stage = getattr(self, f"layer{number}")
+        return checkpointed(stage, x) if self.grad_checkpointing else cast(Tensor, stage(x))
+
+    # ---- what timm asks of its models ----
 
     def get_classifier(self) -> nn.Module:
         """The classifier: an nn.Linear, or an nn.Identity if num_classes is 0."""
@@ -250,19 +254,74 @@ class EPSANet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one with `num_classes` outputs; 0 removes it.
 
-        The new one takes the device and dtype of the first convolution. timm passes `global_pool`:
-        "avg" or None keeps the network's average pooling, anything else raises ValueError.
+        The new one takes the device and dtype of the first convolution. `global_pool` replaces the
+        pooling before it; None keeps that. "" is for no classifier: the network then returns the
+        last stage's maps.
         """
         check_int("num_classes", num_classes, 0)
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool: expected 'avg', the one there is, got {global_pool!r}")
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in tuple(_POOLS):
+            raise ValueError(f"global_pool: expected one of {tuple(_POOLS)}, got {given(pool)}")
+        if num_classes and not pool:
+            raise ValueError("global_pool: expected 'avg' or 'max' before a classifier, got ''")
+        if pool != self.global_pool:
+            self.avgpool = _POOLS[pool]().train(self.training)
+            self.global_pool = pool
         like = self.conv1.weight
         self.num_classes = num_classes
         self.fc = (
             nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
             else nn.Identity()
-        )
+        ).train(self.training)
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.num_features
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of parameter names for timm's layer decay: the stem, then a group per block.
+
+        With `coarse` there is a group per stage. The classifier matches none: timm puts it last.
+        """
+        stage = r"^layer(\d+)"
+        return {
+            "stem": r"^(?:conv1|bn1|relu)\.",
+            "blocks": stage if coarse else rf"{stage}\.(\d+)",
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass computes each block's maps again, instead of keeping them.
+
+        That saves memory for a second forward pass. Results, gradients and statistics of BatchNorm
+        are the same.
+        """
+        check_flag("enable", enable)
+        self.grad_checkpointing = enable
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages that :meth:`forward_intermediates` needs not for `indices`.
+
+        `prune_norm` has no effect. The classifier goes too, unless the last stage stays and
+        `prune_head` is False.
+
+        Returns:
+            The indices, none of them negative.
+        """
+        taken = taken_indices(indices, len(self.feature_info))
+        last = max(taken)
+        for i in range(last + 1, len(self.feature_info)):
+            setattr(self, f"layer{i}", nn.Sequential())
+            prune_head = True
+        self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
 
     # ---- checkpoints ----
 
@@ -289,53 +348,11 @@ class EPSANet(nn.Module):
                     f"EPSANet: expected strings as keys of the state_dict, got {key!r}, "
                     "nothing was loaded"
                 )
-        state_dict = _without_module_prefix(state_dict)
+        state_dict = without_module_prefix(state_dict)
         # Hooks may rename keys or change shapes first.
         if not any(module._load_state_dict_pre_hooks for module in self.modules()):
-            self._check_state_dict(state_dict, strict, assign)
+            check_state_dict(self.state_dict(), state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
-        """Raise RuntimeError where nn.Module.load_state_dict would fail halfway."""
-
-        def shape(value: Any) -> str:
-            if not isinstance(value, Tensor) or value.is_nested:  # a nested one has no shape
-                return type(value).__name__
-            return str(list(value.shape))
-
-        own = self.state_dict()
-        # BatchNorm adds num_batches_tracked to checkpoints older than that buffer. torchvision's
-        # FrozenBatchNorm2d has running_mean and drops num_batches_tracked.
-        count, mean = "num_batches_tracked", "running_mean"
-        missing = [k for k in own if k not in state_dict and not k.endswith(count)]
-        unexpected = [
-            k for k in state_dict if k not in own and k.removesuffix(count) + mean not in own
-        ]
-        both = [k for k in own if k in state_dict]
-        other = [k for k in both if shape(own[k]) != shape(state_dict[k])]
-        kinds = {k: _why_not_copied(state_dict[k], own[k], assign) for k in both if k not in other}
-        problems = [
-            _shortened(
-                "of another shape",
-                [f"{k} {shape(state_dict[k])}, expected {shape(own[k])}" for k in other],
-            ),
-            _shortened("of another kind", [f"{k} {why}" for k, why in kinds.items() if why]),
-        ]
-        if strict:
-            problems += [
-                _shortened("missing", [f"{k} {shape(own[k])}" for k in missing]),
-                _shortened("unexpected", [f"{k} {shape(state_dict[k])}" for k in unexpected]),
-            ]
-        if not any(problems):
-            return
-        hint = ""
-        if isinstance(state_dict.get("state_dict"), Mapping):
-            hint = '. This is a training checkpoint: load its entry "state_dict"'
-        raise RuntimeError(
-            "EPSANet: the state_dict does not fit this architecture, nothing was loaded. "
-            + "; ".join(filter(None, problems))
-            + hint
-        )
 
 
 def _check_configuration(
@@ -343,7 +360,6 @@ def _check_configuration(
     planes: Sequence[int],
     expansion: int,
     in_chans: int,
-    drop_rate: float,
 ) -> None:
     """Raise ValueError or TypeError if no network can be built from these arguments."""
     for name, stages in (("layers", layers), ("planes", planes)):
@@ -352,61 +368,6 @@ def _check_configuration(
             raise ValueError(f"{name}: expected one number for each of 4 stages, got {stages}")
     check_int("in_chans", in_chans, 1)
     check_int("expansion", expansion, 1)
-    check_number("drop_rate", drop_rate)
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
-
-
-def _make_stage(
-    inplanes: int, planes: int, blocks: int, stride: int, options: BlockOptions
-) -> nn.Sequential:
-    """`blocks` blocks; the first has `stride`, and a downsample if shapes change."""
-    outplanes = planes * options["expansion"]
-    downsample = None
-    if stride != 1 or inplanes != outplanes:
-        downsample = nn.Sequential(
-            nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False),
-            options["norm_layer"](outplanes),
-        )
-    first = EPSABlock(inplanes, planes, stride, downsample, **options)
-    return nn.Sequential(
-        first, *(EPSABlock(outplanes, planes, **options) for _ in range(blocks - 1))
-    )
-
-
-def _without_module_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not state_dict or not all(key.startswith("module.") for key in state_dict):
-        return state_dict
-    stripped: Any = OrderedDict(state_dict)
-    if hasattr(state_dict, "_metadata"):  # the versions of the layers
-        stripped._metadata = OrderedDict(state_dict._metadata)
-    consume_prefix_in_state_dict_if_present(stripped, "module.")
-    return cast(Mapping[str, Any], stripped)
-
-
-def _why_not_copied(value: Tensor, own: Tensor, assign: bool) -> str | None:
-    """What keeps `value` from being loaded into `own`, a tensor of the same shape, or None."""
-    if value.is_meta and not own.is_meta and not assign:
-        return "without data (on meta)"
-    if value.is_quantized != own.is_quantized or value.layout != own.layout:
-        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
-        return f"{kind}, expected {own.dtype} in {own.layout}"
-    for kind in ("is_floating_point", "is_complex"):
-        if getattr(value, kind)() != getattr(own, kind)():
-            return f"{value.dtype}, expected {own.dtype}"
-    if not assign:
-        try:
-            torch.empty_like(own).copy_(value)
-        except Exception as error:  # a subclass of Tensor may raise anything
-            return f"that cannot be copied ({type(value).__name__}: {error})"
-    return None
-
-
-def _shortened(kind: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{more}"
 
 
 # ---- the published models ----

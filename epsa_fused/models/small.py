@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypedDict, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..reference import SEWeight
-from .epsanet import EPSABlock
+from .block import EPSABlock
 from .registry import register
 
 EXPANSION = 2
@@ -72,7 +72,7 @@ class SmallResNet(nn.Module):
     Args:
         block: called as block(inplanes, planes, stride, downsample, expansion=...).
         num_classes, in_chans, drop_rate: as of :class:`epsa_fused.EPSANet`.
-        planes: of each stage's block. With fewer than 64 the SE of PSA has no hidden unit.
+        planes: of each stage's block. PSA with fewer than 64 needs other groups and reduction.
     """
 
     def __init__(
@@ -110,10 +110,16 @@ class SmallResNet(nn.Module):
 
 @register()
 def small_epsanet(
-    num_classes: int, *, fused: bool = True, **options: Unpack[SmallOptions]
+    num_classes: int,
+    *,
+    fused: bool = True,
+    conv_groups: Sequence[int] = (1, 4, 8, 16),
+    reduction: int = 16,
+    **options: Unpack[SmallOptions],
 ) -> SmallResNet:
     """A :class:`SmallResNet` with PSA modules, fused or plain."""
-    return SmallResNet(partial(EPSABlock, fused=fused), num_classes, **options)
+    block = partial(EPSABlock, fused=fused, conv_groups=conv_groups, reduction=reduction)
+    return SmallResNet(block, num_classes, **options)
 
 
 @register()

@@ -37,11 +37,12 @@ default_cfgs = {
 def register_timm() -> None:
     """Make every published model known to timm: `timm.create_model("epsanet50")`.
 
-    The models take timm's usual arguments: num_classes, in_chans, drop_rate, features_only,
-    out_indices and checkpoint_path. They also take `fused`, see :class:`epsa_fused.EPSANet`.
-    Feature map 0 is the stem's (stride 2), as in timm's ResNets; maps 1 to 4 are C2 to C5.
-    An argument that EPSANet lacks raises TypeError. `pretrained=True` without a source of weights
-    raises timm's RuntimeError.
+    The models take timm's usual arguments: num_classes, in_chans, global_pool, output_stride,
+    drop_rate, drop_path_rate, act_layer and norm_layer (also by timm's names), features_only,
+    feature_cls, out_indices and checkpoint_path. They also take `fused`, `planes` and the other
+    arguments of :class:`epsa_fused.EPSANet`. Feature map 0 is the stem's (stride 2), as in timm's
+    ResNets; maps 1 to 4 are C2 to C5. An argument that EPSANet lacks raises TypeError.
+    `pretrained=True` without a source of weights raises timm's RuntimeError.
 
     Call it once, before or after timm is imported. Further calls do nothing.
 
@@ -55,11 +56,14 @@ def register_timm() -> None:
 
 
 def _entrypoint(name: str) -> Any:
+    from timm.layers import get_act_layer, get_norm_layer
     from timm.models import build_model_with_cfg
 
     build = MODELS[name]
+    layers = {"act_layer": get_act_layer, "norm_layer": get_norm_layer}
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        kwargs |= {k: by_name(kwargs[k]) for k, by_name in layers.items() if k in kwargs}
         model: nn.Module = build_model_with_cfg(build, name, pretrained, **kwargs)
         return model
 

@@ -53,8 +53,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
     convolutions are concerned, the attention step stays fused.
 
     Args:
-        inplans, planes, conv_kernels, stride, conv_groups, reduction, branch_order: as of
-            :class:`PSAModule`.
+        inplans, planes, conv_kernels, stride, conv_groups, reduction, branch_order, dilation: as
+            of :class:`PSAModule`.
         save_output: whether to keep the output for the backward pass, instead of the branches'
             maps. That halves the memory if the next layer keeps its input anyway, as BatchNorm
             and convolutions do. It needs the CPU's operator: forward raises NotImplementedError
@@ -84,6 +84,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
         *,
         reduction: int = 16,
         branch_order: str = "reversed",
+        dilation: int = 1,
         save_output: bool = False,
         winograd: bool | None = None,
     ) -> None:
@@ -95,6 +96,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
             conv_groups,
             reduction=reduction,
             branch_order=branch_order,
+            dilation=dilation,
         )
         check_flag("save_output", save_output)
         self.save_output = save_output

@@ -14,11 +14,13 @@ from support.inference import (
     images,
     with_statistics,
 )
+from support.networks import narrow
 from torch import nn
 
 import epsa_fused
 from epsa_fused import epsanet50, optimize_for_inference
 from epsa_fused.inference import optimize, pointwise
+from epsa_fused.inference.epilogue import PackedPSA
 
 MODULES = 16  # PSA modules of EPSANet-50
 
@@ -66,6 +68,31 @@ def test_other_batches_and_sizes(network, dtype):
     served = optimize_for_inference(network, images(), dtype=dtype, compile=False)
     for batch, size in ((1, 64), (5, 64), (2, 96), (1, 33)):
         assert_as_good_as_the_model(served, network, images(batch, size), dtype)
+
+
+class LeakyByInheritance(nn.ReLU):
+    def forward(self, x):
+        return nn.functional.leaky_relu(x, 0.2)
+
+
+@pytest.mark.parametrize("act_layer", (nn.SiLU, nn.ReLU6, nn.LeakyReLU, LeakyByInheritance))
+def test_another_activation_than_relu_stays(act_layer):
+    """The BatchNorms are folded all the same."""
+    model = with_statistics(narrow(act_layer=act_layer))
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(3, 96), torch.float32)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    psa = [m for m in served.module.modules() if isinstance(m, PackedPSA)]
+    assert len(served.report.folded) == norms and len(psa) == 6
+    assert all("then BatchNorm" in repr(m) and "and ReLU" not in repr(m) for m in psa)
+    assert not any(getattr(m, "_relu", False) for m in served.module.modules())
+
+
+def test_a_dilated_network():
+    model = with_statistics(narrow(output_stride=8))
+    served = optimize_for_inference(model, images(), compile=False)
+    assert_as_good_as_the_model(served, model, images(3, 96), torch.float32)
+    assert served.report.packed == 6
 
 
 def test_a_foreign_model():

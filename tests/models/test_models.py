@@ -1,5 +1,5 @@
 """EPSANet: against the published figures and the published code, its checkpoints, its feature
-pyramid, and as timm and torchvision use it."""
+pyramid, and as torchvision uses it."""
 
 import copy
 import io
@@ -8,14 +8,13 @@ import re
 import pytest
 import torch
 from support import published
+from support.networks import on_meta, psa_modules, tiny, unchanged
 from support.optional import optional
-from support.processes import run_code
 from support.tolerance import assert_near
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import epsa_fused
 from epsa_fused import (
     EPSABlock,
     EPSANet,
@@ -39,25 +38,6 @@ FIGURES = {
     )
     for name, figures in REGISTERED.items()
 }
-
-
-def tiny(**options) -> EPSANet:
-    """One narrow block a stage."""
-    options = {"num_classes": 10, "planes": (64, 64, 64, 128), "expansion": 2} | options
-    return EPSANet((1, 1, 1, 1), **options)
-
-
-def on_meta(build, **options):
-    with torch.device("meta"):
-        return build(**options)
-
-
-def psa_modules(model):
-    return [m for m in model.modules() if isinstance(m, PSAModule)]
-
-
-def unchanged(model, before):
-    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 # ---- the published figures ----
@@ -369,7 +349,8 @@ def test_a_new_classifier():
     (
         ((-1,), ValueError, r"num_classes: expected at least 0, got -1"),
         ((1.5,), TypeError, r"num_classes: expected an int, got 1\.5"),
-        ((3, "max"), ValueError, r"global_pool: expected 'avg'.*, got 'max'"),
+        ((3, "mean"), ValueError, r"global_pool: expected one of .*, got 'mean'"),
+        ((3, ""), ValueError, r"global_pool: expected 'avg' or 'max' before a classifier, got ''"),
     ),
 )
 def test_a_refused_classifier_leaves_the_old_one(args, error, message):
@@ -406,7 +387,20 @@ def test_another_normalisation():
         ({"planes": (64,)}, ValueError, r"planes: expected one number for each of 4 stages"),
         ({"expansion": 0}, ValueError, r"expansion: expected at least 1, got 0"),
         ({"conv_kernels": (3, 5)}, ValueError, r"conv_kernels and conv_groups: expected equal"),
-        ({"drop_path_rate": 0.1}, TypeError, r"unexpected keyword argument 'drop_path_rate'"),
+        ({"drop_path_rate": -0.1}, ValueError, r"drop_path_rate: expected a number in \[0, 1\), "),
+        ({"drop_path_rate": None}, TypeError, r"drop_path_rate: expected a number, got None"),
+        ({"act_layer": "relu"}, TypeError, r"act_layer: expected a callable, got 'relu'"),
+        (
+            {"global_pool": "avgmax"},
+            ValueError,
+            r"global_pool: expected one of \('avg', 'max', ''\)",
+        ),
+        ({"global_pool": ["avg"]}, ValueError, r"global_pool: expected one of .*, got \['avg'\]"),
+        ({"global_pool": ""}, ValueError, r"global_pool: expected 'avg' or 'max' before a class"),
+        ({"output_stride": 7}, ValueError, r"output_stride: expected one of \(8, 16, 32\), got 7"),
+        ({"output_stride": 8.0}, TypeError, r"output_stride: expected an int, got 8\.0"),
+        ({"reduction": 32}, ValueError, r"reduction: expected at most planes // branches = 16, "),
+        ({"aa_layer": None}, TypeError, r"unexpected keyword argument 'aa_layer'"),
     ),
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
@@ -475,75 +469,6 @@ def test_a_torchvision_detector():
     for name, actual in backbone.body(x).items():
         assert torch.equal(actual, expected[name])
     assert list(backbone(x)) == ["0", "1", "2", "3", "pool"]
-
-
-# ---- timm ----
-
-
-@pytest.fixture
-def timm():
-    module = optional("timm")
-    epsa_fused.register_timm()
-    return module
-
-
-def test_importing_the_package_does_not_import_timm():
-    assert run_code("import sys, epsa_fused; print('timm' in sys.modules)").strip() == "False"
-
-
-def test_timm_has_the_models(timm):
-    names = {build.__name__ for build in FIGURES}
-    assert set(timm.list_models("epsanet*")) == names
-    epsa_fused.register_timm()  # a second call changes nothing
-    for build in FIGURES:
-        with torch.device("meta"):
-            model = timm.create_model(build.__name__)
-        assert sum(p.numel() for p in model.parameters()) == FIGURES[build][0]
-        assert {type(m) for m in psa_modules(model)} == {FusedPSAModule}
-
-
-def test_timm_creates_what_it_is_asked_for(timm):
-    model = timm.create_model("epsanet50", num_classes=7, in_chans=1, drop_rate=0.2, fused=False)
-    assert model.drop_rate == 0.2 and {type(m) for m in psa_modules(model)} == {PSAModule}
-    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
-    assert model.pretrained_cfg["architecture"] == "epsanet50"
-    assert timm.data.resolve_model_data_config(model)["mean"] == (0.485, 0.456, 0.406)
-
-
-def test_timm_features_only(timm):
-    x = torch.randn(1, 3, 64, 64)
-    model = timm.create_model("epsanet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    assert model.feature_info.channels() == [256, 512, 1024, 2048]
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
-    whole = epsanet50().eval()
-    whole.load_state_dict(model.state_dict(), strict=False)
-    for actual, expected in zip(model(x), whole.forward_pyramid(x).values(), strict=True):
-        assert torch.equal(actual, expected)
-
-
-def test_timm_loads_a_published_checkpoint(timm, tmp_path):
-    theirs = published.epsanet50()
-    torch.save(
-        {"state_dict": nn.DataParallel(theirs).state_dict()}, tmp_path / "checkpoint.pth.tar"
-    )
-    path = str(tmp_path / "checkpoint.pth.tar")
-    assert unchanged(timm.create_model("epsanet50", checkpoint_path=path), theirs.state_dict())
-    overlay = {"file": path}
-    model = timm.create_model("epsanet50", True, pretrained_cfg_overlay=overlay, num_classes=5)
-    assert torch.equal(model.conv1.weight, theirs.conv1.weight) and model.fc.out_features == 5
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    (
-        ({"drop_path_rate": 0.1}, TypeError, r"unexpected keyword argument 'drop_path_rate'"),
-        ({"pretrained": True}, RuntimeError, r"No pretrained weights exist for epsanet50"),
-    ),
-    ids=("unknown", "pretrained"),
-)
-def test_what_timm_cannot_give(timm, options, error, message):
-    with pytest.raises(error, match=message):
-        timm.create_model("epsanet50", **options)
 
 
 def test_the_docstrings_give_the_figures():

@@ -121,6 +121,7 @@ ACTIVATE = ". .venv/bin/activate"
 CPP = "run_package.cpp"
 
 # Why these commands are not run. What they do is covered where it says so.
+TIMM = "needs timm's train.py and ImageNet; tests/models/test_timm.py gives it another script"
 WEIGHTS = "needs such data; tests/train/test_trained.py starts from weights"
 PREDICT = "tests/train/test_trained.py runs the command on a training of its own"
 EVALUATE = "needs such data; tests/train/test_evaluate.py evaluates a training of its own"
@@ -153,6 +154,8 @@ NOT_RUN = {
         "needs ImageNet and eight GPUs; test_the_trainings runs two processes"
     ),
     "python -m epsa_fused.predict runs/imagenet cat.jpg --json": PREDICT,
+    "pip install timm": "changes the environment",
+    "python examples/timm_train.py train.py --data-dir imagenet --model epsanet50 --amp": TIMM,
     "python -m epsa_fused.train --data imagenet --out runs/imagenet --amp bf16 --channels-last "
     "--workers 8": "needs ImageNet; tests/train/test_train.py trains on a folder of images",
     'make test PYTEST_ARGS="tests/cuda/test_simt_emulator.py"': SETS_UP,
