@@ -2,7 +2,7 @@
 
 python examples/serve.py
 
-examples/run_package.cpp runs model.pt2 on images.f32; docs/export.md has its commands.
+examples/run_package.cpp runs epsanet50.pt2 on images.f32; docs/export.md has its commands.
 """
 
 import torch
@@ -29,5 +29,5 @@ if __name__ == "__main__":
     model = epsanet50().eval()  # and load your weights into it
     images = torch.randn(8, 3, 224, 224)
     logits = compiled(model, images)(images)  # [8, 1000]
-    package(model, images, "model.pt2")
+    package(model, images, "epsanet50.pt2")
     images.numpy().tofile("images.f32")
