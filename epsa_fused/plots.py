@@ -6,21 +6,23 @@ mean of its attention over channels: 1 / S for each of S scales that count alike
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ._checks import MOST, check_int, given
+from ._checks import MOST, check_int, check_number, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Sequence[Tensor]]
 
-# A colour for each of up to eight scales, the smallest kernels lightest.
+# A colour and a marker for each of up to eight scales, the smallest kernels lightest.
 _COLOURS = "viridis_r"
+_MARKERS = "os^DvP*X"
 
 
 def scale_weights(record: Record) -> dict[str, Tensor]:
@@ -53,15 +55,18 @@ def depth(record: Record, labels: Sequence[str] | None = None, axes: Axes | None
     axes = _axes(axes)
     places = range(1, len(weights) + 1)
     for s, (label, colour) in enumerate(zip(labels, _colours(scales), strict=True)):
+        marker = _MARKERS[s % len(_MARKERS)]
         of_scale = [w[:, s] for w in weights.values()]
         means = torch.stack([w.mean() for w in of_scale])
         spread = torch.stack([w.std(correction=0) for w in of_scale])
-        axes.plot(places, means.tolist(), marker="o", markersize=3, color=colour, label=label)
+        axes.plot(places, means.tolist(), marker=marker, markersize=4, color=colour, label=label)
         low, high = (means - spread).tolist(), (means + spread).tolist()
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(1 / scales, color="grey", linewidth=0.8, linestyle=":")
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("PSA module, from the input")
     axes.set_ylabel("weight of a scale")
+    axes.margins(y=0.2)  # room for the legend
     axes.legend(frameon=False, ncols=min(scales, 4))
     return axes
 
@@ -73,6 +78,7 @@ def classes(
     *,
     module: str | None = None,
     labels: Sequence[str] | None = None,
+    reach: float | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """The mean weight of each scale for the images of each class, in one module.
@@ -83,6 +89,8 @@ def classes(
         names: of the classes; None numbers them.
         module: its name in the record; None for the last one.
         labels, axes: as of :func:`depth`.
+        reach: how far the colours go from 1 / S, to either side. None takes the table's largest
+            difference; give tables that are compared the same.
 
     Raises:
         ValueError: an unknown module, or another number of targets than of images.
@@ -104,7 +112,7 @@ def classes(
         check_int("classes: targets", number, 0, MOST if names is None else len(names) - 1)
     table = torch.stack([of_images[wanted == c].mean(0) for c in found])
     rows = [str(c) if names is None else names[c] for c in found]
-    axes = _table(table, rows, _labels(labels, table.shape[1]), axes)
+    axes = _table(table, rows, _labels(labels, table.shape[1]), reach, axes)
     axes.set_title(module)
     return axes
 
@@ -114,11 +122,14 @@ def image(
     index: int = 0,
     labels: Sequence[str] | None = None,
     axes: Axes | None = None,
+    *,
+    reach: float | None = None,
 ) -> Axes:
     """The weight of each scale in each module, for one image.
 
     Args:
         record, labels, axes: as of :func:`depth`.
+        reach: as of :func:`classes`.
         index: of the image, counted over all calls.
 
     Raises:
@@ -131,7 +142,7 @@ def image(
         raise ValueError(f"image: record: expected as many images of each module, got {counts}")
     check_int("image: index", index, 0, min(counts.values()) - 1)
     table = torch.stack([w[index] for w in weights.values()])
-    return _table(table, list(weights), _labels(labels, _scales(weights)), axes)
+    return _table(table, list(weights), _labels(labels, _scales(weights)), reach, axes)
 
 
 # ---- parts ----
@@ -174,15 +185,22 @@ def _axes(axes: Axes | None) -> Axes:
 
 def _colours(count: int) -> list[Any]:
     colours = _pyplot().get_cmap(_COLOURS)
-    return [colours(0.1 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
+    # without the lightest, which a white page hides
+    return [colours(0.2 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def _table(table: Tensor, rows: list[str], columns: list[str], axes: Axes | None) -> Axes:
-    axes = _axes(axes)
+def _table(
+    table: Tensor, rows: list[str], columns: list[str], reach: float | None, axes: Axes | None
+) -> Axes:
     even = 1 / table.shape[1]
-    most = max((table - even).abs().max().item(), 1e-6)
+    if reach is None:
+        reach = max((table - even).abs().max().item(), 1e-6)
+    check_number("reach", reach)
+    if not 0 < reach < math.inf:
+        raise ValueError(f"reach: expected a number above 0, got {given(reach)}")
+    axes = _axes(axes)
     drawn = axes.imshow(
-        table.numpy(), cmap="PuOr_r", vmin=even - most, vmax=even + most, aspect="auto"
+        table.numpy(), cmap="PuOr_r", vmin=even - reach, vmax=even + reach, aspect="auto"
     )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)

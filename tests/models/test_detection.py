@@ -70,6 +70,13 @@ def test_the_published_parameters(detector, build_model):
     assert trainable(model) == expected and round(expected / 1e6, 2) == millions
 
 
+def test_faster_rcnn_misses_the_published_parameters_with_the_background():
+    with torch.device("meta"):
+        models = [build("FasterRCNN", make(), 80) for make in (epsanet50, epsanet50_large)]
+    small, large = (f"{trainable(model) / 1e6:.2f}" for model in models)
+    assert f"Faster R-CNN has {small} and {large} M without" in PAGE
+
+
 def test_what_the_published_parameters_leave_out():
     """The frozen stem and layer1, the background's box, and in Mask R-CNN its mask."""
     with torch.device("meta"):
@@ -395,6 +402,35 @@ def test_a_training_step_and_an_inference(detector, photographs, network, compil
         if detector == "MaskRCNN":
             assert result["masks"].shape == (count, 1, 427, 640)
             assert result["masks"].min() >= 0 and result["masks"].max() <= 1
+
+
+@pytest.mark.parametrize("detector", ("FasterRCNN", "RetinaNet"))
+def test_a_box_is_found(detector, photographs, compiled_operators):
+    """The large dahlia, by a narrow network that has seen nothing else."""
+    ops = optional("torchvision.ops")
+    torch.manual_seed(0)
+    options = {"rpn_post_nms_top_n_train": 200, "box_batch_size_per_image": 64}  # for speed
+    model = build(
+        detector,
+        tiny(),
+        2,
+        backbone={"trainable_layers": 5, "frozen_statistics": False},
+        min_size=160,
+        max_size=240,
+        **(options if detector == "FasterRCNN" else {}),
+    )
+    images = photographs[0][:1]
+    targets = [{name: value[:1] for name, value in photographs[1][0].items()}]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        sum(model.train()(images, targets).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    with torch.no_grad():
+        (found,) = model.eval()(images)
+    # the likeliest comes first
+    assert ops.box_iou(targets[0]["boxes"], found["boxes"][:1]) > 0.5 and found["labels"][0] == 1
 
 
 @pytest.mark.slow

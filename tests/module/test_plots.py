@@ -1,5 +1,6 @@
 """The pictures of recorded attention: what they show, and what they refuse."""
 
+import math
 import sys
 
 import pytest
@@ -50,6 +51,8 @@ def test_depth(axes):
     )  # fmt: skip
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["scale 1", "scale 2"]
     assert list(axes.lines[2].get_ydata()) == [0.5, 0.5]  # where all count alike
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())  # modules are counted
+    assert len({line.get_marker() for line in axes.lines[:2]}) == 2
 
 
 def test_classes(axes):
@@ -68,6 +71,16 @@ def test_image(axes):
     torch.testing.assert_close(shown, right, rtol=1e-6, atol=1e-6)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["3x3", "5x5"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["first", "second"]
+
+
+def test_tables_of_one_reach_have_the_same_colours(axes):
+    limits = [
+        plots.image(record(), axes=axes, reach=0.5).images[-1].get_clim(),
+        plots.classes(record(), [0, 1, 1], reach=0.5, axes=axes).images[-1].get_clim(),
+    ]
+    assert limits == [(0, 1), (0, 1)]
+    largest = plots.image(record(), axes=axes).images[-1].get_clim()
+    assert largest == pytest.approx((0.3, 0.7), abs=1e-6)
 
 
 def test_a_figure_of_its_own():
@@ -117,6 +130,8 @@ def test_a_figure_of_its_own():
             "classes: targets: expected .* got 2",
         ),
         (lambda: plots.image(record(), 3), "image: index: expected .* got 3"),
+        (lambda: plots.image(record(), reach=0), "reach: expected a number above 0, got 0"),
+        (lambda: plots.classes(record(), [0, 1, 1], reach=math.nan), "reach: .* above 0, got nan"),
     ),
 )
 def test_what_is_refused(call, words):

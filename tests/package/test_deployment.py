@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import serve
 import torch
 from support import published
 from support.paths import ROOT
@@ -131,13 +132,11 @@ PACKAGES = {
     params=("small", pytest.param("epsanet50", marks=pytest.mark.slow)),
 )
 def package(request, tmp_path_factory):
-    """(folder, model): an AOTInductor package of any batch, images and the results expected."""
+    """(folder, model): an AOTInductor package of any batch by examples/serve.py, and its model."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     model = PACKAGES[request.param]().eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    serve.package(model, torch.randn(2, 3, 64, 64), str(folder / "model.pt2"))
     return folder, model
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from support.optional import optional
-from support.pages import PAGES, environment
+from support.pages import PAGES, environment, figure_script
 from support.paths import ROOT
 
 from epsa_fused.models import FIGURES
@@ -198,17 +198,6 @@ def test_the_network_table_gives_the_committed_results():
 
 
 # ---- pictures ----
-
-
-def figure_script(name: str):
-    """A script of docs/figures, imported."""
-    optional("matplotlib")
-    folder = str(ROOT / "docs" / "figures")
-    sys.path.insert(0, folder)
-    try:
-        return optional(name)
-    finally:
-        sys.path.remove(folder)
 
 
 def test_the_pictures_show_the_committed_results():

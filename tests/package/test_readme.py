@@ -144,6 +144,7 @@ NOT_RUN = {
     "python benchmarks/serving.py --batch 1 8": "test_serving_benchmark.py runs less of it",
     "pip install openvino onnxruntime onnx": "changes the environment",
     "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
+    "python docs/figures/gallery.py": "trains for minutes; test_gallery.py runs less of it",
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
     "python -m epsa_fused.predict runs/imagenet cat.jpg dog.jpg": PREDICT,
     "python -m epsa_fused.train --data flowers --weights best.pt": WEIGHTS,

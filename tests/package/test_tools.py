@@ -149,6 +149,18 @@ def captum_grad_cam(name):
     return grad_cam
 
 
+def grad_cam(name):
+    """Of the package grad-cam, which needs torchvision."""
+
+    def heat(net):
+        tool = optional("pytorch_grad_cam")
+        target = tool.utils.model_targets.ClassifierOutputTarget(1)
+        with tool.GradCAM(net, [net.get_submodule(name)]) as cam:
+            return torch.from_numpy(cam(images(), [target, target]))
+
+    return heat
+
+
 def captum_guided_backpropagation(net):
     return optional("captum.attr").GuidedBackprop(net).attribute(images(), target=1)
 
@@ -161,9 +173,14 @@ CALLED = {
     "se": captum_layer("psa.se"),
     "se.fc2": captum_layer("psa.se.fc2"),
     "conv_2": captum_grad_cam("psa.conv_2"),
+    "grad_cam of conv_2": grad_cam("psa.conv_2"),
     "guided_backpropagation": captum_guided_backpropagation,
 }
-FUSED = {"psa": captum_grad_cam("psa"), "integrated_gradients": captum_integrated_gradients}
+FUSED = {
+    "psa": captum_grad_cam("psa"),
+    "grad_cam of psa": grad_cam("psa"),
+    "integrated_gradients": captum_integrated_gradients,
+}
 
 
 @pytest.mark.parametrize("attribution", CALLED)

@@ -1,5 +1,5 @@
-"""README, CONTRIBUTING, the pages of docs/ and the folders' READMEs: their blocks of code, and
-running those."""
+"""README, CONTRIBUTING, the pages of docs/ and the folders' READMEs: their blocks of code and their
+pictures' scripts, and running those."""
 
 import json
 import os
@@ -8,7 +8,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+from support.optional import optional
 from support.paths import ROOT
 
 PAGES = {
@@ -113,3 +115,14 @@ def run_shell(script: str, folder: Path, **variables: str) -> subprocess.Complet
         text=True,
         timeout=1200,
     )
+
+
+def figure_script(name: str) -> ModuleType:
+    """A script of docs/figures, imported."""
+    optional("matplotlib")
+    folder = str(ROOT / "docs" / "figures")
+    sys.path.insert(0, folder)
+    try:
+        return optional(name)
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,33 @@
+"""Serve a model on the CPU: compiled in Python, or as a package for a C++ program.
+
+python examples/serve.py
+
+examples/run_package.cpp runs epsanet50.pt2 on images.f32; docs/export.md has its commands.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from epsa_fused import epsanet50, optimize_for_inference
+
+
+def compiled(model: nn.Module, images: Tensor) -> nn.Module:
+    """Folded, packed and compiled for images of this size."""
+    served = optimize_for_inference(model, images)  # dtype=torch.bfloat16 where AMX is
+    print(served.report)
+    return served
+
+
+def package(model: nn.Module, images: Tensor, path: str) -> None:
+    """Machine code for 1 to 64 images of this size, which needs no Python."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+
+
+if __name__ == "__main__":
+    model = epsanet50().eval()  # and load your weights into it
+    images = torch.randn(8, 3, 224, 224)
+    logits = compiled(model, images)(images)  # [8, 1000]
+    package(model, images, "epsanet50.pt2")
+    images.numpy().tofile("images.f32")
