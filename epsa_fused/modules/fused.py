@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from typing_extensions import Self
 
-from .._arguments import ModuleArguments
+from .._arguments import ModuleArguments, SEArguments
 from .._checks import check_flag, check_int, check_tensor
 from .._library import COMPARED_WEIGHTS, HAS_CUDA
 from .._winograd import winograd_allowed
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
-from .layers import is_plain, why_conv_not_taken, why_layer_called, why_not_plain, why_se_called
+from .layers import (
+    is_plain,
+    submodule,
+    why_conv_not_taken,
+    why_layer_called,
+    why_not_plain,
+    why_se_called,
+)
 from .tracing import NotScriptable, as_leaf
 
 
@@ -133,14 +140,15 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 raise _no_save_output(why)
             warn_once(self, why)
             return super().forward(x, bool(asked))
-        convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
             raise _no_save_output(f"x is on {x.device}")
-        if not taken or _why_not_taken(convs) is not None:
+        why = self._why_not_taken()
+        if not taken or why is not None:
             if save_output:
-                raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._fused_attention([conv(x) for conv in convs], bool(asked))
+                raise _no_save_output(cast(str, why))
+            return self._fused_attention(self._feats(x), bool(asked))
+        convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         if save_output:
             if asked is True:
                 raise _no_save_output("return_attention asks for the gradient of the attention")
@@ -276,18 +284,37 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     # ---- parts ----
 
-    def _convs(self) -> list[nn.Module]:
-        return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
+    def _has_convs_as_branches(self) -> bool:
+        """Whether each branch is one convolution of the input; those of AdoptedPSA may be more."""
+        return True
+
+    def _conv_names(self) -> Sequence[str]:
+        return [f"conv_{i + 1}" for i in range(self.branches)]
 
     def _why_convs_called(self) -> str | None:
-        for i in range(1, self.branches + 1):
-            why = why_layer_called(f"conv_{i}", self._modules.get(f"conv_{i}"), nn.Conv2d)
+        for name in self._conv_names():
+            why = why_layer_called(name, submodule(self, name), nn.Conv2d)
             if why is not None:
                 return why
         return None
 
+    def _why_not_taken(self) -> str | None:
+        """The reason why the operator cannot take the convolutions' settings, or None."""
+        convs = cast(list[nn.Conv2d], self._convs())
+        for name, conv in zip(self._conv_names(), convs, strict=True):
+            why = why_conv_not_taken(name, conv)
+            if why is not None:
+                return why
+            if conv.stride != convs[0].stride:
+                first = self._conv_names()[0]
+                return f"{name} has stride {conv.stride}, and {first} has {convs[0].stride}"
+        return None
+
+    def _why_se_called(self) -> str | None:
+        return why_se_called("se", self._modules.get("se"), SEWeight)
+
     def _why_attention_called(self) -> str | None:
-        return why_here() or why_se_called("se", self._modules.get("se"), SEWeight)
+        return why_here() or self._why_se_called()
 
     def _why_called(self) -> str | None:
         """The reason why layers must be called, or None."""
@@ -299,14 +326,13 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return None
 
     def _why_not_fused(self) -> str | None:
-        return self._why_called() or _why_not_taken(cast(list[nn.Conv2d], self._convs()))
+        return self._why_called() or self._why_not_taken()
 
     def _plain_convs(self) -> list[nn.Conv2d] | None:
         """The convolutions if the operator may read them in place of their calls, else None."""
-        if self._why_convs_called() is not None:
+        if self._why_convs_called() is not None or self._why_not_taken() is not None:
             return None
-        convs = cast(list[nn.Conv2d], self._convs())
-        return convs if _why_not_taken(convs) is None else None
+        return cast(list[nn.Conv2d], self._convs())
 
     def _call_operator(self, x: Tensor, convs: list[nn.Conv2d], *epilogue: Any) -> Tensor:
         """psa_forward. `epilogue`: scale, shift and relu, or nothing."""
@@ -319,16 +345,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return cast(Tensor, operator(*arguments, packed, winograd, *epilogue))
 
     def _arguments(self, x: Tensor, convs: list[nn.Conv2d]) -> ModuleArguments:
+        reads = (*_conv_arguments(convs), *self._se_arguments())
+        return ModuleArguments(x, *reads, is_reversed(self.branch_order))
+
+    def _se_arguments(self) -> SEArguments:
         fc1, fc2 = self.se.fc1, self.se.fc2
-        return ModuleArguments(
-            x,
-            *_conv_arguments(convs),
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            is_reversed(self.branch_order),
-        )
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
     def _call_for_attention(self, x: Tensor, convs: list[nn.Conv2d]) -> tuple[Tensor, Tensor]:
         """As _call_operator, and the attention [N, S, C]."""
@@ -348,13 +370,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
     def _fused_attention(
         self, feats: list[Tensor], return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        fc1, fc2 = self.se.fc1, self.se.fc2
         return psa_attention(
             feats,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            *self._se_arguments(),
             branch_order=self.branch_order,
             return_attention=return_attention,
         )
@@ -387,17 +405,6 @@ def _no_save_output(why: str) -> NotImplementedError:
         "FusedPSAModule: save_output=True expects a CPU tensor, plain convolutions of one stride "
         f"and a plain SE: {why}"
     )
-
-
-def _why_not_taken(convs: list[nn.Conv2d]) -> str | None:
-    """The reason why the CPU's operator cannot take the convolutions, or None."""
-    for i, conv in enumerate(convs, 1):
-        why = why_conv_not_taken(f"conv_{i}", conv)
-        if why is not None:
-            return why
-        if conv.stride != convs[0].stride:
-            return f"conv_{i} has stride {conv.stride}, and conv_1 has {convs[0].stride}"
-    return None
 
 
 def _conv_arguments(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -14,7 +13,7 @@ from .._checks import check_modules, check_tensor
 from ..functional import psa_attention
 from ..reference import _recalibrate, accumulated, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
-from .layers import has_bias, why_not_plain, why_se_called
+from .layers import has_bias, read_se, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
 
 # An SE network in an nn.Sequential: pooling, convolution, ReLU, convolution, sigmoid.
@@ -145,18 +144,10 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
             warn_once(self, why)
             return super().forward(x, bool(asked))
         feats = self._feats(x)
-        # In the order of the layers' calls, for parametrisations that draw random numbers.
-        reads = [
-            (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            for fc1, fc2 in zip(_layers(self.se_blocks, 1), _layers(self.se_blocks, 3), strict=True)
-        ]
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = zip(*reads, strict=True)
+        networks = zip(_layers(self.se_blocks, 1), _layers(self.se_blocks, 3), strict=True)
         return psa_attention(
             feats,
-            torch.stack(fc1_weight),
-            torch.stack(fc1_bias) if fc1_bias[0] is not None else None,
-            torch.stack(fc2_weight),
-            torch.stack(fc2_bias) if fc2_bias[0] is not None else None,
+            *read_se(networks),
             branch_order=self.branch_order,
             return_attention=bool(asked),
         )

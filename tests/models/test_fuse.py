@@ -160,17 +160,25 @@ def test_the_random_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_each_kind_is_run_once(monkeypatch):
-    """Once in training and once in evaluation. EPSANet-101 has 33 modules of four widths."""
+def test_each_kind_is_tried_once(monkeypatch):
+    """EPSANet-101 has 33 modules of four widths, and EPSANet-50 has 16 of the same."""
     runs = []
     forward = published.PSAModule.forward
     monkeypatch.setattr(
         published.PSAModule, "forward", lambda self, x: (runs.append(x.shape), forward(self, x))[1]
     )
-    with torch.device("meta"):
-        model = published.epsanet101()
-    fuse(model)
-    assert len(runs) == 2 * 4
+    counts = []
+    for make in (published.epsanet50, published.epsanet101):
+        runs.clear()
+        with torch.device("meta"):
+            model = make()
+        fuse(model)
+        counts.append(len(runs))
+    assert counts[0] == counts[1]
+    channels = [shape[1] for shape in runs]
+    assert {c: channels.count(c) for c in channels} == dict.fromkeys(
+        (64, 128, 256, 512), counts[0] // 4
+    )
 
 
 class Scaled(published.SEWeightModule):
