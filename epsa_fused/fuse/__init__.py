@@ -1,8 +1,8 @@
 """fuse(): replace the PSA modules of a model by fused ones.
 
-The published code is copied, not installed, so its class has any module path. find.py therefore
-recognises PSA modules by their structure. Structure does not say what forward computes, so
-trial.py runs each kind once on random weights and compares.
+The published code is copied, not installed, and most copies are changed. So find.py looks for
+modules with the layers of PSA, by whatever names. Layers do not say what forward computes, so
+trial.py runs each kind on random weights and compares.
 """
 
 from __future__ import annotations
@@ -51,17 +51,19 @@ class FuseReport:
 def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     """Replace every PSA module in `model` by a fused one with the same parameters.
 
-    Three kinds are found, at any place in the model:
+    A PSA module is found by its layers, at any place in the model: 2 to 8 branches that make maps
+    of C channels, and an SE network from C channels to r and back, shared or one for each branch.
+    Names and classes do not matter. Layers by the names of the published PSAModule give a
+    :class:`epsa_fused.FusedPSAModule`, those by the names of :class:`epsa_fused.SplitPSA` a
+    :class:`epsa_fused.FusedSplitPSA`, and others a
+    :class:`epsa_fused.modules.FusedAdoptedPSA`, which keeps their names.
 
-    - :class:`epsa_fused.PSAModule`, the reference, becomes :class:`epsa_fused.FusedPSAModule`.
-    - The published code's PSAModule (children conv_1, conv_2, ... and se) does too.
-    - External-Attention-pytorch's PSA (children convs and se_blocks) becomes
-      :class:`epsa_fused.FusedSplitPSA`. There each branch takes its own part of the input and has
-      its own SE.
+    A branch may be more than a convolution, such as one with a BatchNorm. It is called then, in
+    training and in evaluation, and the attention step is fused. The report says so.
 
-    The class's name and module path do not matter. Each kind is run on a small random input, with
-    random weights, on the CPU, in training and in evaluation. Its output must equal that of the
-    fused module in one of the two branch orders; otherwise it is left alone.
+    Each kind is run on small random inputs, with random weights, on the CPU, in training and in
+    evaluation. Its outputs and gradients must equal those of the fused module, in one of the two
+    branch orders. Otherwise it is left alone, and the report has the reason.
 
     Convolutions and SE layers stay the same objects. So parameters, dtype, device, training flags,
     `requires_grad`, `state_dict` keys and optimizers stay. Hooks on the PSA module and on its

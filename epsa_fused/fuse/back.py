@@ -30,13 +30,14 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     """Replace every fused module in `model` by a plain one with the same parameters.
 
     :class:`epsa_fused.FusedPSAModule` becomes :class:`epsa_fused.PSAModule`, and
-    :class:`epsa_fused.FusedSplitPSA` becomes :class:`epsa_fused.SplitPSA`. Those call their layers
-    and need no operator of this package, for tools that cannot take one. :func:`epsa_fused.fuse`
-    makes them fused again.
+    :class:`epsa_fused.FusedSplitPSA` becomes :class:`epsa_fused.SplitPSA`. What was adopted from
+    another class becomes :class:`epsa_fused.modules.AdoptedPSA`. Those call their layers and need
+    no operator of this package, for tools that cannot take one. :func:`epsa_fused.fuse` makes them
+    fused again.
 
     Layers stay the same objects, also replaced and wrapped ones. So parameters, dtype, device,
     training flags, hooks, `state_dict` keys and optimizers stay. `save_output` and packed weights
-    are dropped.
+    are dropped, and a setting of `winograd` waits for the next fuse().
 
     Args:
         model: any module. A model in DistributedDataParallel needs `inplace`.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._checks import first_line
 from ..modules.adopted import AdoptedPSA, PSALayers, SECall
+from ..modules.layers import has_bias
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
@@ -30,6 +31,9 @@ _USUAL = (
     *(nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.AdaptiveAvgPool2d),
     *(nn.Flatten, nn.Sequential, nn.ModuleList, nn.Softmax),
 )
+
+
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class Verdict(NamedTuple):
@@ -59,8 +63,8 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         if key not in _STATE
     ]
     shapes = [p.shape for m in module.modules() if m not in inside for p in m.parameters(False)]
-    channels = [m.in_channels for m in inside if isinstance(m, nn.Conv2d)]
-    return (layers, *(type(m) for m in module.modules()), *channels, *settings, *shapes)
+    convs = [m.extra_repr() for m in inside if isinstance(m, nn.Conv2d)]
+    return (layers, *(type(m) for m in module.modules()), *convs, *settings, *shapes)
 
 
 def run(module: nn.Module, layers: PSALayers) -> Verdict:
@@ -68,7 +72,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
 
     Outputs and gradients are compared, in evaluation and in training: a dropout shows in one of
     them only. The copy's branches are cheap ones: the fused module calls or computes the same
-    branches, so only that they are called counts here.
+    branches. In one run more they have their settings, at which a forward may look.
 
     Raises:
         MisfitError: it computes something else, or cannot be run.
@@ -93,6 +97,8 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                 if _agree([fused.out], [first.out]):
                     calls.check()
                     overwrites = _compare(twin, layers, order, inputs)
+                    real = _twin(module, layers, generator, cheap=False)
+                    _compare(real, layers, order, inputs[1:2], backward=False)
                     layers = _with_calls(twin, layers, order, inputs[0])
                     return Verdict(layers, order, overwrites)
             named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
@@ -133,13 +139,17 @@ def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> l
     return inputs
 
 
-def _twin(module: nn.Module, layers: PSALayers, generator: torch.Generator) -> nn.Module:
-    """A copy with random weights on the CPU, without hooks, and with cheap branches."""
+def _twin(
+    module: nn.Module, layers: PSALayers, generator: torch.Generator, *, cheap: bool = True
+) -> nn.Module:
+    """A copy with random weights on the CPU, without hooks, and with convolutions as branches.
+
+    They are 1x1 convolutions where `cheap`, and where a branch is more than a convolution.
+    """
     memo: dict[int, Any] = {}
     for name in layers.branches:
         branch = module.get_submodule(name)
-        convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
-        memo[id(branch)] = nn.Conv2d(convs[0].in_channels, convs[-1].out_channels, 1, device="meta")
+        memo[id(branch)] = _stand_in(branch, cheap)
     try:
         twin = copy.deepcopy(module, memo)
     except Exception as error:  # for example, it keeps a result with an autograd graph
@@ -156,16 +166,25 @@ def _twin(module: nn.Module, layers: PSALayers, generator: torch.Generator) -> n
     return twin
 
 
-def _result(module: nn.Module, x: Tensor) -> _Result:
+def _stand_in(branch: nn.Module, cheap: bool) -> nn.Conv2d:
+    convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
+    channels = (convs[0].in_channels, convs[-1].out_channels)
+    if cheap or convs[0] is not branch:
+        return nn.Conv2d(*channels, 1, device="meta")
+    settings: dict[str, Any] = {name: getattr(convs[0], name) for name in _SETTINGS}
+    return nn.Conv2d(*channels, **settings, bias=has_bias(convs[0]), device="meta")
+
+
+def _result(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
     leaf = x.clone().requires_grad_()
     given = leaf.clone()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # that of GPUs stays
     out = module(given)
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
     overwrites = not torch.equal(given, leaf)
     grads = None
-    if out.requires_grad:
+    if backward and out.requires_grad:
         cotangent = torch.arange(out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
         try:
             grads = torch.autograd.grad(
@@ -176,7 +195,13 @@ def _result(module: nn.Module, x: Tensor) -> _Result:
     return _Result(out.detach(), grads, overwrites)
 
 
-def _compare(twin: nn.Module, layers: PSALayers, order: str, inputs: Sequence[Tensor]) -> bool:
+def _compare(
+    twin: nn.Module,
+    layers: PSALayers,
+    order: str,
+    inputs: Sequence[Tensor],
+    backward: bool = True,
+) -> bool:
     """Compare with the fused module; whether the other one overwrites its input.
 
     Raises:
@@ -186,7 +211,7 @@ def _compare(twin: nn.Module, layers: PSALayers, order: str, inputs: Sequence[Te
     overwrites = False
     for training in (False, True):
         for x in inputs:
-            actual, expected = (_result(m.train(training), x) for m in (fused, twin))
+            actual, expected = (_result(m.train(training), x, backward) for m in (fused, twin))
             if not _agree([actual.out], [expected.out]):
                 where = "in training" if training else f"for an input {list(x.shape)}"
                 raise MisfitError(f"its forward computes something else than PSA {where}")

@@ -49,7 +49,8 @@ class SplitPSA(nn.Module):
     follow, as in :func:`epsa_fused.psa_attention` with SE weights per branch. The result is
     [N, S*C', H', W'] for convolutions with C' output channels.
 
-    It computes what External-Attention-pytorch's PSA does. :func:`epsa_fused.unfuse` builds it.
+    It computes what External-Attention-pytorch's PSA does, whose published class hides its layers
+    from PyTorch in plain lists. :func:`epsa_fused.unfuse` builds it.
 
     Args:
         convs: S convolutions with outputs of one shape.
@@ -100,7 +101,8 @@ class SplitPSA(nn.Module):
 class FusedSplitPSA(NotScriptable, SplitPSA):
     """:class:`SplitPSA` with the attention step fused.
 
-    :func:`epsa_fused.fuse` builds it from the module that External-Attention-pytorch calls PSA.
+    :func:`epsa_fused.fuse` builds it from External-Attention-pytorch's PSA, once its lists of
+    layers are nn.ModuleLists.
 
     Args:
         convs: S convolutions with outputs of one shape. They are called.

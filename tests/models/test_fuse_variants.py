@@ -22,6 +22,7 @@ from support.lookalikes import (
 )
 from support.tolerance import largest, relative_error
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from epsa_fused import (
     fuse,
@@ -166,6 +167,18 @@ def test_it_fuses_as_its_reason_says():
     lists.convs, lists.se_blocks = nn.ModuleList(lists.convs), nn.ModuleList(lists.se_blocks)
     fused = without_warning(fuse, nn.Sequential(lists, Shared(with_norm())))
     assert list(fused.fuse_report.replaced) == ["0", "1"]
+
+
+def test_a_folded_norm_fuses_as_a_whole():
+    norms = with_norm()
+    model = nn.Sequential(Shared(norms)).double().eval()
+    x = image(16, 2, 6, 5)
+    expected = model(x)
+    for i, (conv, norm) in enumerate(norms):
+        model[0].conv_branches[i] = fuse_conv_bn_eval(conv, norm)
+    fused = without_warning(fuse, model)
+    assert relative_error(fused(x), expected) <= LIMIT
+    assert fused[0]._has_convs_as_branches()
 
 
 # ---- the adopted module ----

@@ -364,6 +364,12 @@ class LooksAtSizes(Shared):
         return super().forward(x if x.shape[2] < x.shape[3] + 2 else x.flip(2))
 
 
+class LooksAtKernels(Shared):
+    def forward(self, x):
+        maps = [branch(x) / branch.kernel_size[0] for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
 class Cascade(Shared):
     """Each branch adds the map of the one before it to its input."""
 
@@ -481,6 +487,7 @@ NEAR_MISSES = {
     "detached": (Detached, r"its gradients are not those of PSA"),
     "values": (LooksAtValues, SOMETHING_ELSE),
     "sizes": (LooksAtSizes, SOMETHING_ELSE),
+    "kernels": (LooksAtKernels, SOMETHING_ELSE),
     "another_order": (AnotherOrder, SOMETHING_ELSE),
     "interleaved": (Interleaved, SOMETHING_ELSE),
     "max": (MaxPooled, SOMETHING_ELSE),
