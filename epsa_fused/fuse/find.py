@@ -100,8 +100,7 @@ def _look(module: nn.Module) -> Candidate | None:
     if unfit is None and why is None:
         layers = PSALayers(tuple(b.name for b in branches), tuple(n.layers for n in networks))
         return Candidate(layers, None, known)
-    named = known or (unfit is None and _is_pyramid(branches, networks))
-    return Candidate(None, why, True) if named else None
+    return Candidate(None, why, True) if known or _is_pyramid(branches, networks) else None
 
 
 def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
@@ -109,8 +108,11 @@ def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
 
     A chain needs convolutions that keep the number of channels, and one SE network is enough.
     """
-    keep = branches[0].channels[0] == branches[0].channels[1] and len(networks) == 1
-    return len(branches) > 2 and len({b.setting for b in branches}) > 1 and not keep
+    if len(branches) < 3 or not networks or len({branch.channels for branch in branches}) > 1:
+        return False
+    inplans, channels = branches[0].channels
+    parallel = inplans != channels or len(networks) > 1
+    return parallel and len({branch.setting for branch in branches}) > 1
 
 
 def _why_not_now(module: nn.Module) -> str | None:

@@ -126,15 +126,14 @@ def test_the_operator_computes_it(variant):
     called = in_part or v.kind == "FusedSplitPSA"
     assert ("epsa_fused::psa_forward" in names) != called
     assert "epsa_fused::psa_attention" in names or not called
-    assert called == (why_not_fused(fused[1]) is not None) or v.kind == "FusedSplitPSA"
+    assert in_part == (why_not_fused(fused[1]) is not None)
 
 
 # ---- what is not fused ----
 
 
-@pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("miss", NEAR_MISSES)
-def test_a_near_miss_is_named_and_stays_as_it_is(miss, inplace):
+def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     make, why = NEAR_MISSES[miss]
     model = model_of(make)
     kept, before = type(model[1]), description(model)
@@ -144,7 +143,7 @@ def test_a_near_miss_is_named_and_stays_as_it_is(miss, inplace):
     torch.manual_seed(1)
     expected = copied(x)
     with pytest.warns(UserWarning, match=rf"left alone 1 .*1 \(.*{why}"):
-        left = fuse(model, inplace=inplace)
+        left = fuse(model)
     assert list(left.fuse_report.left) == ["1"] and not left.fuse_report.replaced
     assert type(left[1]) is kept
     assert description(model) == before
@@ -264,7 +263,7 @@ def test_an_adopted_module_is_served():
         prepack(fused, x, frozen=True)
         assert "prepacked" in repr(fused)
         assert relative_error(fused(x), expected) < 1e-5
-        served = optimize_for_inference(model, x)
+        served = optimize_for_inference(model, x, compile=False)
         assert served.report.folded == ["1"] and served.report.packed == 1
         assert relative_error(served(x), expected) < 1e-5
 

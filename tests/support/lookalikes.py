@@ -104,7 +104,7 @@ class Own(nn.Module):
 
     def forward(self, x):
         maps = [conv(x) for conv in self.convs]
-        return recalibrated(maps, [se(m) for se, m in zip(self.ses, maps, strict=True)])
+        return recalibrated(maps, [self.ses[i % len(self.ses)](m) for i, m in enumerate(maps)])
 
 
 class Numbered(nn.Module):
@@ -468,6 +468,12 @@ class Block(Shared):
         return self.norm(super().forward(self.before(x)))
 
 
+def with_ses(*ses):
+    module = Own()
+    module.ses = nn.ModuleList(ses)
+    return module
+
+
 SOMETHING_ELSE = r"something else than PSA"
 NEAR_MISSES = {
     "softmax_of_channels": (SoftmaxOfChannels, SOMETHING_ELSE),
@@ -493,6 +499,12 @@ NEAR_MISSES = {
     "max": (MaxPooled, SOMETHING_ELSE),
     "weights_read": (ReadWeights, r"calls conv_branches\.0 0 times, expected once"),
     "plain_lists": (PlainLists, r"in plain Python lists \(convs, se_blocks\).*nn\.ModuleList"),
+    "an_se_too_few": (lambda: with_ses(squeeze(), squeeze(), squeeze()),
+        r"4 branches and 3 SE networks"),
+    "an_se_of_another_width": (lambda: with_ses(squeeze(), squeeze(), squeeze(), Layers()),
+        r"the channels of the SE networks are .*\(16, 5\)"),
+    "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
+        r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
     "block": (Block, r"other children too: norm"),
 }  # fmt: skip
