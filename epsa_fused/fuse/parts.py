@@ -131,7 +131,7 @@ def _branch(name: str, module: nn.Module, layers: list[nn.Module]) -> Branch | N
     """The module as a branch, if its layers are those of one: one convolution sees more than a
     pixel, or there is one convolution at all."""
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    wide = [conv for conv in convs if not _is_point(conv)] or convs
+    wide = [conv for conv in convs if max(conv.kernel_size) > 1] or convs
     if len(wide) != 1 or any(isinstance(layer, nn.Linear) for layer in layers):
         return None
     conv = wide[0]

@@ -232,11 +232,12 @@ class _Calls:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        def keep(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._inputs.setdefault(layer, []).append(args[0].detach().clone())
+        def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            (x,) = (*args, *options.values())
+            self._inputs.setdefault(layer, []).append(x.detach().clone())
 
         layers = {*self._branches, *self._fc1}
-        handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:

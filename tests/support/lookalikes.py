@@ -119,7 +119,7 @@ class Numbered(nn.Module):
             )
 
     def forward(self, x):
-        maps = [getattr(self, f"conv{i}")(x) for i in (4, 3, 2, 1)]
+        maps = [getattr(self, f"conv{i}")(input=x) for i in (4, 3, 2, 1)]
         pooled = [F.adaptive_avg_pool2d(m, 1) for m in maps]
         weights = [getattr(self, f"se{4 - i}")(p).sigmoid() for i, p in enumerate(pooled)]
         return recalibrated(maps, weights)
@@ -206,6 +206,12 @@ class Adapted(nn.Module):
         return 2 * self.base(x)
 
 
+def separable():
+    """Each branch a depthwise convolution and a grouped 1x1 convolution."""
+    deep = (nn.Conv2d(16, 16, k, padding=k // 2, groups=16) for k in (3, 5, 7, 9))
+    return [nn.Sequential(conv, convolution(1, g)) for conv, g in zip(deep, GROUPS, strict=True)]
+
+
 def with_convs(convs, module=None):
     """The published module with other convolutions."""
     module = module or published_psa()
@@ -259,6 +265,9 @@ VARIANTS = {
     "bias": Variant(lambda: with_convs(convolutions(bias=True)), **PUBLISHED),
     "dilation": Variant(lambda: with_convs(dilated()), **PUBLISHED),
     "dilation_and_bias": Variant(lambda: with_convs(dilated(bias=True)), **PUBLISHED),
+    "dilation_and_a_pixel": Variant(lambda: with_convs([*dilated()[:3], convolution(1)]),
+        **PUBLISHED),
+    "separable": Variant(lambda: with_convs(separable()), order="reversed", in_part=True),
     "stride": Variant(lambda: with_convs(convolutions(stride=2)), **PUBLISHED),
     "padding_mode": Variant(lambda: with_convs(convolutions(padding_mode="reflect")),
         **PUBLISHED, in_part=True),
