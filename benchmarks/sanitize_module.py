@@ -35,7 +35,7 @@ def run(module: FusedPSAModule, n: int, size: int, dtype: torch.dtype) -> None:
     convolutions = [getattr(module, f"conv_{i}") for i in (1, 2, 3, 4)]
     scale, shift = torch.randn(2, planes, device="cuda")
     operator = torch.ops.epsa_fused.psa_forward.default
-    out = operator(*module._arguments(x, convolutions), None, True, scale, shift, True)
+    out = operator(*module._arguments(x, convolutions)[0], None, True, scale, shift, True)
     assert out.isfinite().all()
     assert module(x).isfinite().all()
     print(f"{dtype} ({n}, {planes}, {size}): ok", flush=True)

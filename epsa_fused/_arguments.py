@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+
+# fc1_weight, fc1_bias, fc2_weight, fc2_bias
+SEArguments: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class ModuleArguments(NamedTuple):

@@ -302,7 +302,7 @@ class PSAModule(nn.Module):
         name = type(self).__name__
         check_tensor(f"{name}: x", x)
         asked = asks_for_attention(name, return_attention)
-        feats = [getattr(self, f"conv_{i + 1}")(x) for i in range(self.branches)]
+        feats = self._feats(x)
         if asked:
             return self.attention(feats, return_attention=True)
         return self.attention(feats)  # that of a subclass may know no other
@@ -324,6 +324,19 @@ class PSAModule(nn.Module):
 
         With `return_attention` also the attention [N, S, C].
         """
-        weights = [self.se(feat) for feat in feats]
-        out, attention = _recalibrate(feats, weights, is_reversed(self.branch_order))
+        out, attention = _recalibrate(feats, self._weights(feats), is_reversed(self.branch_order))
         return (out, accumulated(attention)) if return_attention else out
+
+    # Where the layers are; AdoptedPSA has them elsewhere.
+
+    def _convs(self) -> list[nn.Module]:
+        """What makes each branch's map."""
+        return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
+
+    def _feats(self, x: Tensor) -> list[Tensor]:
+        """The branches' maps, S x [N, C, H', W']."""
+        return [conv(x) for conv in self._convs()]
+
+    def _weights(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """The SE's weights of each branch, S x [N, C, 1, 1]."""
+        return [self.se(feat) for feat in feats]

@@ -1,24 +1,28 @@
 """fuse(): replace the PSA modules of a model by fused ones.
 
-The published code is copied, not installed, so its class has any module path. find.py therefore
-recognises PSA modules by their structure. Structure does not say what forward computes, so
-trial.py runs each kind once on random weights and compares.
+The published code is copied, not installed, and most copies are changed. So find.py looks for
+modules with the layers of PSA, by whatever names. Layers do not say what forward computes, so
+trial.py runs each kind on random weights and compares.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA
+from ..modules.layers import why_se_called
+from ..reference import PSAModule, SEWeight
 from .back import unfuse
-from .find import Kind, MisfitError, kind_of
+from .build import build
+from .find import Candidate, MisfitError, candidates
+from .hooks import hand_on, refuse_hooks
 from .tree import replace, same_tensors_in_another_tree
-from .trial import CALL_HOOKS, Verdict, check
+from .trial import Verdict, key_of, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
@@ -47,17 +51,19 @@ class FuseReport:
 def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     """Replace every PSA module in `model` by a fused one with the same parameters.
 
-    Three kinds are found, at any place in the model:
+    A PSA module is found by its layers, at any place in the model: 2 to 8 branches that make maps
+    of C channels, and an SE network from C channels to r and back, shared or one for each branch.
+    Names and classes do not matter. Layers by the names of the published PSAModule give a
+    :class:`epsa_fused.FusedPSAModule`, those by the names of :class:`epsa_fused.SplitPSA` a
+    :class:`epsa_fused.FusedSplitPSA`, and others a
+    :class:`epsa_fused.modules.FusedAdoptedPSA`, which keeps their names.
 
-    - :class:`epsa_fused.PSAModule`, the reference, becomes :class:`epsa_fused.FusedPSAModule`.
-    - The published code's PSAModule (children conv_1, conv_2, ... and se) does too.
-    - External-Attention-pytorch's PSA (children convs and se_blocks) becomes
-      :class:`epsa_fused.FusedSplitPSA`. There each branch takes its own part of the input and has
-      its own SE.
+    A branch may be more than a convolution, such as one with a BatchNorm. It is called then, in
+    training and in evaluation, and the attention step is fused. The report says so.
 
-    The class's name and module path do not matter. Each kind is run on a small random input, with
-    random weights, on the CPU, in training and in evaluation. Its output must equal that of the
-    fused module in one of the two branch orders; otherwise it is left alone.
+    Each kind is run on small random inputs, with random weights, on the CPU, in training and in
+    evaluation. Its outputs and gradients must equal those of the fused module, in one of the two
+    branch orders. Otherwise it is left alone, and the report has the reason.
 
     Convolutions and SE layers stay the same objects. So parameters, dtype, device, training flags,
     `requires_grad`, `state_dict` keys and optimizers stay. Hooks on the PSA module and on its
@@ -92,7 +98,7 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     plan = _planned(model)
     model = replace(model, plan.fused, "fuse", inplace)
     for old, new in plan.fused.items():
-        _hand_on(old, new)
+        hand_on(old, new)
     model.fuse_report = plan.report  # type: ignore[assignment]  # nn.Module declares only tensors
     _warn(model, plan)
     return model
@@ -110,25 +116,57 @@ class _Plan:
 
 def _planned(model: nn.Module) -> _Plan:
     plan = _Plan()
-    checks: dict[tuple[Any, ...], Verdict] = {}
+    found = candidates(model)
+    verdicts: dict[tuple[Any, ...], Verdict | MisfitError] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         plan.already += isinstance(module, FusedPSAModule | FusedSplitPSA)
-        kind = kind_of(module)
-        if kind is None:
+        candidate = found.get(module)
+        if candidate is None:
             continue
         try:
             if module not in plan.fused:
-                verdict = check(name, module, kind, checks)
-                plan.fused[module] = _build(module, kind, verdict.branch_order)
+                verdict = _verdict(module, candidate, verdicts)
+                plan.fused[module] = _built(name, module, verdict)
                 plan.overwriting += [name] if verdict.overwrites_input else []
             new, old = plan.fused[module], type(module)
             plan.report.replaced[name] = (
                 f"{type(new).__name__}(branch_order={new.branch_order!r}) "
-                f"for {old.__module__}.{old.__qualname__}"
+                f"for {old.__module__}.{old.__qualname__}" + _in_part(new)
             )
         except MisfitError as why:
-            plan.report.left[name] = str(why)
+            if candidate.named or why.named:
+                plan.report.left[name] = str(why)
     return plan
+
+
+def _verdict(
+    module: nn.Module, candidate: Candidate, verdicts: dict[tuple[Any, ...], Verdict | MisfitError]
+) -> Verdict:
+    """What the module computes, by one trial for each kind."""
+    if candidate.layers is None:
+        raise MisfitError(cast(str, candidate.why_not))
+    if (
+        type(module) is PSAModule
+        and "attention" not in module.__dict__
+        and why_se_called("se", module.se, SEWeight) is None
+    ):
+        return Verdict(candidate.layers, module.branch_order)
+    key = key_of(module, candidate.layers)
+    if key not in verdicts:
+        try:
+            verdicts[key] = run(module, candidate.layers)
+        except MisfitError as why:
+            verdicts[key] = why
+    verdict = verdicts[key]
+    if isinstance(verdict, MisfitError):
+        raise verdict
+    return verdict
+
+
+def _in_part(new: FusedPSAModule | FusedSplitPSA) -> str:
+    """What a report says of a module whose attention step alone is fused."""
+    why = new._why_not_taken() if isinstance(new, FusedPSAModule) else None
+    return "" if why is None else f"; the convolutions are called, as {why}"
 
 
 def _warn(model: nn.Module, plan: _Plan) -> None:
@@ -153,23 +191,20 @@ def _warn(model: nn.Module, plan: _Plan) -> None:
         )
 
 
-def _build(module: nn.Module, kind: Kind, order: str) -> FusedPSAModule | FusedSplitPSA:
-    new = kind.build(module, order)
+def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | FusedSplitPSA:
+    new = build(module, verdict.layers, verdict.branch_order)
     lost = _names_of_tensors(module) - _names_of_tensors(new)
     if lost:
         raise MisfitError(
             f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
         )
+    refuse_hooks(name, module, new, map(module.get_submodule, verdict.layers.branches))
     new.training = module.training
+    if isinstance(module, PSAModule) and "winograd" in module.__dict__:
+        new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new
 
 
 def _names_of_tensors(module: nn.Module) -> set[str]:
     parameters = module.named_parameters(remove_duplicate=False)
     return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}
-
-
-def _hand_on(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks of `old`: the same containers, so that handles keep working."""
-    for hooks in (*CALL_HOOKS, "_is_full_backward_hook"):
-        new.__dict__[hooks] = old.__dict__[hooks]

@@ -9,15 +9,19 @@ from torch import nn
 
 from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA, SplitPSA
+from ..modules.adopted import AdoptedPSA, FusedAdoptedPSA
 from ..reference import PSAModule
+from .hooks import hooks_that_stay_behind
 from .tree import replace, same_tensors_in_another_tree
-from .trial import hooks_that_stay_behind
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedPSAModule: PSAModule,
     FusedSplitPSA: SplitPSA,
+    FusedAdoptedPSA: AdoptedPSA,
 }
+# What only a fused module needs. The setting of Winograd's method waits for the next fuse().
+_DROPPED = ("save_output", "_packed", "_frozen")
 # What a module may have set on itself, in place of its class's.
 _OVERRIDES = ("forward", "attention")
 
@@ -26,13 +30,14 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     """Replace every fused module in `model` by a plain one with the same parameters.
 
     :class:`epsa_fused.FusedPSAModule` becomes :class:`epsa_fused.PSAModule`, and
-    :class:`epsa_fused.FusedSplitPSA` becomes :class:`epsa_fused.SplitPSA`. Those call their layers
-    and need no operator of this package, for tools that cannot take one. :func:`epsa_fused.fuse`
-    makes them fused again.
+    :class:`epsa_fused.FusedSplitPSA` becomes :class:`epsa_fused.SplitPSA`. What was adopted from
+    another class becomes :class:`epsa_fused.modules.AdoptedPSA`. Those call their layers and need
+    no operator of this package, for tools that cannot take one. :func:`epsa_fused.fuse` makes them
+    fused again.
 
     Layers stay the same objects, also replaced and wrapped ones. So parameters, dtype, device,
     training flags, hooks, `state_dict` keys and optimizers stay. `save_output` and packed weights
-    are dropped.
+    are dropped, and a setting of `winograd` waits for the next fuse().
 
     Args:
         model: any module. A model in DistributedDataParallel needs `inplace`.
@@ -94,7 +99,8 @@ def _plain(module: nn.Module) -> nn.Module:
     """A plain module with the attributes of `module`: the same layers and containers of hooks."""
     fused = type(module)
     plain = _PLAIN[fused].__new__(_PLAIN[fused])
-    # The fused class annotates the attributes that the plain one has not.
-    state = {k: v for k, v in module.__dict__.items() if k not in fused.__annotations__}
+    state = {name: v for name, v in module.__dict__.items() if name not in _DROPPED}
+    if state.get("winograd", False) is None:
+        del state["winograd"]
     plain.__dict__.update(state, _modules=dict(module._modules))
     return plain

@@ -1,158 +1,178 @@
-"""The structures that fuse() takes for PSA modules, and the fused modules it builds from them."""
+"""What fuse() takes for a PSA module: one that has layers for its branches and for SE networks.
+
+The names of the layers and the classes around them count for nothing. What forward computes is not
+seen here: trial.py tries it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .._library import MAX_BRANCHES, MIN_BRANCHES
 from ..modules import FusedPSAModule, FusedSplitPSA
-from ..modules.layers import why_se_called
-from ..modules.split import why_not_split_psa
+from ..modules.adopted import PSALayers
+from ..modules.layers import Point, has_bias
+from .parts import Branch, Network, channels_of, matched, parts_of
+
+# The names by which the best known classes are recognised even where layers are missing.
+_KNOWN = ({"conv_1", "conv_2", "se"}, {"convs", "se_blocks"})
 
 
 class MisfitError(Exception):
-    """A module that looks like a PSA module cannot be fused; the message is the reason."""
+    """A module cannot be fused.
+
+    Args:
+        why: the reason.
+        named: whether a user would take it for a PSA module, and wants to know.
+    """
+
+    def __init__(self, why: str, named: bool = True) -> None:
+        super().__init__(why)
+        self.named = named
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A structure that is taken for a PSA module."""
+class Candidate:
+    """A module that may be a PSA module.
 
-    splits_input: bool  # each branch takes its own part of the input
-    convs: Callable[[nn.Module], list[nn.Conv2d]]
-    left_out: Callable[[nn.Module], Iterator[nn.Module]]  # layers the fused module does not call
-    rebuilt: Callable[[nn.Module], list[nn.Module]]  # layers the fused module has its own of
-    why_not: Callable[[nn.Module], str | None]
-    build: Callable[[nn.Module, str], FusedPSAModule | FusedSplitPSA]
+    Attributes:
+        layers: its layers; None where it cannot be fused.
+        why_not: the reason then.
+        named: whether it has the names of a class that is known for PSA.
+    """
+
+    layers: PSALayers | None
+    why_not: str | None
+    named: bool
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of PSA module that `module` looks like; None for others and for fused ones."""
-    if isinstance(module, FusedPSAModule | FusedSplitPSA):
-        return None
-    children = {name for name, child in module._modules.items() if child is not None}
-    if {"conv_1", "conv_2", "se"} <= children:
-        return _PUBLISHED
-    if {"convs", "se_blocks"} <= children:
-        return _SPLIT
+def candidates(model: nn.Module) -> dict[nn.Module, Candidate]:
+    """The innermost modules of `model` that may be PSA modules."""
+    found: dict[nn.Module, Candidate] = {}
+    seen: dict[nn.Module, bool] = {}
+
+    def search(module: nn.Module) -> bool:
+        """Whether there is one in `module`, a fused one too."""
+        if module not in seen:
+            seen[module] = isinstance(module, FusedPSAModule | FusedSplitPSA) or any(
+                [search(child) for child in module.children()]
+            )
+            candidate = None if seen[module] else _look(module)
+            if candidate is not None:
+                found[module] = candidate
+                seen[module] = True
+        return seen[module]
+
+    search(model)
+    return found
+
+
+def _look(module: nn.Module) -> Candidate | None:
+    if getattr(type(module), "forward", None) in (nn.Sequential.forward, nn.Module.forward):
+        return None  # a chain or a list
+    lists = _plain_lists(module)
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    known = any(names <= children.keys() | lists.keys() for names in _KNOWN)
+    if isinstance(module, torch.jit.ScriptModule):
+        compiled = Candidate(None, "it was compiled by torch.jit; fuse before that", True)
+        return compiled if known else None
+    parts = parts_of({**children, **lists})
+    branches, networks, others = matched(parts)
+    hidden = [name for name in lists if name in parts.order]
+    unfit = _why_not(branches, networks)
+    if unfit is not None and others:
+        unfit += f"; what is more than that: {', '.join(others)}"
+    why = _why_not_now(module) or unfit
+    if why is None and hidden:
+        why = (
+            f"its layers are in plain Python lists ({', '.join(hidden)}), which PyTorch neither "
+            "trains nor moves nor saves; make each an nn.ModuleList"
+        )
+    elif why is None and others:
+        why = (
+            f"it has other children too: {', '.join(others)}; it fuses without them, or with each "
+            "in one nn.Sequential with a branch's convolution"
+        )
+    if unfit is None and why is None:
+        layers = PSALayers(tuple(b.name for b in branches), tuple(n.layers for n in networks))
+        return Candidate(layers, None, known)
+    return Candidate(None, why, True) if known or _is_pyramid(branches, networks) else None
+
+
+def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
+    """Whether the layers alone tell a PSA module from a chain of layers with an SE.
+
+    A chain needs convolutions that keep the number of channels, and one SE network is enough.
+    """
+    if len(branches) < 3 or not networks or len({branch.channels for branch in branches}) > 1:
+        return False
+    inplans, channels = branches[0].channels
+    parallel = inplans != channels or len(networks) > 1
+    return parallel and len({branch.setting for branch in branches}) > 1
+
+
+def _why_not_now(module: nn.Module) -> str | None:
+    """The reason why the state of `module` forbids to fuse it, or None."""
+    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
+        return "its parameters are not initialised; run the model once before"
+    own = [*module._parameters, *module._buffers]
+    if own:
+        return f"it has parameters or buffers of its own: {', '.join(own)}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        return "its parameters are shards (DTensor); fuse before sharding"
     return None
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
-    return cast(nn.Module, module._modules[name])
+def _plain_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """The plain lists and dicts of modules that PyTorch does not know of, by attribute."""
+    lists = {}
+    for name, value in vars(module).items():
+        items = list(value.values()) if isinstance(value, dict) else value
+        if name == "_modules" or not isinstance(items, list | tuple) or not items:
+            continue
+        if all(isinstance(item, nn.Module) for item in items):
+            registered = set(module.modules())
+            if registered.isdisjoint(items):
+                lists[name] = nn.ModuleList(items)
+    return lists
 
 
-def _unexpected_children(module: nn.Module, expected: set[str]) -> str | None:
-    unexpected = module._modules.keys() - expected
-    return f"it has other children too: {', '.join(sorted(unexpected))}" if unexpected else None
+def _why_not(branches: list[Branch], networks: list[Network]) -> str | None:
+    """The reason why these are not the layers of a PSA module, or None."""
+    if not networks:
+        return "it has no SE network: two 1x1 convolutions or Linear layers, C -> r -> C channels"
+    alone = [branch for branch in branches if branch.stride is not None]
+    equal: dict[str, list[Any]] = {
+        "channels of the SE networks": [channels_of(n.points[0]) for n in networks],
+        "biases of the SE networks": [tuple(map(_has_bias, n.points)) for n in networks],
+        "input channels of the branches": [branch.channels[0] for branch in branches],
+        "strides of the branches": [branch.stride for branch in alone],
+        "paddings less what the kernels reach": [
+            b.growth for b in branches if b.growth is not None
+        ],
+    }
+    for what, values in equal.items():
+        if len(set(values)) > 1:
+            return f"the {what} are {values}, expected equal ones"
+    count = len(branches)
+    if not MIN_BRANCHES <= count <= MAX_BRANCHES:
+        return (
+            f"it has {count} branches of {networks[0].channels} channels, as its SE networks have, "
+            f"expected {MIN_BRANCHES} to {MAX_BRANCHES}"
+        )
+    if len(networks) not in (1, count):
+        return (
+            f"it has {count} branches and {len(networks)} SE networks, "
+            "expected one network, or one for each branch"
+        )
+    return None
 
 
-# ---- the published code's module ----
-
-
-def _published_convs(module: nn.Module) -> list[nn.Conv2d]:
-    convs = (module._modules.get(f"conv_{i}") for i in range(1, len(module._modules) + 1))
-    return [cast(nn.Conv2d, conv) for conv in convs if conv is not None]
-
-
-def _why_not_published(module: nn.Module) -> str | None:
-    convs = {f"conv_{i}": conv for i, conv in enumerate(_published_convs(module), 1)}
-    why = _unexpected_children(module, {*convs, "se", "softmax"})
-    if why is not None:
-        return why
-    for name, conv in convs.items():
-        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
-            return f"{name} is a {type(conv).__name__}, expected a Conv2d"
-    se = _child(module, "se")
-    return why_se_called("se", se, type(se))
-
-
-def _build_published(module: nn.Module, order: str) -> FusedPSAModule:
-    convs = _published_convs(module)
-    first = convs[0]
-    try:
-        with torch.device("meta"):  # its layers are replaced below
-            new = FusedPSAModule(
-                first.in_channels,
-                len(convs) * first.out_channels,
-                [conv.kernel_size[0] for conv in convs],
-                first.stride[0],
-                [conv.groups for conv in convs],
-                reduction=first.out_channels,
-                branch_order=order,
-                dilation=min(conv.dilation[0] for conv in convs),
-            )
-    except (ValueError, TypeError) as error:
-        raise MisfitError(str(error)) from None
-    for i, conv in enumerate(convs, 1):
-        expected = getattr(new, f"conv_{i}")
-        if conv.extra_repr() != expected.extra_repr():
-            raise MisfitError(
-                f"conv_{i} is Conv2d({conv.extra_repr()}), expected Conv2d({expected.extra_repr()})"
-            )
-        setattr(new, f"conv_{i}", conv)
-    se = _child(module, "se")
-    for layer in new.se._modules:
-        setattr(new.se, layer, se._modules[layer])
-    new.se.training = se.training
-    return new
-
-
-_PUBLISHED = Kind(
-    splits_input=False,
-    convs=_published_convs,
-    left_out=lambda module: _child(module, "se").modules(),
-    rebuilt=lambda module: [_child(module, "se")],
-    why_not=_why_not_published,
-    build=_build_published,
-)
-
-
-# ---- External-Attention-pytorch's module ----
-
-
-def _split_convs(module: nn.Module) -> list[nn.Conv2d]:
-    return [cast(nn.Conv2d, conv) for conv in cast(nn.ModuleList, _child(module, "convs"))]
-
-
-def _se_blocks(module: nn.Module) -> nn.ModuleList:
-    return cast(nn.ModuleList, _child(module, "se_blocks"))
-
-
-def _why_not_split(module: nn.Module) -> str | None:
-    why = _unexpected_children(module, {"convs", "se_blocks", "softmax"})
-    if why is not None:
-        return why
-    for name in ("convs", "se_blocks"):
-        child = _child(module, name)
-        if type(child) is not nn.ModuleList:
-            return f"{name} is a {type(child).__name__}, expected a ModuleList"
-    convs = _split_convs(module)
-    for i, conv in enumerate(convs):
-        if not isinstance(conv, nn.Conv2d):
-            return f"convs.{i} is a {type(conv).__name__}, expected a Conv2d"
-    channels = [(conv.in_channels, conv.out_channels) for conv in convs]
-    if len(set(channels)) != 1:
-        return f"its convs have (in_channels, out_channels) {channels}, expected equal ones"
-    return why_not_split_psa(convs, _se_blocks(module))
-
-
-def _build_split(module: nn.Module, order: str) -> FusedSplitPSA:
-    convs, se_blocks = cast(nn.ModuleList, _child(module, "convs")), _se_blocks(module)
-    new = FusedSplitPSA(convs, se_blocks, branch_order=order)
-    new.convs, new.se_blocks = convs, se_blocks
-    return new
-
-
-_SPLIT = Kind(
-    splits_input=True,
-    convs=_split_convs,
-    left_out=lambda module: _se_blocks(module).modules(),
-    rebuilt=lambda module: [],
-    why_not=_why_not_split,
-    build=_build_split,
-)
+def _has_bias(point: Point) -> bool:
+    return has_bias(cast(nn.Conv2d, point))

@@ -1,137 +1,122 @@
-"""Checks of a module that looks like a PSA module: its state, its hooks, and one trial run."""
+"""The trial of a module that may be a PSA module, beside its fused counterpart."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..reference import BRANCH_ORDERS, PSAModule, SEWeight
-from .find import Kind, MisfitError
+from .._checks import first_line
+from ..modules.adopted import AdoptedPSA, PSALayers, SECall
+from ..modules.layers import has_bias
+from ..reference import BRANCH_ORDERS
+from .build import build
+from .find import MisfitError
+from .hooks import CALL_HOOKS
 
-# nn.Module's containers of hooks around a call. The fused module takes them over.
-CALL_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-# Hooks around the state_dict are bound to the module that they were registered on.
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 # Every module has these attributes; the others are settings of its class.
 _STATE = vars(nn.Module()).keys()
 # The largest relative difference in float64 between two formulations of the same function.
 _ROUNDING = 1e-9
+# N, H, W and the mean of the trial's inputs: a forward may look at sizes and values.
+_INPUTS = ((4, 3, 2, 0.0), (2, 7, 5, 1.0), (1, 4, 9, -2.0))
+# What SE networks are made of.
+_USUAL = (
+    *(nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.AdaptiveAvgPool2d),
+    *(nn.Flatten, nn.Sequential, nn.ModuleList, nn.Softmax),
+)
+
+
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class Verdict(NamedTuple):
     """What a trial shows of a PSA module."""
 
+    layers: PSALayers
     branch_order: str
+    overwrites_input: bool = False
+
+
+class _Result(NamedTuple):
+    """Of one call: the output, and the gradients of the input and of all parameters."""
+
+    out: Tensor
+    grads: tuple[Tensor, ...] | None  # None without any, () where autograd fails
     overwrites_input: bool
 
 
-def check(
-    name: str, module: nn.Module, kind: Kind, checks: dict[tuple[Any, ...], Verdict]
-) -> Verdict:
-    """Check that `module` can be fused, by its structure and by one trial for each kind.
-
-    Args:
-        name: of the module, for messages.
-        module: looks like a PSA module of `kind`.
-        checks: the verdicts so far; a module of the same kind as an earlier one is not run again.
-
-    Raises:
-        MisfitError: it cannot be fused.
-        RuntimeError: it has hooks that the fused module cannot keep.
-    """
-    if isinstance(module, torch.jit.ScriptModule):
-        raise MisfitError("it was compiled by torch.jit; fuse before that")
-    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
-        raise MisfitError("its parameters are not initialised; run the model once before")
-    own = [*module._parameters, *module._buffers]
-    if own:
-        raise MisfitError(f"it has parameters or buffers of its own: {', '.join(own)}")
-    if "forward" in module.__dict__:
-        raise MisfitError("its forward was replaced")
-    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
-        raise MisfitError("its parameters are shards (DTensor); fuse before sharding")
-    _refuse_hooks(name, module, kind)
-    why = kind.why_not(module)
-    if why is not None:
-        raise MisfitError(why)
-    if (
-        type(module) is PSAModule
-        and type(module.se) is SEWeight
-        and "attention" not in module.__dict__
-    ):
-        return Verdict(module.branch_order, False)
-    key = _key(module, kind)
-    if key not in checks:
-        checks[key] = _run(module, kind)
-    return checks[key]
-
-
-def _hooks(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
-    return [kind for kind in kinds if getattr(module, kind, None)]
-
-
-def hooks_that_stay_behind(replaced: Iterable[nn.Module]) -> list[str]:
-    """The containers of hooks that mean nothing on what comes in the place of these modules."""
-    lost = []
-    for module in replaced:
-        lost += _hooks(module, _STATE_HOOKS)
-        # Non-full backward hooks hang on the autograd node of the old module's output.
-        if module._backward_hooks and not module._is_full_backward_hook:
-            lost.append("_backward_hooks")
-    return lost
-
-
-def _refuse_hooks(name: str, module: nn.Module, kind: Kind) -> None:
-    """Raise RuntimeError for hooks that the fused module cannot keep."""
-    names = {layer: child for child, layer in module.named_modules()}
-    softmax = [layer for child, layer in module._modules.items() if child == "softmax" and layer]
-    for layer in [*kind.left_out(module), *softmax]:
-        if _hooks(layer, CALL_HOOKS):
-            path = f"{name}.{names[layer]}".removeprefix(".")
-            raise RuntimeError(
-                f"fuse: {path} has hooks, and the operators do not call it: "
-                "remove them first. Nothing was changed."
-            )
-    lost = hooks_that_stay_behind([module, *kind.rebuilt(module), *softmax])
-    if lost:
-        raise RuntimeError(
-            f"fuse: {name or 'the model'} has hooks in {', '.join(lost)}, which belong to the "
-            "module that they were registered on: remove them first. Nothing was changed."
-        )
-
-
-def _key(module: nn.Module, kind: Kind) -> tuple[Any, ...]:
-    """Classes, settings and SE shapes: modules with equal ones compute the same function."""
-    convs = kind.convs(module)
+def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
+    """Classes, settings and shapes: modules with equal ones compute the same function."""
+    inside = {m: None for name in layers.branches for m in module.get_submodule(name).modules()}
     settings = [
         (name, key, id(value) if isinstance(value, Tensor) else repr(value))
         for name, m in module.named_modules()
-        if m not in convs  # the trial replaces them
+        if m not in inside  # it is called, whatever it computes
         for key, value in sorted(vars(m).items())
         if key not in _STATE
     ]
-    shapes = [
-        p.shape for m in kind.left_out(module) for p in m._parameters.values() if p is not None
-    ]
-    return (*(type(m) for m in module.modules()), *settings, *shapes)
+    shapes = [p.shape for m in module.modules() if m not in inside for p in m.parameters(False)]
+    convs = [m.extra_repr() for m in inside if isinstance(m, nn.Conv2d)]
+    return (layers, *(type(m) for m in module.modules()), *convs, *settings, *shapes)
+
+
+def run(module: nn.Module, layers: PSALayers) -> Verdict:
+    """The verdict from runs of a copy with random weights, in float64 on the CPU.
+
+    Outputs and gradients are compared, in evaluation and in training: a dropout shows in one of
+    them only. The copy's branches are cheap ones: the fused module calls or computes the same
+    branches. In one run more they have their settings, at which a forward may look.
+
+    Raises:
+        MisfitError: it computes something else, or cannot be run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(module, layers, generator).eval()
+    failed = None
+    with _undisturbed():
+        for splits_input in (False, True):
+            layers = layers._replace(splits_input=splits_input)
+            inputs = _inputs(twin, layers, generator)
+            calls = _Calls(twin, layers)
+            try:
+                with calls.watched():
+                    first = _result(twin, inputs[0])
+            except Exception as error:
+                why = f"a trial on {list(inputs[0].shape)} failed: {first_line(error)}"
+                failed = failed or MisfitError(why, calls.are_parallel(inputs[0]))
+                continue
+            for order in BRANCH_ORDERS:
+                fused = _result(build(twin, layers, order).eval(), inputs[0])
+                if _agree([fused.out], [first.out]):
+                    calls.check()
+                    overwrites = _compare(twin, layers, order, inputs)
+                    real = _twin(module, layers, generator, cheap=False)
+                    _compare(real, layers, order, inputs[1:2], backward=False)
+                    layers = _with_calls(twin, layers, order, inputs[0])
+                    return Verdict(layers, order, overwrites)
+            named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
+            raise MisfitError(_difference(first.out, fused.out, module, layers), named)
+    raise cast(MisfitError, failed)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Around a trial: neither it nor the caller's settings change the other."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -144,66 +129,191 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator) * scale
 
 
-def _twin(module: nn.Module, kind: Kind, generator: torch.Generator) -> nn.Module:
-    """A copy with random weights on the CPU, without hooks, and with cheap 1x1 convolutions.
+def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> list[Tensor]:
+    first = cast(nn.Conv2d, twin.get_submodule(layers.branches[0]))
+    channels = first.in_channels * (len(layers.branches) if layers.splits_input else 1)
+    inputs: list[Tensor] = []
+    for n, h, w, mean in _INPUTS:
+        x = _random((n, channels, h, w), generator)
+        inputs.append(x / x.std() + mean)
+    return inputs
 
-    The fused module calls the same convolutions, so the trial need not run them.
+
+def _twin(
+    module: nn.Module, layers: PSALayers, generator: torch.Generator, *, cheap: bool = True
+) -> nn.Module:
+    """A copy with random weights on the CPU, without hooks, and with convolutions as branches.
+
+    They are 1x1 convolutions where `cheap`, and where a branch is more than a convolution.
     """
-    convs = kind.convs(module)
-    memo: dict[int, Any] = {
-        id(conv): nn.Conv2d(
-            convs[0].in_channels, convs[0].out_channels, 1, bias=False, device="meta"
-        )
-        for conv in convs
-    }
+    memo: dict[int, Any] = {}
+    for name in layers.branches:
+        branch = module.get_submodule(name)
+        memo[id(branch)] = _stand_in(branch, cheap)
     try:
         twin = copy.deepcopy(module, memo)
     except Exception as error:  # for example, it keeps a result with an autograd graph
         raise MisfitError(f"it cannot be copied for a trial: {error}") from None
     for m in twin.modules():
-        for parameter, t in m._parameters.items():
-            if t is not None:
-                value = _random(t.shape, generator)
-                m._parameters[parameter] = nn.Parameter(value, requires_grad=False)
-    for hooks in _hooks(twin, CALL_HOOKS):
-        getattr(twin, hooks).clear()
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = nn.Parameter(_random(p.shape, generator))
+        for name, t in m._buffers.items():
+            if t is not None and t.is_floating_point():
+                m._buffers[name] = _random(t.shape, generator)
+        for hooks in CALL_HOOKS:
+            getattr(m, hooks).clear()
     return twin
 
 
-def _run(module: nn.Module, kind: Kind) -> Verdict:
-    """The verdict from a run of a copy with random weights, in float64 on the CPU.
+def _stand_in(branch: nn.Module, cheap: bool) -> nn.Conv2d:
+    convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
+    channels = (convs[0].in_channels, convs[-1].out_channels)
+    if cheap or convs[0] is not branch:
+        return nn.Conv2d(*channels, 1, device="meta")
+    settings: dict[str, Any] = {name: getattr(convs[0], name) for name in _SETTINGS}
+    return nn.Conv2d(*channels, **settings, bias=has_bias(convs[0]), device="meta")
 
-    It runs in training and in evaluation: a dropout shows in one of them only.
-    """
-    generator = torch.Generator().manual_seed(0)
-    twin = _twin(module, kind, generator)
-    convs = kind.convs(module)
-    parts = len(convs) if kind.splits_input else 1
-    x = _random((4, parts * convs[0].in_channels, 3, 2), generator)
-    x /= x.std()
-    givens = [x.clone(), x.clone()]
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-    ):
+
+def _result(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
+    leaf = x.clone().requires_grad_()
+    given = leaf.clone()
+    torch.default_generator.manual_seed(0)  # that of GPUs stays
+    out = module(given)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
+    overwrites = not torch.equal(given, leaf)
+    grads = None
+    if backward and out.requires_grad:
+        cotangent = torch.arange(out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
         try:
-            expected = [
-                twin.train(training)(given)
-                for training, given in zip((True, False), givens, strict=True)
-            ]
-            outs = {order: kind.build(twin, order)(x) for order in BRANCH_ORDERS}
-        except Exception as error:
-            raise MisfitError(f"a trial on {list(x.shape)} failed: {error}") from None
-    for order, out in outs.items():
-        if all(_agree(out, other) for other in expected):
-            return Verdict(order, not all(torch.equal(given, x) for given in givens))
-    raise MisfitError("its forward computes something else than PSA, in either branch order")
+            grads = torch.autograd.grad(
+                out, [leaf, *module.parameters()], cotangent, materialize_grads=True
+            )
+        except RuntimeError:  # it has overwritten what its gradient needs
+            grads = ()
+    return _Result(out.detach(), grads, overwrites)
 
 
-def _agree(out: Tensor, other: object) -> bool:
-    return (
-        isinstance(other, Tensor)
-        and out.shape == other.shape
-        and bool((out - other).abs().max() <= _ROUNDING * other.abs().max())
+def _compare(
+    twin: nn.Module,
+    layers: PSALayers,
+    order: str,
+    inputs: Sequence[Tensor],
+    backward: bool = True,
+) -> bool:
+    """Compare with the fused module; whether the other one overwrites its input.
+
+    Raises:
+        MisfitError: they differ.
+    """
+    fused = build(twin, layers, order)
+    overwrites = False
+    for training in (False, True):
+        for x in inputs:
+            actual, expected = (_result(m.train(training), x, backward) for m in (fused, twin))
+            if not _agree([actual.out], [expected.out]):
+                where = "in training" if training else f"for an input {list(x.shape)}"
+                raise MisfitError(f"its forward computes something else than PSA {where}")
+            if expected.grads != () and not _agree(actual.grads, expected.grads):
+                raise MisfitError("its gradients are not those of PSA: a tensor is detached, say")
+            overwrites |= expected.overwrites_input
+    return overwrites
+
+
+class _Calls:
+    """The calls of branches and of SE networks in one call of a module."""
+
+    def __init__(self, twin: nn.Module, layers: PSALayers) -> None:
+        self._layers = layers
+        self._branches = [cast(nn.Conv2d, twin.get_submodule(n)) for n in layers.branches]
+        self._fc1 = {twin.get_submodule(network.fc1) for network in layers.networks}
+        self._inputs: dict[nn.Module, list[Tensor]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            (x,) = (*args, *options.values())
+            self._inputs.setdefault(layer, []).append(x.detach().clone())
+
+        layers = {*self._branches, *self._fc1}
+        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check(self) -> None:
+        """Raise MisfitError unless each branch is called once.
+
+        It may hold a BatchNorm or a dropout. The weights of one that is not called are read, with
+        settings that nothing tells.
+        """
+        for name, branch in zip(self._layers.branches, self._branches, strict=True):
+            calls = len(self._inputs.get(branch, ()))
+            if calls != self._branches.count(branch):
+                raise MisfitError(f"it calls {name} {calls} times, expected once")
+
+    def are_parallel(self, x: Tensor) -> bool:
+        """Whether each branch was called on x, or on its part of x."""
+        count = len(self._branches)
+        parts = x.chunk(count, 1) if self._layers.splits_input else [x] * count
+        return all(
+            any(torch.equal(part, given) for given in self._inputs.get(branch, ()))
+            for branch, part in zip(self._branches, parts, strict=True)
+        )
+
+    def weigh_each_map(self, x: Tensor) -> bool:
+        """Whether the SE networks saw as many vectors as there are maps, of all samples."""
+        inputs = [given for fc1 in self._fc1 for given in self._inputs.get(fc1, ())]
+        channels = self._branches[0].out_channels
+        return sum(t.numel() for t in inputs) == len(self._branches) * len(x) * channels
+
+
+def _with_calls(twin: nn.Module, layers: PSALayers, order: str, x: Tensor) -> PSALayers:
+    """The layers with the way in which the plain module calls the SE networks."""
+    expected = _result(twin.eval(), x).out
+    for call in get_args(SECall):
+        if call != "layers" and any(network.network is None for network in layers.networks):
+            continue
+        networks = tuple(network._replace(call=call) for network in layers.networks)
+        tried = layers._replace(networks=networks)
+        try:
+            out = _result(AdoptedPSA(twin, tried, branch_order=order).eval(), x).out
+        except Exception:
+            continue
+        if _agree([out], [expected]):
+            return tried
+    raise MisfitError("its SE networks compute something else when they are called")
+
+
+def _agree(actual: Sequence[Tensor] | None, expected: Sequence[Tensor] | None) -> bool:
+    """Whether all differences are small beside the largest entry of all."""
+    if actual is None or expected is None:
+        return actual is expected
+    if [t.shape for t in actual] != [t.shape for t in expected]:
+        return False
+    largest = max(t.abs().max() for t in expected)
+    pairs = zip(actual, expected, strict=True)
+    return all((a - b).abs().max() <= _ROUNDING * largest for a, b in pairs)
+
+
+def _difference(out: Tensor, fused: Tensor, module: nn.Module, layers: PSALayers) -> str:
+    """What a user may want to know of a forward that computes something else."""
+    why = (
+        "its forward computes something else than PSA, in either branch order: expected "
+        "map * softmax(sigmoid(fc2(relu(fc1(mean)))) across the branches), concatenated"
     )
+    if out.shape != fused.shape:
+        why += f"; its output is {list(out.shape)}, that of PSA {list(fused.shape)}"
+        if out.shape[1:2] == (fused.shape[1] // len(layers.branches),):
+            why += ": it may add its branches, which PSA concatenates"
+    odd = [
+        f"{name} is a {type(m).__name__}"
+        for network in layers.networks
+        if network.network is not None
+        for name, m in module.get_submodule(network.network).named_modules(prefix=network.network)
+        if name != network.network and not isinstance(m, _USUAL)
+    ]
+    return "; ".join([why, *odd])

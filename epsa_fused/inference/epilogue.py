@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from .._winograd import winograd_allowed
 from ..modules import FusedPSAModule
-from ..modules.fused import conv_bias
+from ..modules.adopted import FusedAdoptedPSA
 from ..modules.layers import is_plain, why_layer_called
 from ..modules.tracing import as_leaf
 from ..reference import asks_for_attention
@@ -76,6 +76,18 @@ class PSAWithEpilogue(FusedPSAModule):
         return plain and not grad and self._why_not_fused() is None
 
 
+class AdoptedPSAWithEpilogue(FusedAdoptedPSA, PSAWithEpilogue):
+    """The same of a module whose layers have names of their own."""
+
+    __init__ = PSAWithEpilogue.__init__
+
+
+def with_epilogue(psa: FusedPSAModule, norm: nn.BatchNorm2d, relu: bool) -> PSAWithEpilogue:
+    """relu(norm(psa(x))); the arguments are those of :class:`PSAWithEpilogue`."""
+    adopted = isinstance(psa, FusedAdoptedPSA)
+    return (AdoptedPSAWithEpilogue if adopted else PSAWithEpilogue)(psa, norm, relu)
+
+
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """norm(x) = x * scale + shift: scale and shift [C], in float32."""
     assert norm.running_mean is not None and norm.running_var is not None
@@ -86,6 +98,9 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         shift = shift + norm.bias
     return scale.float(), shift.float()
+
+
+_KINDS = (FusedPSAModule, FusedAdoptedPSA, PSAWithEpilogue, AdoptedPSAWithEpilogue)
 
 
 class PackedPSA(nn.Module):
@@ -99,8 +114,7 @@ class PackedPSA(nn.Module):
         super().__init__()
         convs = cast(list[nn.Conv2d], psa._convs())
         with torch.no_grad():
-            _, *arguments = psa._arguments(torch.empty(0), convs)
-            bias = conv_bias(convs)
+            (_, *arguments), bias = psa._arguments(torch.empty(0), convs)
         self._description = repr(psa)
         self._whole = (psa,)  # in a tuple: its layers are no children of this module
         self._operator = torch.ops.epsa_fused.psa_forward.default
@@ -126,7 +140,7 @@ def pack_arguments(module: nn.Module) -> None:
         if (
             name
             and isinstance(psa, FusedPSAModule)
-            and type(psa) in (FusedPSAModule, PSAWithEpilogue)
+            and type(psa) in _KINDS
             and psa._packed is not None
             and psa._why_not_fused() is None
             and why_layer_called(name, psa, type(psa)) is None

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..modules import FusedPSAModule
-from .epilogue import PSAWithEpilogue
+from .epilogue import with_epilogue
 from .graph import called, finish, foldable_norm, is_relu, only_user, put
 
 
@@ -49,7 +49,7 @@ def _fold(graph_module: GraphModule, before: Node, node: Node, norm: nn.BatchNor
         relu = only_user(node)
         if relu is not None and is_relu(graph_module, relu):
             chain.append(relu)
-        layer = PSAWithEpilogue(psa, norm, relu=len(chain) == 3)
+        layer = with_epilogue(psa, norm, relu=len(chain) == 3)
     else:
         return False
     # The call stands where the layer's stood: what it reads may change later.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from typing_extensions import Self
 
-from .._arguments import ModuleArguments
+from .._arguments import ModuleArguments, SEArguments
 from .._checks import check_flag, check_int, check_tensor
 from .._library import COMPARED_WEIGHTS, HAS_CUDA
 from .._winograd import winograd_allowed
@@ -20,6 +20,7 @@ from .calling import warn_once, why_here
 from .layers import (
     has_bias,
     is_plain,
+    submodule,
     why_conv_not_taken,
     why_layer_called,
     why_not_plain,
@@ -142,22 +143,24 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 raise _no_save_output(why)
             warn_once(self, why)
             return super().forward(x, bool(asked))
-        convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         taken = x.device.type == "cpu" or _has_cuda_kernel(x)
         if save_output and x.device.type != "cpu":
             raise _no_save_output(f"x is on {x.device}")
-        if not taken or _why_not_taken(convs) is not None:
+        why = self._why_not_taken()
+        if not taken or why is not None:
             if save_output:
-                raise _no_save_output(cast(str, _why_not_taken(convs)))
-            return self._fused_attention([conv(x) for conv in convs], bool(asked))
+                raise _no_save_output(cast(str, why))
+            return self._fused_attention(self._feats(x), bool(asked))
+        convs = cast(list[nn.Conv2d], self._convs())  # as _why_called has seen
         if save_output:
-            for i, conv in enumerate(convs, 1):
+            for name, conv in zip(self._conv_names(), convs, strict=True):
                 if has_bias(conv):
-                    raise _no_save_output(f"conv_{i} has a bias")
+                    raise _no_save_output(f"{name} has a bias")
             if asked is True:
                 raise _no_save_output("return_attention asks for the gradient of the attention")
-            arguments = (*self._arguments(x, convs), winograd_allowed(self.winograd))
-            out, _, attention = torch.ops.epsa_fused.psa_save_output.default(*arguments)
+            arguments, _ = self._arguments(x, convs)
+            winograd = winograd_allowed(self.winograd)
+            out, _, attention = torch.ops.epsa_fused.psa_save_output.default(*arguments, winograd)
             return (out, attention) if asked else out
         if asked:
             return self._call_for_attention(x, convs)
@@ -228,7 +231,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 "FusedPSAModule.prepack: expected plain convolutions of one stride, got "
                 + ", ".join(map(repr, convs))
             )
-        weights, *settings = _conv_arguments(plain)
+        weights, settings = [conv.weight for conv in plain], _settings(plain)
         weight = weights[0]
         if weight.device.type != "cpu":
             raise RuntimeError(
@@ -288,18 +291,37 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     # ---- parts ----
 
-    def _convs(self) -> list[nn.Module]:
-        return [getattr(self, f"conv_{i + 1}") for i in range(self.branches)]
+    def _has_convs_as_branches(self) -> bool:
+        """Whether each branch is one convolution of the input; those of AdoptedPSA may be more."""
+        return True
+
+    def _conv_names(self) -> Sequence[str]:
+        return [f"conv_{i + 1}" for i in range(self.branches)]
 
     def _why_convs_called(self) -> str | None:
-        for i in range(1, self.branches + 1):
-            why = why_layer_called(f"conv_{i}", self._modules.get(f"conv_{i}"), nn.Conv2d)
+        for name in self._conv_names():
+            why = why_layer_called(name, submodule(self, name), nn.Conv2d)
             if why is not None:
                 return why
         return None
 
+    def _why_not_taken(self) -> str | None:
+        """The reason why the operator cannot take the convolutions' settings, or None."""
+        convs = cast(list[nn.Conv2d], self._convs())
+        for name, conv in zip(self._conv_names(), convs, strict=True):
+            why = why_conv_not_taken(name, conv)
+            if why is not None:
+                return why
+            if conv.stride != convs[0].stride:
+                first = self._conv_names()[0]
+                return f"{name} has stride {conv.stride}, and {first} has {convs[0].stride}"
+        return None
+
+    def _why_se_called(self) -> str | None:
+        return why_se_called("se", self._modules.get("se"), SEWeight)
+
     def _why_attention_called(self) -> str | None:
-        return why_here() or why_se_called("se", self._modules.get("se"), SEWeight)
+        return why_here() or self._why_se_called()
 
     def _why_called(self) -> str | None:
         """The reason why layers must be called, or None."""
@@ -311,46 +333,43 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return None
 
     def _why_not_fused(self) -> str | None:
-        return self._why_called() or _why_not_taken(cast(list[nn.Conv2d], self._convs()))
+        return self._why_called() or self._why_not_taken()
 
     def _plain_convs(self) -> list[nn.Conv2d] | None:
         """The convolutions if the operator may read them in place of their calls, else None."""
-        if self._why_convs_called() is not None:
+        if self._why_convs_called() is not None or self._why_not_taken() is not None:
             return None
-        convs = cast(list[nn.Conv2d], self._convs())
-        return convs if _why_not_taken(convs) is None else None
+        return cast(list[nn.Conv2d], self._convs())
 
     def _call_operator(self, x: Tensor, convs: list[nn.Conv2d], *epilogue: Any) -> Tensor:
         """psa_forward. `epilogue`: scale, shift and relu, or nothing."""
-        arguments = self._arguments(x, convs)
+        arguments, bias = self._arguments(x, convs)
         # Packed weights belong to this process; an exported program also runs in others.
         local = x.device.type == "cpu" and not torch.compiler.is_exporting()
         packed = self._packed_for(arguments.weights) if local else None
         operator = torch.ops.epsa_fused.psa_forward.default
         winograd = winograd_allowed(self.winograd)
-        bias = conv_bias(convs)
         named = {} if bias is None else {"bias": bias}
         return cast(Tensor, operator(*arguments, packed, winograd, *epilogue, **named))
 
-    def _arguments(self, x: Tensor, convs: list[nn.Conv2d]) -> ModuleArguments:
+    def _arguments(
+        self, x: Tensor, convs: list[nn.Conv2d]
+    ) -> tuple[ModuleArguments, Tensor | None]:
+        """The operators' arguments, and the convolutions' bias [S*C]."""
+        weights, bias = _read(convs)
+        rest = (*_settings(convs), *self._se_arguments(), is_reversed(self.branch_order))
+        return ModuleArguments(x, weights, *rest), bias
+
+    def _se_arguments(self) -> SEArguments:
         fc1, fc2 = self.se.fc1, self.se.fc2
-        return ModuleArguments(
-            x,
-            *_conv_arguments(convs),
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            is_reversed(self.branch_order),
-        )
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
     def _call_for_attention(self, x: Tensor, convs: list[nn.Conv2d]) -> tuple[Tensor, Tensor]:
         """As _call_operator, and the attention [N, S, C]."""
-        arguments = self._arguments(x, convs)
+        arguments, bias = self._arguments(x, convs)
         winograd = winograd_allowed(self.winograd)
         tensors = (x, *self.parameters())
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        bias = conv_bias(convs)
         if x.device.type == "cpu" and not grad and bias is None:
             operator = torch.ops.epsa_fused.psa_save_output.default
             out, _, attention = operator(*arguments, winograd)
@@ -363,13 +382,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
     def _fused_attention(
         self, feats: list[Tensor], return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        fc1, fc2 = self.se.fc1, self.se.fc2
         return psa_attention(
             feats,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            *self._se_arguments(),
             branch_order=self.branch_order,
             return_attention=return_attention,
         )
@@ -404,33 +419,24 @@ def _no_save_output(why: str) -> NotImplementedError:
     )
 
 
-def _why_not_taken(convs: list[nn.Conv2d]) -> str | None:
-    """The reason why the CPU's operator cannot take the convolutions, or None."""
-    for i, conv in enumerate(convs, 1):
-        why = why_conv_not_taken(f"conv_{i}", conv)
-        if why is not None:
-            return why
-        if conv.stride != convs[0].stride:
-            return f"conv_{i} has stride {conv.stride}, and conv_1 has {convs[0].stride}"
-    return None
+def _read(convs: list[nn.Conv2d]) -> tuple[list[Tensor], Tensor | None]:
+    """The weights, and the biases of all branches [S*C]: zeros for absent ones, None without any.
 
-
-def conv_bias(convs: list[nn.Conv2d]) -> Tensor | None:
-    """The biases of all branches [S*C], with zeros for absent ones; None where all are absent."""
-    biases = [conv.bias for conv in convs]
-    given = next((b for b in biases if b is not None), None)
+    Each is read once and in the order of the layers' calls, for parametrisations that draw random
+    numbers.
+    """
+    reads = [(conv.weight, conv.bias) for conv in convs]
+    weights = [weight for weight, _ in reads]
+    given = next((bias for _, bias in reads if bias is not None), None)
     if given is None:
-        return None
-    channels = convs[0].out_channels
-    return torch.cat([given.new_zeros(channels) if b is None else b for b in biases])
+        return weights, None
+    zeros = given.new_zeros(convs[0].out_channels)
+    return weights, torch.cat([zeros if bias is None else bias for _, bias in reads])
 
 
-def _conv_arguments(
-    convs: list[nn.Conv2d],
-) -> tuple[list[Tensor], list[int], int, list[int], list[int]]:
-    """Weights, groups, stride, padding and dilation, as the operators take them."""
+def _settings(convs: list[nn.Conv2d]) -> tuple[list[int], int, list[int], list[int]]:
+    """Groups, stride, padding and dilation, as the operators take them."""
     return (
-        [conv.weight for conv in convs],
         [conv.groups for conv in convs],
         convs[0].stride[0],
         [cast(int, conv.padding[0]) for conv in convs],

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import cast
+from typing import TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .._arguments import SEArguments
 from ..reference import SEWeight
+
+# A layer that maps each pixel's channels by a matrix.
+Point: TypeAlias = nn.Conv2d | nn.Linear
 
 # What the operators take as it is. torch.compile and torch.export trace with the last two.
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
@@ -29,9 +34,17 @@ _SE_LAYERS: dict[str, type[nn.Module]] = {
 }
 
 # The forwards that the operators stand for. Kept here, as a library may replace those of torch.
-_KINDS: tuple[type[nn.Module], ...] = (*_SE_LAYERS.values(), nn.Sequential, SEWeight)
+_KINDS: tuple[type[nn.Module], ...] = (*_SE_LAYERS.values(), nn.Linear, nn.Sequential, SEWeight)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARD = nn.Conv2d._conv_forward
+
+
+def submodule(module: nn.Module, name: str) -> nn.Module | None:
+    """The module of a dotted name, or None."""
+    found: nn.Module | None = module
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def why_layer_called(name: str, layer: nn.Module | None, expected: type[nn.Module]) -> str | None:
@@ -62,8 +75,14 @@ def why_layer_called(name: str, layer: nn.Module | None, expected: type[nn.Modul
         )
     if "forward" in layer.__dict__ or "_call_impl" in layer.__dict__:
         return f"{name} is a {kind.__name__} with a forward of its own, set on this object"
-    if expected is nn.Conv2d:
-        return _why_conv_called(name, cast(nn.Conv2d, layer))
+    if expected is nn.Conv2d and (
+        # Conv2d.forward calls it: weight standardisation and other paddings override it.
+        cast(type[nn.Conv2d], kind)._conv_forward is not _CONV_FORWARD
+        or "_conv_forward" in layer.__dict__
+    ):
+        return f"{name} is a {kind.__name__} with a _conv_forward of its own"
+    if expected in (nn.Conv2d, nn.Linear):
+        return _why_weights_not_plain(name, layer)
     return None
 
 
@@ -72,16 +91,13 @@ def _has_own_call(kind: type[nn.Module]) -> bool:
     return kind.__call__ is not module.__call__ or kind._call_impl is not module._call_impl
 
 
-def _why_conv_called(name: str, conv: nn.Conv2d) -> str | None:
-    # Conv2d.forward calls _conv_forward: weight standardisation and other paddings override it.
-    if type(conv)._conv_forward is not _CONV_FORWARD or "_conv_forward" in conv.__dict__:
-        return f"{name} is a {type(conv).__name__} with a _conv_forward of its own"
-    for place in (conv._parameters, conv._buffers, conv.__dict__):
+def _why_weights_not_plain(name: str, layer: nn.Module) -> str | None:
+    for place in (layer._parameters, layer._buffers, layer.__dict__):
         for tensor in ("weight", "bias"):
             if not is_plain(place.get(tensor)):
                 return why_not_plain(f"{name}.{tensor}", place[tensor])
-    if conv._modules:  # a parametrised layer keeps its parameters in a child
-        for tensor, value in chain(conv.named_parameters(), conv.named_buffers()):
+    if layer._modules:  # a parametrised layer keeps its parameters in a child
+        for tensor, value in chain(layer.named_parameters(), layer.named_buffers()):
             if not is_plain(value):
                 return why_not_plain(f"{name}.{tensor}", value)
     return None
@@ -153,3 +169,23 @@ def why_se_called(
                 "expected a plain 1x1 convolution"
             )
     return None
+
+
+def read_se(networks: Iterable[tuple[Point, Point]]) -> SEArguments:
+    """The weights of SE networks (fc1, fc2), as psa_attention takes them.
+
+    Those of one network are shared by all branches. Those of several are stacked, [S, ...].
+    """
+    # In the order of the layers' calls, for parametrisations that draw random numbers.
+    reads = [
+        (fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias) for fc1, fc2 in networks
+    ]
+    if len(reads) == 1:
+        return reads[0]
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = zip(*reads, strict=True)
+    return (
+        torch.stack(fc1_weight),
+        None if fc1_bias[0] is None else torch.stack(fc1_bias),
+        torch.stack(fc2_weight),
+        None if fc2_bias[0] is None else torch.stack(fc2_bias),
+    )

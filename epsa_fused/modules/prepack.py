@@ -18,7 +18,8 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
     """Call :meth:`FusedPSAModule.prepack` of every fused module in `model`.
 
     The model is called once with `args` and `kwargs`, which shows the sizes of its maps. Modules
-    that this call does not reach stay as they are. So do modules of more than 2**18 weights,
+    that this call does not reach stay as they are. So do modules whose branches are more than
+    convolutions, and, unless `frozen`, those of more than 2**18 weights,
     unless `frozen`: to compare so many in each call costs more than to pack them.
 
     Args:
@@ -45,7 +46,9 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
         height, width = cast(Tensor, x).shape[2:]
         sizes[module] = height, width
 
-    fused = [m for m in model.modules() if isinstance(m, FusedPSAModule)]
+    fused = [
+        m for m in model.modules() if isinstance(m, FusedPSAModule) and m._has_convs_as_branches()
+    ]
     if model.training or any(m.training for m in fused):
         raise RuntimeError("prepack: expected a model in eval mode, got one in training mode")
     hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in fused]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -14,7 +13,7 @@ from .._checks import check_modules, check_tensor
 from ..functional import psa_attention
 from ..reference import _recalibrate, accumulated, asks_for_attention, is_reversed
 from .calling import warn_once, why_here
-from .layers import has_bias, why_not_plain, why_se_called
+from .layers import has_bias, read_se, why_not_plain, why_se_called
 from .tracing import NotScriptable, as_leaf
 
 # An SE network in an nn.Sequential: pooling, convolution, ReLU, convolution, sigmoid.
@@ -50,7 +49,8 @@ class SplitPSA(nn.Module):
     follow, as in :func:`epsa_fused.psa_attention` with SE weights per branch. The result is
     [N, S*C', H', W'] for convolutions with C' output channels.
 
-    It computes what External-Attention-pytorch's PSA does. :func:`epsa_fused.unfuse` builds it.
+    It computes what External-Attention-pytorch's PSA does, whose published class hides its layers
+    from PyTorch in plain lists. :func:`epsa_fused.unfuse` builds it.
 
     Args:
         convs: S convolutions with outputs of one shape.
@@ -101,7 +101,8 @@ class SplitPSA(nn.Module):
 class FusedSplitPSA(NotScriptable, SplitPSA):
     """:class:`SplitPSA` with the attention step fused.
 
-    :func:`epsa_fused.fuse` builds it from the module that External-Attention-pytorch calls PSA.
+    :func:`epsa_fused.fuse` builds it from External-Attention-pytorch's PSA, once its lists of
+    layers are nn.ModuleLists.
 
     Args:
         convs: S convolutions with outputs of one shape. They are called.
@@ -145,18 +146,10 @@ class FusedSplitPSA(NotScriptable, SplitPSA):
             warn_once(self, why)
             return super().forward(x, bool(asked))
         feats = self._feats(x)
-        # In the order of the layers' calls, for parametrisations that draw random numbers.
-        reads = [
-            (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            for fc1, fc2 in zip(_layers(self.se_blocks, 1), _layers(self.se_blocks, 3), strict=True)
-        ]
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = zip(*reads, strict=True)
+        networks = zip(_layers(self.se_blocks, 1), _layers(self.se_blocks, 3), strict=True)
         return psa_attention(
             feats,
-            torch.stack(fc1_weight),
-            torch.stack(fc1_bias) if fc1_bias[0] is not None else None,
-            torch.stack(fc2_weight),
-            torch.stack(fc2_bias) if fc2_bias[0] is not None else None,
+            *read_se(networks),
             branch_order=self.branch_order,
             return_attention=bool(asked),
         )

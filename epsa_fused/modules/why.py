@@ -17,9 +17,10 @@ def why_not_fused(module: nn.Module) -> str | None:
     differentiation and under the TorchScript-based ONNX exporter. `repr(module)` shows the reason
     too. A tracer of torch.fx and an input of a subclass belong to one call: no reason tells them.
 
-    A convolution that the CPU's operator does not take is a reason as well. It has another
-    padding mode, settings that differ in height and width, or a stride of its own. The
-    convolutions are then called, and the attention step stays fused. Nothing warns of that.
+    A convolution that the CPU's operator does not take is a reason as well. It has another padding
+    mode, settings that differ in height and width, or a stride of its own. So is a branch
+    of :class:`epsa_fused.modules.FusedAdoptedPSA` that is more than a convolution. The branches are
+    then called, and the attention step stays fused. Nothing warns of that.
 
     Args:
         module: a :class:`FusedPSAModule` or :class:`FusedSplitPSA`.

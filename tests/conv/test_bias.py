@@ -207,8 +207,7 @@ def test_the_operator_with_an_epilogue():
     scale, shift = torch.randn(64), torch.randn(64)
     with torch.no_grad():
         convs = [getattr(fused, f"conv_{i}") for i in (1, 2, 3, 4)]
-        arguments = fused._arguments(x, convs)
-        bias = torch.cat([c.bias for c in convs])
+        arguments, bias = fused._arguments(x, convs)
         out = PSA_FORWARD(*arguments, None, True, scale, shift, True, bias)
         exact = plain.double()(x.double())
         expected = torch.relu(exact * scale.double()[:, None, None] + shift[:, None, None])
@@ -221,9 +220,9 @@ def test_opcheck_of_the_module(given):
     fused, _ = modules()
     fused = fused.float().requires_grad_(given == "all")
     convs = [getattr(fused, f"conv_{i}") for i in (1, 2, 3, 4)]
-    bias = torch.cat([c.bias for c in convs]).detach().requires_grad_()
-    arguments = (*fused._arguments(torch.randn(2, 16, 5, 6), convs), None, True)
-    torch.library.opcheck(PSA_FORWARD, (*arguments, None, None, False, bias))
+    arguments, bias = fused._arguments(torch.randn(2, 16, 5, 6), convs)
+    rest = (None, True, None, None, False, bias.detach().requires_grad_())
+    torch.library.opcheck(PSA_FORWARD, (*arguments, *rest))
 
 
 def test_compiled_and_exported(tmp_path):

@@ -135,7 +135,7 @@ def test_an_epilogue(planes, size, dtype):
     module, x = make_module(planes, dtype), image(5, planes, size, dtype)
     convs = [getattr(module, f"conv_{i}") for i in (1, 2, 3, 4)]
     with torch.no_grad():
-        arguments = module._arguments(x, convs)
+        arguments, _ = module._arguments(x, convs)
         scale, shift = factors(planes, dtype, "cuda")
         call = torch.ops.epsa_fused.psa_forward.default
         out = call(*arguments, None, True, scale, shift, True)

@@ -251,7 +251,7 @@ x = torch.randn(2, 64, 6, 7).bfloat16()
 convs = [getattr(fused, f"conv_{i}") for i in (1, 2, 3, 4)]
 scale, shift = torch.randn(2, 64)
 call = torch.ops.epsa_fused.psa_forward.default
-out = call(*fused._arguments(x, convs), None, True, scale, shift, True)
+out = call(*fused._arguments(x, convs)[0], None, True, scale, shift, True)
 exact = torch.relu(fused.double()(x.double()) * scale[:, None, None] + shift[:, None, None])
 assert out.dtype == torch.bfloat16
 torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=1e-2)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections import Counter
 
 import pytest
 import torch
@@ -160,17 +161,24 @@ def test_the_random_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_each_kind_is_run_once(monkeypatch):
-    """Once in training and once in evaluation. EPSANet-101 has 33 modules of four widths."""
+def test_each_kind_is_tried_once(monkeypatch):
+    """EPSANet-101 has 33 modules of seven kinds, and EPSANet-50 has 16 of the same: four widths,
+    and in three of them a stride."""
     runs = []
     forward = published.PSAModule.forward
     monkeypatch.setattr(
         published.PSAModule, "forward", lambda self, x: (runs.append(x.shape), forward(self, x))[1]
     )
-    with torch.device("meta"):
-        model = published.epsanet101()
-    fuse(model)
-    assert len(runs) == 2 * 4
+    counts = []
+    for make in (published.epsanet50, published.epsanet101):
+        runs.clear()
+        with torch.device("meta"):
+            model = make()
+        fuse(model)
+        counts.append(len(runs))
+    assert counts[0] == counts[1]
+    kinds = dict.fromkeys((128, 256, 512), 2) | {64: 1}
+    assert Counter(shape[1] for shape in runs) == {c: k * counts[0] // 7 for c, k in kinds.items()}
 
 
 class Scaled(published.SEWeightModule):

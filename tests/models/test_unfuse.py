@@ -148,6 +148,13 @@ def test_what_only_the_fused_module_has_is_dropped():
     assert_near(pickle.loads(pickle.dumps(plain))(x), model(x), 1e-5)
 
 
+def test_the_setting_of_winograds_method_is_kept():
+    model = nn.Sequential(psa(winograd=False), psa())
+    plain = unfuse(model)
+    assert [m.winograd for m in fuse(plain)] == [False, None]
+    assert not hasattr(plain[1], "winograd")
+
+
 def test_a_module_at_two_places_stays_one():
     module = FusedPSAModule(64, 64).double()
     plain = unfuse(nn.Sequential(module, nn.Sequential(module)))

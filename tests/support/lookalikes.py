@@ -1,8 +1,10 @@
-"""Modules that look like a PSA module: what people made of the published one."""
+"""Modules that look like a PSA module: what people make of the published one."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from support import published
 from torch import nn
 
@@ -17,11 +19,510 @@ def external_psa(cls=published.ExternalPSA, branches=4):
     return cls(16 * branches, S=branches)
 
 
+# ---- variants that compute PSA ----
+
+
+def convolution(kernel, groups=1, *, inplans=16, bias=False, dilation=1, **options):
+    padding = options.pop("padding", dilation * (kernel // 2))
+    return nn.Conv2d(inplans, 16, kernel, padding=padding, groups=groups, bias=bias,
+                     dilation=dilation, **options)  # fmt: skip
+
+
+def convolutions(**options):
+    return [convolution(k, g, **options) for k, g in zip((3, 5, 7, 9), GROUPS, strict=True)]
+
+
+def dilated(**options):
+    return [convolution(3, dilation=d, **options) for d in (1, 2, 3, 4)]
+
+
+def with_norm(*more):
+    return [nn.Sequential(conv, nn.BatchNorm2d(16), *more) for conv in convolutions()]
+
+
+def squeeze(bias=True):
+    """An SE network, all of it in one Sequential."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(16, 4, 1, bias=bias),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 16, 1, bias=bias),
+        nn.Sigmoid(),
+    )
+
+
+class Gate(nn.Module):
+    """An SE network with Linear layers, of a class of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.squeeze = nn.AdaptiveAvgPool2d(1)
+        layers = (nn.Linear(16, 4, bias=False), nn.ReLU(), nn.Linear(4, 16, bias=False))
+        self.excite = nn.Sequential(*layers, nn.Sigmoid())
+
+    def forward(self, x):
+        return self.excite(self.squeeze(x).flatten(1)).view(x.shape[0], -1, 1, 1)
+
+
+class Layers(nn.Module):
+    """An SE network whose layers are in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.fcs = nn.ModuleList((nn.Conv2d(16, 5, 1), nn.Conv2d(5, 16, 1)))
+
+    def forward(self, x):
+        return self.fcs[1](self.fcs[0](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def recalibrated(maps, weights):
+    """The maps times the softmax of their weights across the branches, in their order."""
+    scales = torch.stack(weights, 1).softmax(1)
+    return torch.cat([m * scales[:, i] for i, m in enumerate(maps)], 1)
+
+
+class Shared(nn.Module):
+    """Branches in a list, and one SE network for all."""
+
+    def __init__(self, branches=None, se=None):
+        super().__init__()
+        self.conv_branches = nn.ModuleList(branches or convolutions())
+        self.se_block = se or squeeze()
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class Own(nn.Module):
+    """An SE network for each branch, beside a list of convolutions of the whole input."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(convolutions())
+        self.ses = nn.ModuleList(squeeze(bias=False) for _ in range(4))
+
+    def forward(self, x):
+        maps = [conv(x) for conv in self.convs]
+        return recalibrated(maps, [self.ses[i % len(self.ses)](m) for i, m in enumerate(maps)])
+
+
+class Numbered(nn.Module):
+    """conv1 ... se4, the last branch first; pooling and sigmoid are functions."""
+
+    def __init__(self):
+        super().__init__()
+        for i, conv in enumerate(convolutions(bias=True), 1):
+            setattr(self, f"conv{i}", conv)
+            setattr(
+                self, f"se{i}", nn.Sequential(nn.Conv2d(16, 2, 1), nn.ReLU(), nn.Conv2d(2, 16, 1))
+            )
+
+    def forward(self, x):
+        maps = [getattr(self, f"conv{i}")(input=x) for i in (4, 3, 2, 1)]
+        pooled = [F.adaptive_avg_pool2d(m, 1) for m in maps]
+        weights = [getattr(self, f"se{4 - i}")(p).sigmoid() for i, p in enumerate(pooled)]
+        return recalibrated(maps, weights)
+
+
+class Flat(nn.Module):
+    """The SE's layers are children of the module itself."""
+
+    def __init__(self, layer=nn.Conv2d):
+        super().__init__()
+        self.pyramid = nn.ModuleList(convolutions())
+        size = (1,) if layer is nn.Conv2d else ()
+        self.down, self.up = layer(16, 4, *size), layer(4, 16, *size)
+        self.act, self.gate = nn.ReLU(), nn.Sigmoid()
+
+    def forward(self, x):
+        maps = [conv(x) for conv in self.pyramid]
+        pooled = [m.mean((2, 3), keepdim=isinstance(self.up, nn.Conv2d)) for m in maps]
+        weights = [self.gate(self.up(self.act(self.down(p)))) for p in pooled]
+        return recalibrated(maps, [w.reshape(*w.shape[:2], 1, 1) for w in weights])
+
+
+class TwoLists(nn.Module):
+    """First layers and second layers of the SE networks in a list each."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(convolutions())
+        self.fc1 = nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
+        self.fc2 = nn.ModuleList(nn.Linear(3, 16) for _ in range(4))
+
+    def forward(self, x):
+        maps = [conv(x) for conv in self.convs]
+        weights = [
+            b(F.relu(a(m.mean((2, 3))))).sigmoid()[..., None, None]
+            for a, b, m in zip(self.fc1, self.fc2, maps, strict=True)
+        ]
+        return recalibrated(maps, weights)
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.wide = convolution(3), convolution(7, 4)
+        self.pixel = convolution(1)
+
+    def forward(self, x):
+        return self.small(x), self.wide(x), self.pixel(x)
+
+
+class Held(nn.Module):
+    """The paper's parts as classes: the convolutions of three branches are in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.spc, self.se_weight = Pyramid(), Gate()
+
+    def forward(self, x):
+        maps = self.spc(x)
+        return recalibrated(maps, [self.se_weight(m) for m in maps])
+
+
+class Parts(nn.Module):
+    """Each branch takes its own part of the input; other names than External-Attention's."""
+
+    def __init__(self):
+        super().__init__()
+        self.paths = nn.ModuleList(convolutions(bias=True))
+        self.weighers = nn.ModuleList(Gate() for _ in range(4))
+
+    def forward(self, x):
+        maps = [path(part) for path, part in zip(self.paths, x.chunk(4, 1), strict=True)]
+        return recalibrated(maps, [w(m) for w, m in zip(self.weighers, maps, strict=True)])
+
+
+class Adapted(nn.Module):
+    """As low-rank adapters wrap a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def separable():
+    """Each branch a depthwise convolution and a grouped 1x1 convolution."""
+    deep = (nn.Conv2d(16, 16, k, padding=k // 2, groups=16) for k in (3, 5, 7, 9))
+    return [nn.Sequential(conv, convolution(1, g)) for conv, g in zip(deep, GROUPS, strict=True)]
+
+
+def with_convs(convs, module=None):
+    """The published module with other convolutions."""
+    module = module or published_psa()
+    for i, conv in enumerate(convs, 1):
+        setattr(module, f"conv_{i}", conv)
+    return module
+
+
+def with_adapter():
+    module = published_psa()
+    module.conv_4 = Adapted(module.conv_4)
+    return module
+
+
+def in_a_sequential(module):
+    """The list of convolutions as a Sequential, which forward takes apart."""
+    module.convs = nn.Sequential(*module.convs)
+    return module
+
+
 class InOrder(published.PSAModule):
     """The paper's equation: branches in their order."""
 
     def forward(self, x):
         return torch.cat(super().forward(x).chunk(4, 1)[::-1], 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A module that fuse() takes.
+
+    Attributes:
+        make: builds it.
+        kind: the name of the class that comes in its place.
+        order: the order of the branches.
+        in_part: whether its convolutions are called, and the attention step alone is fused.
+        channels: of the input.
+    """
+
+    make: object
+    kind: str = "FusedAdoptedPSA"
+    order: str = "forward"
+    in_part: bool = False
+    channels: int = 16
+
+
+PUBLISHED = {"kind": "FusedPSAModule", "order": "reversed"}
+VARIANTS = {
+    "published": Variant(published_psa, **PUBLISHED),
+    "published_in_order": Variant(lambda: published_psa(InOrder), "FusedPSAModule"),
+    "bias": Variant(lambda: with_convs(convolutions(bias=True)), **PUBLISHED),
+    "dilation": Variant(lambda: with_convs(dilated()), **PUBLISHED),
+    "dilation_and_bias": Variant(lambda: with_convs(dilated(bias=True)), **PUBLISHED),
+    "dilation_and_a_pixel": Variant(lambda: with_convs([*dilated()[:3], convolution(1)]),
+        **PUBLISHED),
+    "separable": Variant(lambda: with_convs(separable()), order="reversed", in_part=True),
+    "stride": Variant(lambda: with_convs(convolutions(stride=2)), **PUBLISHED),
+    "padding_mode": Variant(lambda: with_convs(convolutions(padding_mode="reflect")),
+        **PUBLISHED, in_part=True),
+    "padding_same": Variant(lambda: with_convs(convolutions(padding="same")),
+        **PUBLISHED, in_part=True),
+    "adapter": Variant(with_adapter, order="reversed", in_part=True),
+    "list_and_sequential_se": Variant(Shared),
+    "list_and_own_class_of_se": Variant(lambda: Shared(se=Gate())),
+    "list_and_published_se": Variant(lambda: Shared(se=published.SEWeightModule(16, 8))),
+    "two_branches": Variant(lambda: Shared([convolution(1), convolution(3, 4)])),
+    "a_list_of_two_layers": Variant(lambda: Shared(se=Layers())),
+    "padded_by_a_layer": Variant(lambda: Shared([convolution(1),
+        nn.Sequential(nn.ReflectionPad2d(1), convolution(3, padding=0))]), in_part=True),
+    "list_of_dilated": Variant(lambda: Shared(dilated(bias=True))),
+    "norm": Variant(lambda: Shared(with_norm()), in_part=True),
+    "norm_and_relu": Variant(lambda: Shared(with_norm(nn.ReLU(inplace=True))), in_part=True),
+    "one_se_for_each_branch": Variant(Own),
+    "numbered": Variant(Numbered, order="reversed"),
+    "se_without_a_module": Variant(Flat),
+    "se_of_linear_layers": Variant(lambda: Flat(nn.Linear)),
+    "se_in_two_lists": Variant(TwoLists),
+    "branches_in_a_module": Variant(Held),
+    "external": Variant(external_psa, "FusedSplitPSA", channels=64),
+    "parts": Variant(Parts, in_part=True, channels=64),
+    "parts_in_a_sequential": Variant(lambda: in_a_sequential(external_psa()),
+        in_part=True, channels=64),
+}  # fmt: skip
+
+
+# ---- near misses: their layers are those of PSA, and they compute something else ----
+
+
+class SoftmaxOfChannels(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        scales = torch.stack([self.se_block(m) for m in maps], 1).softmax(2)
+        return torch.cat([m * scales[:, i] for i, m in enumerate(maps)], 1)
+
+
+class SoftmaxOfTheBatch(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        scales = torch.stack([self.se_block(m) for m in maps], 1).softmax(0)
+        return torch.cat([m * scales[:, i] for i, m in enumerate(maps)], 1)
+
+
+class WithoutSoftmax(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return torch.cat([m * self.se_block(m) for m in maps], 1)
+
+
+class ScaledUp(Shared):
+    def forward(self, x):
+        return super().forward(x) * 4
+
+
+class AddedUp(Shared):
+    def forward(self, x):
+        return sum(super().forward(x).chunk(4, 1))
+
+
+class OthersWeights(Shared):
+    """Each branch is weighed by the weights of the next."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        weights = [self.se_block(m) for m in maps]
+        return recalibrated(maps, weights[1:] + weights[:1])
+
+
+class TwiceCalled(Shared):
+    """Once for the maps, once for the weights: a BatchNorm sees both."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(branch(x)) for branch in self.conv_branches])
+
+
+class DropoutBetween(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        weights = [F.dropout(self.se_block(m), 0.2, self.training) for m in maps]
+        return recalibrated(maps, weights)
+
+
+class Detached(Shared):
+    """The same output; the weights have no gradient."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m.detach()) for m in maps])
+
+
+class LooksAtValues(Shared):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if x.mean() < 0.5 else out * 2
+
+
+class LooksAtSizes(Shared):
+    def forward(self, x):
+        return super().forward(x if x.shape[2] < x.shape[3] + 2 else x.flip(2))
+
+
+class LooksAtKernels(Shared):
+    def forward(self, x):
+        maps = [branch(x) / branch.kernel_size[0] for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class Cascade(Shared):
+    """Each branch adds the map of the one before it to its input."""
+
+    def forward(self, x):
+        maps = [self.conv_branches[0](x)]
+        for branch in self.conv_branches[1:]:
+            maps.append(branch(x + maps[-1]))
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class Chain(nn.Module):
+    """A bottleneck with an SE, as in RegNet: its convolutions follow each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = convolution(1), convolution(3, 2)
+        self.se, self.conv3 = squeeze(), convolution(1)
+
+    def forward(self, x):
+        out = self.conv2(self.conv1(x).relu()).relu()
+        return self.conv3(out * self.se(out)) + x
+
+
+class Added(nn.Module):
+    """Two branches whose sum has an SE, as in MobileOne."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.se = convolution(3), convolution(1), squeeze()
+
+    def forward(self, x):
+        out = self.wide(x) + self.narrow(x)
+        return out * self.se(out)
+
+
+class AnotherOrder(Shared):
+    def forward(self, x):
+        a, b, c, d = super().forward(x).chunk(4, 1)
+        return torch.cat((b, a, d, c), 1)
+
+
+class Interleaved(Shared):
+    def forward(self, x):
+        return super().forward(x).unflatten(1, (4, 16)).transpose(1, 2).flatten(1, 2)
+
+
+class MaxPooled(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m.amax((2, 3), keepdim=True)) for m in maps])
+
+
+class ReadWeights(Shared):
+    """It never calls its convolutions."""
+
+    def forward(self, x):
+        convs = self.conv_branches
+        maps = [F.conv2d(x, c.weight, c.bias, 1, c.padding, 1, c.groups) for c in convs]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class PlainLists(nn.Module):
+    """Its layers are hidden from PyTorch, as in External-Attention-pytorch's class."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = convolutions()
+        self.se_blocks = [squeeze() for _ in range(4)]
+        self.softmax = nn.Softmax(dim=1)
+
+    def forward(self, x):
+        maps = [conv(part) for conv, part in zip(self.convs, x.chunk(4, 1), strict=True)]
+        return recalibrated(maps, [se(m) for se, m in zip(self.se_blocks, maps, strict=True)])
+
+
+class AndNorms(Shared):
+    """The BatchNorms are children beside the convolutions."""
+
+    def __init__(self):
+        super().__init__(convolutions(inplans=32))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+
+    def forward(self, x):
+        maps = [n(b(x)) for n, b in zip(self.norms, self.conv_branches, strict=True)]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class Block(Shared):
+    """A whole block of a network, with the branches among its other layers."""
+
+    def __init__(self):
+        super().__init__(convolutions(inplans=32))
+        self.before, self.norm = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        return self.norm(super().forward(self.before(x)))
+
+
+def with_ses(*ses):
+    module = Own()
+    module.ses = nn.ModuleList(ses)
+    return module
+
+
+SOMETHING_ELSE = r"something else than PSA"
+NEAR_MISSES = {
+    "softmax_of_channels": (SoftmaxOfChannels, SOMETHING_ELSE),
+    "softmax_of_the_batch": (SoftmaxOfTheBatch, SOMETHING_ELSE),
+    "without_softmax": (WithoutSoftmax, SOMETHING_ELSE),
+    "without_sigmoid": (lambda: Shared(se=squeeze()[:4]), SOMETHING_ELSE),
+    "with_tanh": (lambda: Shared(se=nn.Sequential(*squeeze()[:4], nn.Tanh())),
+        r"something else than PSA.*se_block\.4 is a Tanh"),
+    "two_sigmoids": (lambda: Shared(se=squeeze().append(nn.Sigmoid())), SOMETHING_ELSE),
+    "without_relu": (lambda: Shared(se=nn.Sequential(*squeeze()[:2], *squeeze()[3:])),
+        SOMETHING_ELSE),
+    "scaled": (ScaledUp, SOMETHING_ELSE),
+    "added": (AddedUp, r"something else than PSA.*may add its branches, which PSA concatenates"),
+    "weights_of_another": (OthersWeights, SOMETHING_ELSE),
+    "called_twice": (TwiceCalled, r"calls conv_branches\.0 2 times, expected once"),
+    "dropout": (DropoutBetween, r"something else than PSA in training"),
+    "detached": (Detached, r"its gradients are not those of PSA"),
+    "values": (LooksAtValues, SOMETHING_ELSE),
+    "sizes": (LooksAtSizes, SOMETHING_ELSE),
+    "kernels": (LooksAtKernels, SOMETHING_ELSE),
+    "another_order": (AnotherOrder, SOMETHING_ELSE),
+    "interleaved": (Interleaved, SOMETHING_ELSE),
+    "max": (MaxPooled, SOMETHING_ELSE),
+    "weights_read": (ReadWeights, r"calls conv_branches\.0 0 times, expected once"),
+    "plain_lists": (PlainLists, r"in plain Python lists \(convs, se_blocks\).*nn\.ModuleList"),
+    "an_se_too_few": (lambda: with_ses(squeeze(), squeeze(), squeeze()),
+        r"4 branches and 3 SE networks"),
+    "an_se_of_another_width": (lambda: with_ses(squeeze(), squeeze(), squeeze(), Layers()),
+        r"the channels of the SE networks are .*\(16, 5\)"),
+    "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
+        r"the biases of the SE networks are .*expected equal"),
+    "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
+    "block": (Block, r"other children too: norm"),
+}  # fmt: skip
+
+
+# Blocks of other kinds, which nobody wants a word about.
+OTHERS = {"cascade": Cascade, "chain": Chain, "added": Added}
+
+# ---- what is left alone for other reasons ----
 
 
 class Overwriting(published.ExternalPSA):

@@ -1,7 +1,7 @@
 """Published PSA code, retyped from its description, to compare the package with.
 
-PSAModule, EPSABlock and EPSANet are murufeng/EPSANet's; ExternalPSA is the module that
-External-Attention-pytorch calls PSA.
+PSAModule, EPSABlock and EPSANet are murufeng/EPSANet's; ExternalPSA is what
+External-Attention-pytorch calls PSA, with nn.ModuleLists in place of its plain lists.
 """
 
 import math

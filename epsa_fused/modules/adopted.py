@@ -1,0 +1,203 @@
+"""AdoptedPSA, the PSA module over the layers of another class, and FusedAdoptedPSA, the same
+fused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._arguments import SEArguments
+from ..reference import PSAModule
+from .fused import FusedPSAModule
+from .layers import Point, read_se, submodule, why_layer_called
+
+# What the plain module calls: the SE network on a map [N, C, 1, 1], the network on [N, C], or its
+# layers one after the other.
+SECall: TypeAlias = Literal["map", "vector", "layers"]
+
+
+class SELayers(NamedTuple):
+    """An SE network, by the names of its layers as in `module.named_modules()`.
+
+    Attributes:
+        fc1, fc2: its 1x1 convolutions or Linear layers.
+        network: the module that holds both and nothing else with weights; None if there is none.
+        call: what the plain module calls.
+    """
+
+    fc1: str
+    fc2: str
+    network: str | None = None
+    call: SECall = "layers"
+
+
+class PSALayers(NamedTuple):
+    """The layers of a PSA module, by their names as in `module.named_modules()`.
+
+    Attributes:
+        branches: the S modules that make the branches' maps: convolutions, or what holds them.
+        networks: one SE network, or one for each branch.
+        splits_input: whether each branch takes its own part of the input's channels.
+    """
+
+    branches: tuple[str, ...]
+    networks: tuple[SELayers, ...]
+    splits_input: bool = False
+
+
+class _Seen(NamedTuple):
+    """A module of an SE network as it was when it was adopted."""
+
+    kind: type[nn.Module]
+    children: int | None  # how many; None for fc1 and fc2: a parametrisation comes as a child
+
+
+class AdoptedPSA(PSAModule):
+    """Pyramid Squeeze Attention in plain PyTorch, over the layers of a module of another class.
+
+    The layers stay the same objects under the same names. So do the `state_dict` keys.
+    x [N, inplans, H, W] -> [N, S*C, H', W'], as :class:`PSAModule`. :func:`epsa_fused.unfuse`
+    builds it.
+
+    Args:
+        module: its layers are taken.
+        layers: their names. A trial has shown that they compute PSA.
+        branch_order: as of :class:`PSAModule`.
+    """
+
+    def __init__(self, module: nn.Module, layers: PSALayers, *, branch_order: str) -> None:
+        nn.Module.__init__(self)
+        networks = [n.fc1 for n in layers.networks] + [n.fc2 for n in layers.networks]
+        if layers.networks[0].call != "layers":
+            networks = [cast(str, n.network) for n in layers.networks]
+        used = {module.get_submodule(name) for name in (*layers.branches, *networks)}
+        for name, child in module._modules.items():
+            kept = None if child is None else _kept(child, used)
+            if kept is not None:
+                self._modules[name] = kept
+        self.branches = len(layers.branches)
+        fc1 = _point(module, layers.networks[0].fc1)
+        self.split_channel = fc1.in_channels if isinstance(fc1, nn.Conv2d) else fc1.in_features
+        self.branch_order = branch_order
+        self._layers = layers
+        self._seen: dict[str, _Seen] = {}
+        for root in networks:
+            for name, m in module.get_submodule(root).named_modules(prefix=root):
+                self._seen.setdefault(name, _Seen(type(m), len(m._modules)))
+        for network in layers.networks:
+            for fc in (network.fc1, network.fc2):
+                kind = nn.Conv2d if isinstance(module.get_submodule(fc), nn.Conv2d) else nn.Linear
+                self._seen[fc] = _Seen(kind, None)
+
+    def extra_repr(self) -> str:
+        split = ", splits_input=True" if self._layers.splits_input else ""
+        return super().extra_repr() + split
+
+    def _convs(self) -> list[nn.Module]:
+        return [self.get_submodule(name) for name in self._layers.branches]
+
+    def _feats(self, x: Tensor) -> list[Tensor]:
+        convs = self._convs()
+        if not self._layers.splits_input:
+            return [conv(x) for conv in convs]
+        parts = x.chunk(self.branches, dim=1)
+        return [conv(parts[i]) for i, conv in enumerate(convs)]  # torch.fx traces an index
+
+    def _weights(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        networks = self._layers.networks
+        if len(networks) == 1:
+            networks *= self.branches
+        return [self._weigh(se, feat) for se, feat in zip(networks, feats, strict=True)]
+
+    def _weigh(self, se: SELayers, feat: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(feat, 1)
+        if se.call == "layers":
+            hidden = torch.relu(self._call_point(se.fc1, pooled))
+            return torch.sigmoid(self._call_point(se.fc2, hidden))
+        network = self.get_submodule(cast(str, se.network))
+        weights = cast(Tensor, network(pooled if se.call == "map" else pooled.flatten(1)))
+        return weights.reshape(pooled.shape)
+
+    def _call_point(self, name: str, pooled: Tensor) -> Tensor:
+        """A layer of the SE on [N, C, 1, 1], which a Linear takes as [N, C]."""
+        layer = self.get_submodule(name)
+        if self._seen[name].kind is nn.Conv2d:
+            return cast(Tensor, layer(pooled))
+        return cast(Tensor, layer(pooled.flatten(1)))[:, :, None, None]
+
+
+class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
+    """:class:`AdoptedPSA`, fused as :class:`FusedPSAModule` is. :func:`epsa_fused.fuse` builds it.
+
+    The operator computes branches that are convolutions alone, of the whole input. Others are
+    called: with a BatchNorm, say, in training as in evaluation. The attention step is fused in
+    any case.
+    """
+
+    def _conv_names(self) -> Sequence[str]:
+        return self._layers.branches
+
+    def _has_convs_as_branches(self) -> bool:
+        return self._why_branches_called() is None
+
+    def _why_convs_called(self) -> str | None:
+        # others are called in any case
+        return super()._why_convs_called() if self._has_convs_as_branches() else None
+
+    def _why_not_taken(self) -> str | None:
+        return self._why_branches_called() or super()._why_not_taken()
+
+    def _why_branches_called(self) -> str | None:
+        """The reason why the branches are more than convolutions of the input, or None."""
+        if self._layers.splits_input:
+            return "each branch takes its own part of the input"
+        for name, branch in zip(self._layers.branches, self._convs(), strict=True):
+            if not isinstance(branch, nn.Conv2d):
+                return f"{name} is a {type(branch).__name__}, not a convolution alone"
+        return None
+
+    def _why_se_called(self) -> str | None:
+        for name, seen in self._seen.items():
+            layer = submodule(self, name)
+            why = why_layer_called(name, layer, seen.kind)
+            if why is not None:
+                return why
+            if seen.children not in (None, len(cast(nn.Module, layer)._modules)):
+                return f"{name} has other children than when it was fused"
+        return None
+
+    def _se_arguments(self) -> SEArguments:
+        return read_se(
+            [(_point(self, se.fc1), _point(self, se.fc2)) for se in self._layers.networks]
+        )
+
+
+def _point(module: nn.Module, name: str) -> Point:
+    return cast(Point, module.get_submodule(name))
+
+
+def _kept(module: nn.Module, used: Collection[nn.Module]) -> nn.Module | None:
+    """`module` without the parts that hold nothing used; None if nothing is left.
+
+    A module of which only parts are used is never called again. A plain holder of the parts takes
+    its place, so that nobody waits for its hooks.
+    """
+    if module in used:
+        return module
+    parts = {
+        name: kept
+        for name, child in module._modules.items()
+        if child is not None and (kept := _kept(child, used)) is not None
+    }
+    if not parts:
+        return None
+    if type(module) is nn.ModuleList and parts == module._modules:
+        return module
+    holder = nn.Module()
+    holder._modules.update(parts)
+    holder.training = module.training
+    return holder

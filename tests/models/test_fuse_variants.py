@@ -1,0 +1,354 @@
+"""fuse() on what people make of the published module: it goes by what the layers are and do."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from support.lookalikes import (
+    NEAR_MISSES,
+    OTHERS,
+    VARIANTS,
+    Gate,
+    Own,
+    Parts,
+    Shared,
+    description,
+    published_psa,
+    squeeze,
+    with_norm,
+    without_warning,
+)
+from support.tolerance import largest, relative_error
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from epsa_fused import (
+    fuse,
+    optimize_for_inference,
+    prepack,
+    record_attention,
+    unfuse,
+    why_not_fused,
+)
+from epsa_fused.modules.adopted import FusedAdoptedPSA
+
+LIMIT = 1e-14
+
+
+def model_of(make, scale=1.0):
+    """A model in float64, whose weights give outputs of about one and SE weights that differ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), make()).double()
+    for p in model.parameters():
+        fan_in = p[0].numel() if p.dim() > 1 else 10
+        nn.init.normal_(p, std=scale * fan_in**-0.5)
+    return model
+
+
+def image(channels, *size):
+    return torch.randn(*size[:1], channels, *size[1:], dtype=torch.float64)
+
+
+def assert_same(actual, expected, x):
+    """Equal outputs and gradients, within LIMIT of the largest output and gradient."""
+    results = []
+    for model in (actual, expected):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        grads = torch.autograd.grad(out.sin().sum(), [leaf, *model.parameters()])
+        results.append((out, grads))
+    (out, grads), (expected_out, expected_grads) = results
+    assert relative_error(out, expected_out) <= LIMIT
+    size = max(map(largest, expected_grads))
+    names = ["x", *dict(expected.named_parameters())]
+    for name, grad, other in zip(names, grads, expected_grads, strict=True):
+        error = largest(grad - other)
+        assert error <= LIMIT * size, f"gradient of {name}: {error / size:.2g}"
+
+
+# ---- what is fused ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_fused_and_computes_the_same(variant):
+    v = VARIANTS[variant]
+    model = model_of(v.make)
+    before = description(model)
+    fused = without_warning(fuse, model)
+    assert description(model) == before
+    assert type(fused[1]).__name__ == v.kind and fused[1].branch_order == v.order
+    assert list(fused.fuse_report.replaced) == ["1"] and not fused.fuse_report.left
+    # the same tensors, by the same names
+    assert list(fused.state_dict()) == list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == dict(fused.named_parameters()).keys()
+    assert all(p is parameters[name] for name, p in fused.named_parameters())
+    independent = copy.deepcopy(fused)  # a BatchNorm would see each image twice
+    for training in (False, True):
+        for size in ((3, 9, 8), (1, 11, 12), (2, 13, 5)):
+            for m in (independent, model):
+                m.train(training)
+            without_warning(assert_same, independent, model, image(v.channels, *size))
+    for (name, a), b in zip(
+        model.state_dict().items(), independent.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_and_back(variant):
+    v = VARIANTS[variant]
+    model = model_of(v.make).eval()
+    fused = fuse(model)
+    plain = without_warning(unfuse, fused)
+    again = without_warning(fuse, plain)
+    x = image(v.channels, 2, 9, 8)
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert type(plain[1]) is not type(fused[1]) and type(again[1]) is type(fused[1])
+    assert vars(again[1]).keys() == vars(fused[1]).keys()
+    for other in (plain, again):
+        without_warning(assert_same, other, model, x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_operator_computes_it(variant):
+    """The convolutions too, or the attention step alone, as the report says."""
+    v = VARIANTS[variant]
+    fused = fuse(model_of(v.make))
+    with torch.profiler.profile() as profile:
+        fused(image(v.channels, 1, 6, 6))
+    names = {event.key for event in profile.key_averages()}
+    in_part = "the convolutions are called" in fused.fuse_report.replaced["1"]
+    assert in_part or not v.in_part
+    assert "aten::softmax" not in names and "aten::sigmoid" not in names
+    called = in_part or v.kind == "FusedSplitPSA"
+    assert ("epsa_fused::psa_forward" in names) != called
+    assert "epsa_fused::psa_attention" in names or not called
+    assert in_part == (why_not_fused(fused[1]) is not None)
+
+
+# ---- what is not fused ----
+
+
+@pytest.mark.parametrize("miss", NEAR_MISSES)
+def test_a_near_miss_is_named_and_stays_as_it_is(miss):
+    make, why = NEAR_MISSES[miss]
+    model = model_of(make)
+    kept, before = type(model[1]), description(model)
+    channels = {"plain_lists": 64, "block": 32, "norms_beside": 32}.get(miss, 16)
+    x = image(channels, 2, 7, 6).to(torch.float32 if miss == "plain_lists" else torch.float64)
+    copied = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = copied(x)
+    with pytest.warns(UserWarning, match=rf"left alone 1 .*1 \(.*{why}"):
+        left = fuse(model)
+    assert list(left.fuse_report.left) == ["1"] and not left.fuse_report.replaced
+    assert type(left[1]) is kept
+    assert description(model) == before
+    torch.manual_seed(1)
+    assert torch.equal(left(x), expected)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_blocks_of_other_kinds_are_passed_over(other):
+    model = model_of(OTHERS[other])
+    with pytest.warns(UserWarning, match=r"nothing to fuse") as warned:
+        left = fuse(model)
+    assert len(warned) == 1 and not left.fuse_report.left
+    assert type(left[1]) is OTHERS[other]
+
+
+def test_it_fuses_as_its_reason_says():
+    """The reason of the plain lists and that of the BatchNorms beside the convolutions."""
+    lists = NEAR_MISSES["plain_lists"][0]()
+    lists.convs, lists.se_blocks = nn.ModuleList(lists.convs), nn.ModuleList(lists.se_blocks)
+    fused = without_warning(fuse, nn.Sequential(lists, Shared(with_norm())))
+    assert list(fused.fuse_report.replaced) == ["0", "1"]
+
+
+def test_a_folded_norm_fuses_as_a_whole():
+    norms = with_norm()
+    model = nn.Sequential(Shared(norms)).double().eval()
+    x = image(16, 2, 6, 5)
+    expected = model(x)
+    for i, (conv, norm) in enumerate(norms):
+        model[0].conv_branches[i] = fuse_conv_bn_eval(conv, norm)
+    fused = without_warning(fuse, model)
+    assert relative_error(fused(x), expected) <= LIMIT
+    assert fused[0]._has_convs_as_branches()
+
+
+# ---- the adopted module ----
+
+
+def adopted(make=Shared, **options):
+    module = fuse(model_of(make, **options))[1]
+    assert type(module) is FusedAdoptedPSA
+    return module
+
+
+@pytest.mark.parametrize("make", (Shared, Own, Parts, lambda: Shared(with_norm())))
+def test_the_attention_of_an_adopted_module(make):
+    module = adopted(make).eval()
+    x = image(64 if make is Parts else 16, 2, 6, 5)
+    expected, attention = module(x, return_attention=True)
+    assert torch.equal(module(x), expected) and attention.shape == (2, 4, 16)
+    assert relative_error(attention.sum(1), torch.ones(2, 16)) <= LIMIT
+    plain, other = unfuse(module)(x, return_attention=True)
+    assert relative_error(plain, expected) <= LIMIT and relative_error(other, attention) <= LIMIT
+    model = nn.Sequential(module)
+    with record_attention(model) as scales:
+        assert torch.equal(model(x), expected)
+    assert torch.equal(scales["0"][0], attention)
+
+
+CHANGES = {
+    "hook_on_the_se": (Shared, lambda m: m.se_block.register_forward_hook(lambda m, x, y: 2 * y),
+        r"se_block has hooks"),
+    "hook_on_a_relu": (Shared, lambda m: m.se_block[2].register_forward_hook(lambda m, x, y: 2 * y),
+        r"se_block\.2 has hooks"),
+    "another_activation": (lambda: Shared(se=Gate()),
+        lambda m: m.se_block.excite.__setitem__(1, nn.GELU()), r"excite\.1 is a GELU"),
+    "another_layer": (Shared, lambda m: m.se_block.append(nn.Tanh()),
+        r"se_block has other children"),
+    "wrapped_linear": (lambda: Shared(se=Gate()),
+        lambda m: m.se_block.excite.__setitem__(0, Doubled(m.se_block.excite[0])),
+        r"excite\.0 is a Doubled"),
+    "hook_on_a_convolution": (Shared,
+        lambda m: m.conv_branches[1].register_forward_hook(lambda m, x, y: 2 * y),
+        r"conv_branches\.1 has hooks"),
+    "wrapped_convolution": (Shared,
+        lambda m: m.conv_branches.__setitem__(1, Doubled(m.conv_branches[1])),
+        r"conv_branches\.1 is a Doubled"),
+    "hook_on_a_sequential": (lambda: Shared(with_norm()),
+        lambda m: m.conv_branches[1].register_forward_hook(lambda m, x, y: 2 * y),
+        r"conv_branches\.0 is a Sequential"),
+}  # fmt: skip
+
+
+class Doubled(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:FusedAdoptedPSA calls layers")
+def test_a_later_change_has_its_effect(change):
+    """The layers are called then, as those of the module that it was."""
+    make, act, why = CHANGES[change]
+    module, theirs = adopted(make).eval(), model_of(make)[1].eval()
+    x = image(16, 2, 6, 5)
+    unchanged = theirs(x)
+    for m in (theirs, module):
+        act(m)
+    with torch.no_grad():
+        assert relative_error(module(x), theirs(x)) <= LIMIT
+        assert relative_error(module(x), unchanged) > 1e-3
+    assert re.search(why, why_not_fused(module))
+
+
+def test_an_adopted_module_is_served():
+    """Packed weights, and the BatchNorm and ReLU behind it in the operator."""
+    model = nn.Sequential(Shared(), nn.BatchNorm2d(64), nn.ReLU()).eval()
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        fused = fuse(model)
+        prepack(fused, x, frozen=True)
+        assert "prepacked" in repr(fused)
+        assert relative_error(fused(x), expected) < 1e-5
+        served = optimize_for_inference(model, x, compile=False)
+        assert served.report.folded == ["1"] and served.report.packed == 1
+        assert relative_error(served(x), expected) < 1e-5
+
+
+def test_modules_that_cannot_be_packed_are_passed_over():
+    model = fuse(nn.Sequential(Shared(with_norm()), nn.Conv2d(64, 16, 1), published_psa())).eval()
+    prepack(model, torch.randn(1, 16, 8, 8))
+    assert "prepacked" not in repr(model[0]) and "prepacked" in repr(model[2])
+
+
+def test_an_adopted_module_compiles_exports_and_is_pickled():
+    module = adopted().float().eval()
+    x = torch.randn(2, 16, 6, 6)
+    expected = module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    exported = torch.export.export(module, (x,))
+    assert torch.equal(exported.module()(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), expected)
+    assert torch.equal(copy.deepcopy(module)(x), expected)
+
+
+def test_save_output_of_an_adopted_module():
+    module = adopted()
+    x = image(16, 2, 6, 5)
+    expected = module(x)
+    module.save_output = True
+    assert relative_error(module(x), expected) <= LIMIT
+    module = adopted(lambda: Shared(with_norm()))
+    module.save_output = True
+    with pytest.raises(NotImplementedError, match=r"conv_branches\.0 is a Sequential"):
+        module(x)
+
+
+def test_hooks_of_an_adopted_module():
+    """Those of branches, and of what they hold, stay; those of what is not called are an error."""
+    model = nn.Sequential(Shared(with_norm()))
+    calls = []
+    for layer in (model[0], model[0].conv_branches[0], model[0].conv_branches[1][1]):
+        layer.register_forward_hook(lambda m, x, y: calls.append(type(m)))
+    fused = fuse(model)
+    fused(torch.randn(2, 16, 6, 6))
+    assert calls == [nn.Sequential, nn.BatchNorm2d, FusedAdoptedPSA]
+    model[0].se_block[3].register_forward_hook(print)
+    with pytest.raises(RuntimeError, match=r"fuse: 0\.se_block\.3 has hooks, .*remove them first"):
+        fuse(model)
+    assert type(model[0]) is Shared
+
+
+# ---- modules at several places ----
+
+
+def test_what_is_shared_stays_shared():
+    """One module at two places, and one SE network in two modules and beside them."""
+    first, second = Shared(), Shared()
+    second.se_block = first.se_block
+    model = nn.ModuleDict(
+        {"a": first, "b": nn.Sequential(first), "c": second, "se": first.se_block}
+    )
+    fused = without_warning(fuse, model)
+    assert list(fused.fuse_report.replaced) == ["a", "b.0", "c"]
+    assert fused["a"] is fused["b"][0] and fused["a"].se_block is fused["c"].se_block
+    assert fused["se"] is fused["a"].se_block
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert len(list(fused.parameters())) == len(list(model.parameters()))
+
+
+def test_one_network_by_several_names():
+    se = squeeze()
+    module = Own()
+    module.ses = nn.ModuleList([se] * 4)
+    model = nn.Sequential(nn.Identity(), module).double()
+    fused = without_warning(fuse, model)
+    assert len(fused[1]._layers.networks) == 1
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert_same(fused, model, image(16, 2, 7, 6))
+
+
+def test_a_sibling_keeps_its_reference():
+    """A module that another one holds outside of PyTorch's tree keeps its layers and weights."""
+    model = nn.Sequential(Shared()).double()
+    held = [model[0]]
+    fused = fuse(model, inplace=True)
+    x = image(16, 1, 6, 6)
+    assert relative_error(fused(x), held[0](x)) <= LIMIT
+    with torch.no_grad():
+        held[0].conv_branches[0].weight.mul_(2)
+    assert relative_error(fused(x), held[0](x)) <= LIMIT
