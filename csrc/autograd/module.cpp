@@ -1,5 +1,6 @@
 // The autograd of a whole PSA module.
 #include "autograd/common.h"
+#include "ops/foreign.h"
 #include "ops/library.h"
 #include "ops/module.h"
 
@@ -34,7 +35,9 @@ Tensor module_autograd(
   refuse_tangents("psa_forward", x, weights, se, epilogue, bias.value);
   const bool grad = any_needs_grad(x, weights, se, bias.value);
   refuse_epilogue("psa_forward", epilogue, grad);
-  if (grad) {
+  // Below autograd the dispatcher refuses foreign tensors.
+  const bool foreign = is_foreign(x) || std::any_of(weights.begin(), weights.end(), is_foreign);
+  if (grad && !foreign) {
     // Both operators would check their part, but name themselves.
     const auto p = check_module_arguments<c10::SymInt>("psa_forward", x, weights, k, se);
     check_packed("psa_forward", x, packed);

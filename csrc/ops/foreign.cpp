@@ -39,6 +39,10 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 }  // namespace
 
+bool is_foreign(const at::Tensor& t) {
+  return foreign_kind(t) != nullptr;
+}
+
 void refuse_foreign(torch::Library& m, const std::string& name) {
   using c10::DispatchKey;
   for (const DispatchKey key :

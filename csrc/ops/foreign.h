@@ -7,6 +7,8 @@
 
 namespace epsa {
 
+bool is_foreign(const at::Tensor& t);
+
 // Lets the operator refuse such tensors by its argument's name, where the dispatcher would list its
 // backends.
 void refuse_foreign(torch::Library& m, const std::string& name);
