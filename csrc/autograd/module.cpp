@@ -38,12 +38,16 @@ Tensor module_autograd(
   // Below autograd the dispatcher refuses foreign tensors.
   const bool foreign = is_foreign(x) || std::any_of(weights.begin(), weights.end(), is_foreign);
   if (grad && !foreign) {
-    // Both operators would check their part, but name themselves.
-    const auto p = check_module_arguments<c10::SymInt>("psa_forward", x, weights, k, se);
     check_packed("psa_forward", x, packed);
-    check_bias("psa_forward", x, bias, p.conv);
-    const auto [feats, pooled] = call_conv(x, weights, k, bias);
-    return std::get<0>(call_attention(feats, se, reversed, pooled, {}));
+    try {
+      const auto [feats, pooled] = call_conv(x, weights, k, bias);
+      return std::get<0>(call_attention(feats, se, reversed, pooled, {}));
+    } catch (...) {
+      // Both operators name themselves. These checks would cost each call a few microseconds.
+      const auto p = check_module_arguments<c10::SymInt>("psa_forward", x, weights, k, se);
+      check_bias("psa_forward", x, bias, p.conv);
+      throw;
+    }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return call_module(x, weights, k, se, reversed, packed, epilogue, bias);

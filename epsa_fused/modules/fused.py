@@ -425,7 +425,7 @@ def _read(convs: list[nn.Conv2d]) -> tuple[list[Tensor], Tensor | None]:
     Each is read once and in the order of the layers' calls, for parametrisations that draw random
     numbers.
     """
-    reads = [(conv.weight, conv.bias) for conv in convs]
+    reads = [(conv.weight, conv.bias if has_bias(conv) else None) for conv in convs]
     weights = [weight for weight, _ in reads]
     given = next((bias for _, bias in reads if bias is not None), None)
     if given is None:

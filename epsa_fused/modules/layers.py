@@ -41,6 +41,8 @@ _CONV_FORWARD = nn.Conv2d._conv_forward
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:
     """The module of a dotted name, or None."""
+    if "." not in name:
+        return module._modules.get(name)
     found: nn.Module | None = module
     for part in name.split("."):
         found = None if found is None else found._modules.get(part)
