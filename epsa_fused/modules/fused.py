@@ -59,9 +59,10 @@ class FusedPSAModule(NotScriptable, PSAModule):
         save_output: whether to keep the output for the backward pass, instead of the branches'
             maps. That halves the memory if the next layer keeps its input anyway, as BatchNorm
             and convolutions do. It needs the CPU's operator: forward raises NotImplementedError
-            where the layers would be called with gradients. The next layer must not
-            change the output in place: autograd raises an error then. In half precision the
-            attention's gradient is computed from the rounded output. Also an attribute.
+            where the layers would be called with gradients, or where convolutions have biases. The
+            next layer must not change the output in place: autograd raises an error then. In half
+            precision the attention's gradient is computed from the rounded output. Also an
+            attribute.
         winograd: whether Winograd's method may compute 3x3 convolutions on the CPU. None: as
             :func:`epsa_fused.set_winograd` says. Also an attribute.
 
@@ -119,7 +120,8 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
         With `return_attention` also the attention [N, S, C], indexed by branch (not by slot), in
         float32 (float64 for float64). Both are differentiable. The call is as fused as without,
-        but it packs weights itself that were packed ahead.
+        but it packs weights itself that were packed ahead. Convolutions with biases run before the
+        attention step, not with it.
 
         Raises:
             NotImplementedError: `save_output`, and the CPU's operator cannot compute the module; or
@@ -430,7 +432,7 @@ def _read(convs: list[nn.Conv2d]) -> tuple[list[Tensor], Tensor | None]:
     given = next((bias for _, bias in reads if bias is not None), None)
     if given is None:
         return weights, None
-    zeros = given.new_zeros(convs[0].out_channels)
+    zeros = given.new_zeros(weights[0].shape[0])
     return weights, torch.cat([zeros if bias is None else bias for _, bias in reads])
 
 

@@ -129,6 +129,11 @@ def has_bias(conv: nn.Conv2d) -> bool:
 
 def why_conv_not_taken(name: str, conv: nn.Conv2d) -> str | None:
     """The reason why the CPU's operator cannot take the convolution's settings, or None."""
+    bias, weight = conv._parameters.get("bias"), conv._parameters.get("weight")
+    given = None if bias is None else (bias.dtype, list(bias.shape))
+    expected = None if weight is None else (weight.dtype, list(weight.shape[:1]))
+    if given and expected and given != expected:
+        return "{}.bias is {} {}, expected {} {}".format(name, *given, *expected)
     if conv.padding_mode != "zeros":
         return f"{name} has padding_mode {conv.padding_mode!r}"
     if isinstance(conv.padding, str):

@@ -152,7 +152,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            _check(option, getattr(self, option.name))
+            value = getattr(self, option.name)
+            _check(option, value)
+            # NumPy's numbers and strings would not be read from a checkpoint.
+            object.__setattr__(self, option.name, _kind(option)(value))
         if self.warmup >= self.epochs:
             raise InputError(
                 f"--warmup: expected less than the {self.epochs} --epochs, got {self.warmup}"
@@ -206,6 +209,10 @@ def _flag(option: Field[Any]) -> str:
     return "--" + option.name.replace("_", "-")
 
 
+def _kind(option: Field[Any]) -> type[Any]:
+    return type(option.default)
+
+
 def _check(option: Field[Any], value: Any) -> None:
     if wrong := _what_was_expected(option, value):
         raise InputError(f"{_flag(option)}: expected {wrong}, got {value!r}")
@@ -213,7 +220,7 @@ def _check(option: Field[Any], value: Any) -> None:
 
 def _what_was_expected(option: Field[Any], value: Any) -> str:
     """The value that the option expects instead of `value`; "" if `value` is allowed."""
-    kind = type(option.default)
+    kind = _kind(option)
     if not isinstance(value, (int, float) if kind is float else kind) or (
         isinstance(value, bool) and kind is not bool
     ):

@@ -95,6 +95,7 @@ def evaluate(
     found = weights.read_given(path) if config.weights else weights.read_best(path)
     mean, std = data.mean, data.std
     if found.facts:
+        weights.check_facts(path, found.facts)
         _check_same(path, found.facts, config, data)
         mean, std = found.facts["mean"], found.facts["std"]
     model = config.network(len(data.classes), data.shape[2])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -45,3 +47,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+@contextlib.contextmanager
+def kept_on_host() -> Iterator[None]:
+    """Put the CPU's generators back to where they are now."""
+    host = torch.device("cpu")
+    state = random_state(host)
+    try:
+        yield
+    finally:
+        set_random_state(state, host)

@@ -10,7 +10,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -43,21 +43,19 @@ class OwnImages(Dataset[Batch]):
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         start = time.perf_counter()
-        host = torch.device("cpu")
-        before = generators.random_state(host)
         images, labels, failed = [], [], ""
-        for seed, epoch, index in keys:
-            generators.seed_host(_SAMPLE, max(seed, 0), epoch + 1, index)
-            try:
-                image, label = _sample(self.name, self.dataset, index)
-                _check_shape(f"{self.name}[{index}]", image.shape, self.shape)
-                _check_label(f"{self.name}[{index}]", label, label, self.classes)
-            except InputError as error:
-                failed = str(error)
-                break
-            images.append(image)
-            labels.append(label)
-        generators.set_random_state(before, host)
+        with generators.kept_on_host():
+            for seed, epoch, index in keys:
+                generators.seed_host(_SAMPLE, max(seed, 0), epoch + 1, index)
+                try:
+                    image, label = _sample(self.name, self.dataset, index)
+                    _check_shape(f"{self.name}[{index}]", image.shape, self.shape)
+                    _check_label(f"{self.name}[{index}]", label, label, self.classes)
+                except InputError as error:
+                    failed = str(error)
+                    break
+                images.append(image)
+                labels.append(label)
         pixels = torch.stack(images) if images else torch.empty(0, *self.shape)
         return Batch(pixels, torch.tensor(labels), [], failed, time.perf_counter() - start)
 
@@ -97,38 +95,67 @@ def own_data(
     """
     if validation is None:
         raise InputError("validation: expected a Dataset or DataLoader, as training is, got None")
-    datasets = [
-        _dataset(name, images)
+    datasets = {
+        name: _dataset(name, images)
         for name, images in (("training", training), ("validation", validation))
         if images is not None
-    ]
-    if classes is None:  # torchvision's datasets have this attribute
-        classes = getattr(datasets[0], "classes", None)
-    if (
-        not isinstance(classes, Sequence)
-        or isinstance(classes, str)
-        or len(classes) < 2
-        or not all(isinstance(name, str) for name in classes)
-    ):
-        raise InputError(
-            "classes: expected at least 2 names in the order of the labels, where the Dataset has "
-            f"no attribute classes, got {classes!r:.60}"
-        )
-    host = torch.device("cpu")
-    before = generators.random_state(host)
-    image, _ = _sample("validation", datasets[-1], 0)
-    generators.set_random_state(before, host)
+    }
+    names = _classes(datasets, classes)
+    with generators.kept_on_host():
+        image = _first_image(validation, datasets["validation"])
     channels, height, width = image.shape
     shape = (height, width, channels)
 
     def by_key(name: str, images: Given | None) -> Any:
         if images is None or isinstance(images, DataLoader):
             return images
-        return OwnImages(name, images, len(classes), shape)
+        return OwnImages(name, images, len(names), shape)
 
-    return OwnData(
-        by_key("training", training), by_key("validation", validation), list(classes), shape
+    return OwnData(by_key("training", training), by_key("validation", validation), names, shape)
+
+
+def _classes(datasets: dict[str, Any], given: Sequence[str] | None) -> list[str]:
+    """The names of the classes, from the caller or the datasets, which must not contradict.
+
+    The caller may rename classes, and not reorder them.
+    """
+    attributes = {name: getattr(dataset, "classes", None) for name, dataset in datasets.items()}
+    found = {name: list(classes) for name, classes in attributes.items() if _are_names(classes)}
+    if given is None and found:  # torchvision's datasets have this attribute
+        given = next(iter(found.values()))
+    if not _are_names(given):
+        raise InputError(
+            "classes: expected at least 2 names in the order of the labels, where the Dataset has "
+            f"no attribute classes, got {given!r:.60}"
+        )
+    names = [str(name) for name in given]  # NumPy's strings become Python's
+    first = next(iter(found.values()), None)
+    for name, classes in found.items():
+        renamed = len(names) == len(classes) and set(names).isdisjoint(classes)
+        if classes != first or not (classes == names or renamed):
+            raise InputError(
+                f"classes: expected the same names in one order, got {names!r:.60}, and "
+                f"{classes!r:.60} of {name}"
+            )
+    return names
+
+
+def _are_names(classes: object) -> TypeGuard[Sequence[str]]:
+    return (
+        isinstance(classes, Sequence)
+        and not isinstance(classes, str)
+        and len(classes) >= 2
+        and all(isinstance(name, str) for name in classes)
     )
+
+
+def _first_image(images: Given, dataset: Any) -> Tensor:
+    """The first image as the network takes it; a DataLoader may prepare images in its batches."""
+    if not isinstance(images, DataLoader):
+        return _sample("validation", dataset, 0)[0]
+    batch, _ = _pair("a batch of validation", images.collate_fn([dataset[0]]))
+    _check_image("a batch of validation: images", batch, 4)
+    return cast(Tensor, batch[0])
 
 
 def checked_batch(name: str, batch: Any, classes: int, shape: Sequence[int]) -> Batch:
@@ -139,22 +166,28 @@ def checked_batch(name: str, batch: Any, classes: int, shape: Sequence[int]) -> 
             raise InputError(f"{name}: expected labels, integers [N], got {_shown(labels)}")
         _check_image(f"{name}: images", images, 4)
         _check_shape(name, images.shape[1:], _channels_first(shape))
-        if len(images) != len(labels) or not len(labels):
+        if len(images) != len(labels):
             raise InputError(
                 f"{name}: expected as many labels as images, got {len(labels)} and {len(images)}"
             )
+        if not len(labels):
+            raise InputError(f"{name}: expected at least one image, got none")
+        labels = labels.long()
         _check_label(name, int(labels.min()), int(labels.max()), classes)
     except InputError as error:
         return Batch(torch.empty(0), torch.empty(0), [], str(error), float("nan"))
     # The DataLoader does not tell how long its processes took.
-    return Batch(images, labels.long(), [], "", float("nan"))
+    return Batch(images, labels, [], "", float("nan"))
 
 
 def _described(images: OwnImages | DataLoader[Any] | None) -> str:
     if images is None:
         return "none"
-    kind = "DataLoader" if isinstance(images, DataLoader) else "Dataset"
-    return f"a {kind} of {len(images.dataset):,} images"  # type: ignore[arg-type]
+    count = f"{len(images.dataset):,} images"  # type: ignore[arg-type]
+    if not isinstance(images, DataLoader):
+        return f"a Dataset of {count}"
+    sampler = type(images.sampler).__name__
+    return f"a DataLoader of {count}, {sampler}, num_workers={images.num_workers}"
 
 
 def _dataset(name: str, images: Given) -> Any:
@@ -171,7 +204,11 @@ def _dataset(name: str, images: Given) -> Any:
 
 def _sample(name: str, dataset: Any, index: int) -> tuple[Tensor, int]:
     where = f"{name}[{index}]"
-    image, label = _pair(where, dataset[index])
+    try:
+        sample = dataset[index]
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error}") from error
+    image, label = _pair(where, sample)
     _check_image(f"{where}: image", image, 3)
     try:
         return image, operator.index(label)

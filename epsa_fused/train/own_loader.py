@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +18,8 @@ from .loading import Batch, end_workers
 from .own_data import OwnData, checked_batch
 from .processes import Processes
 
-# The first of the numbers that an epoch's generators are seeded by; own_data.py has another.
-_EPOCH = 4
+# The first of the numbers that generators are seeded by; own_data.py has another.
+_EPOCH, _EVALUATION = 4, 5
 
 
 class LoaderPasses:
@@ -69,16 +68,27 @@ class LoaderPasses:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         self._iterator = _iterator(self.loader, seed)
-        left_out, count = step * self.accumulate, self.steps * self.accumulate
-        batches = itertools.islice(self._iterator, count)
+        batches = self._promised()
         if step:
-            for _ in range(left_out):
+            for _ in range(step * self.accumulate):
                 next(batches)
             generators.set_random_state(state, device)
         return (_batch("training", batch, self.data) for batch in batches)
 
+    def _promised(self) -> Iterator[Any]:
+        """As many batches as the sampler's length says."""
+        count = self.steps * self.accumulate
+        for i in range(count):
+            batch = next(self._iterator, None)
+            if batch is None:
+                raise InputError(
+                    f"training: expected {count} batches in an epoch, as the length of its "
+                    f"sampler says, got {i}"
+                )
+            yield batch
+
     def close(self) -> None:
-        end_workers(self._iterator)
+        _close(self.loader, self._iterator)
 
 
 class LoaderHeldOut:
@@ -90,22 +100,26 @@ class LoaderHeldOut:
 
     def __init__(self, loader: DataLoader[Any], data: Data | OwnData, processes: Processes) -> None:
         _check(loader, "validation", processes)
-        images, sampler = len(loader.dataset), _sampler(loader)  # type: ignore[arg-type]
-        if loader.drop_last or (processes.launched and sampler.total_size != images):
+        images = len(loader.dataset)  # type: ignore[arg-type]
+        found = "drop_last" if loader.drop_last else _share(_sampler(loader), images)
+        if found:
             raise InputError(
-                "validation: expected a DataLoader that has every image once, got one with "
-                + ("drop_last" if loader.drop_last else f"{sampler.total_size} for {images}")
-                + "; a Dataset in its place would do"
+                f"validation: expected a DataLoader that has every image once, got one with {found}"
+                "; a Dataset in its place would do"
             )
         self.loader, self.data, self.longest = loader, data, len(loader)
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = _iterator(self.loader, 0)
-        return (_batch("validation", batch, self.data) for batch in self._iterator)
+        """Every evaluation has the same random numbers; those of the training go on behind it."""
+        with generators.kept_on_host():
+            generators.seed_host(_EVALUATION)
+            self._iterator = _iterator(self.loader, 0)
+            for batch in self._iterator:
+                yield _batch("validation", batch, self.data)
 
     def close(self) -> None:
-        end_workers(self._iterator)
+        _close(self.loader, self._iterator)
 
 
 def _batch(name: str, batch: Any, data: Data | OwnData) -> Batch:
@@ -120,11 +134,17 @@ def _check(loader: DataLoader[Any], name: str, processes: Processes) -> None:
     """Raise InputError for a DataLoader whose batches or whose share are not known."""
     if loader.batch_size is None:
         raise InputError(f"{name}: expected a DataLoader with a batch_size, got one without")
-    if not processes.launched:
-        return
     sampler = _sampler(loader)
+    if not hasattr(sampler, "__len__"):
+        raise InputError(
+            f"{name}: expected a DataLoader whose sampler has a length, "
+            f"got {type(sampler).__name__}"
+        )
+    distributed = isinstance(sampler, DistributedSampler)
+    if not processes.launched and not distributed:
+        return
     wanted = f"DistributedSampler(num_replicas={processes.count}, rank={processes.rank})"
-    if not isinstance(sampler, DistributedSampler):
+    if not distributed:
         raise InputError(
             f"{name}: expected a DataLoader with sampler={wanted} under torchrun, got "
             f"{type(sampler).__name__}: every process would have the same images"
@@ -134,6 +154,25 @@ def _check(loader: DataLoader[Any], name: str, processes: Processes) -> None:
             f"{name}: expected a DataLoader with sampler={wanted}, got "
             f"num_replicas={sampler.num_replicas}, rank={sampler.rank}"
         )
+
+
+def _share(sampler: Any, images: int) -> str:
+    """What the samplers of all processes leave out or repeat of so many images; "" if nothing."""
+    if isinstance(sampler, DistributedSampler):
+        count = sampler.total_size
+        return "" if count == images else f"{count} for {images}"
+    with generators.kept_on_host():
+        drawn = list(sampler)
+    if sorted(drawn) == list(range(images)):
+        return ""
+    return f"a sampler that draws {len(drawn)}, {len(set(drawn))} of them different, of {images}"
+
+
+def _close(loader: DataLoader[Any], iterator: Any) -> None:
+    """End the loading processes. A loader that keeps its iterator would go on with a dead one."""
+    end_workers(iterator)
+    if loader._iterator is iterator:
+        loader._iterator = None
 
 
 def _iterator(loader: DataLoader[Any], seed: int) -> Iterator[Any]:

@@ -79,20 +79,25 @@ def read_best(path: Path) -> Weights:
                 f"{path}: expected best{SAFETENSORS} of a training, got weights without its "
                 f"metadata {FACTS!r}"
             )
-        checkpoint.check_format(path, weights.facts)
-        saved = weights.facts
     else:
-        saved = checkpoint.read(path, f"{BEST} of a training")
-        weights = _split(saved)
-    run = saved.get("run")
-    settings = run.keys() if isinstance(run, dict) else set()
-    missing = sorted((_NEEDED - saved.keys()) | (_NEEDED_OF_RUN - settings))
+        weights = _split(checkpoint.read(path, f"{BEST} of a training"))
+    check_facts(path, weights.facts)
+    return weights
+
+
+def check_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Raise InputError unless these are the facts of a training by this version."""
+    checkpoint.check_format(path, facts)
+    run = facts.get("run")
+    settings = run if isinstance(run, dict) else {}
+    missing = (_NEEDED - facts.keys()) | (_NEEDED_OF_RUN - settings.keys())
+    if not missing and not isinstance(settings["model"], str):
+        missing = {"the name of a model"}
     if missing:
-        found = f"weights of another version, without {', '.join(missing)}"
-        if "optimizer" in saved:
+        found = f"weights of another version, without {', '.join(sorted(missing))}"
+        if "optimizer" in facts:
             found = "a checkpoint to resume from"
         raise InputError(f"{path}: expected {BEST} of this version's training, got {found}")
-    return weights
 
 
 def read_weights(path: Path) -> Weights:

@@ -1,6 +1,7 @@
 """Biases of the convolutions: of spc_conv, of psa_forward and of the module."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from support.gradients import CHECK
 from support.tolerance import assert_close, assert_near, assert_no_worse
 from torch import nn
 
+import epsa_fused
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention_reference
 from epsa_fused.functional import spc_conv
 
@@ -246,3 +248,32 @@ def psa_reference(module: FusedPSAModule, x: torch.Tensor) -> torch.Tensor:
     feats = [getattr(exact, f"conv_{i}")(x.double()) for i in (1, 2, 3, 4)]
     fc1, fc2 = exact.se.fc1, exact.se.fc2
     return psa_attention_reference(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    (
+        (lambda m: setattr(m.conv_1, "bias", nn.Parameter(torch.randn(15))),
+            r"conv_1\.bias is torch\.float32 \[15\], expected torch\.float32 \[16\]"),
+        (lambda m: setattr(m.conv_3, "bias", nn.Parameter(torch.randn(16).bfloat16())),
+            r"conv_3\.bias is torch\.bfloat16 \[16\], expected torch\.float32 \[16\]"),
+    ),
+    ids=("length", "dtype"),
+)  # fmt: skip
+def test_biases_that_do_not_fit_go_to_the_layers(change, why):
+    """Lengths that only add up would move every bias behind them."""
+    fused = modules()[0].float()
+    change(fused)
+    fused.conv_2.bias = nn.Parameter(torch.randn(17 if "15" in why else 16))
+    assert re.fullmatch(why, epsa_fused.why_not_fused(fused))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="bias"):
+        fused(torch.randn(2, 16, 5, 6))
+
+
+def test_the_weights_tell_the_channels():
+    """Where only some branches have a bias, also after a change of the weights."""
+    fused, plain = modules("one")
+    for module in (fused, plain):
+        module.conv_1.out_channels = 999
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    assert_near(fused(x), plain(x))

@@ -1,6 +1,7 @@
 """python -m epsa_fused.train --evaluate: what was trained, on the held-out images."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,23 @@ def test_more_classes_than_weights(tmp_path):
     torch.save(model.state_dict(), tmp_path / "four.pt")
     with pytest.raises(InputError, match="do not fit small_epsanet: size mismatch for fc"):
         train(settings(tmp_path, weights=str(tmp_path / "four.pt"), evaluate=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    (
+        (lambda s: s.pop("mean"), "another version, without mean"),
+        (lambda s: s["run"].pop("model"), "another version, without model"),
+        (lambda s: s.update(run="x"), "another version, without classes, dropout, model, psa"),
+        (lambda s: s["run"].update(model=["small_epsanet"]), "without the name of a model"),
+        (lambda s: s.update(format=1), "checkpoint of format 2, got"),
+    ),
+)
+def test_a_run_of_another_version_is_refused(run, tmp_path, change, words):
+    state = saved(run, "best.pt")
+    change(state)
+    torch.save(state, tmp_path / "best.pt")
+    best = str(tmp_path / "best.pt")
+    for config in (settings(tmp_path), settings(run, weights=best)):
+        with pytest.raises(InputError, match=words):
+            train(replace(config, evaluate=True))

@@ -25,6 +25,8 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Subset,
+    SubsetRandomSampler,
+    default_collate,
 )
 
 import epsa_fused
@@ -294,6 +296,34 @@ IMAGE = torch.zeros(3, 8, 8)
 TRAIN, VAL = functools.partial(Own, "train"), functools.partial(Own, "val")
 
 
+def bare(dataset) -> object:
+    """Without the attribute classes."""
+    return lambda: Subset(dataset(), range(20))
+
+
+class Lengthless:
+    def __init__(self, places):
+        self.places = places
+
+    def __iter__(self):
+        return iter(self.places)
+
+
+class Overstated(Lengthless):
+    def __len__(self):
+        return 96
+
+
+class Unreadable(Own):
+    def __getitem__(self, index):
+        raise OSError("no disk")
+
+
+def no_image(samples):
+    images, labels = default_collate(samples)
+    return (images, labels) if len(labels) == 1 else (images[:0], labels[:0])
+
+
 def changed(part: str, at: int, image: torch.Tensor, label: object = 0) -> Changed:
     return Changed(part, at, (image, label))
 
@@ -306,7 +336,7 @@ def changed(part: str, at: int, image: torch.Tensor, label: object = 0) -> Chang
         ("training: expected a Dataset with a length .*, got Endless", Endless, VAL),
         ("training: .* a length .*, got Endless", lambda: DataLoader(Endless()), VAL),
         ("validation: expected a Dataset with a length", TRAIN, lambda: Subset(VAL(), [])),
-        ("classes: expected at least 2 .* None", lambda: Subset(TRAIN(), range(9)), VAL),
+        ("classes: expected at least 2 .* None", bare(TRAIN), bare(VAL)),
         (r"validation\[0\]: expected \(image, label", TRAIN, lambda: Changed("val", 0, IMAGE)),
         ("floats, got torch.uint8", TRAIN, lambda: changed("val", 0, IMAGE.byte())),
         ("an integer label, got float", TRAIN, lambda: changed("val", 0, IMAGE, 0.5)),
@@ -327,6 +357,38 @@ def changed(part: str, at: int, image: torch.Tensor, label: object = 0) -> Chang
         ),
         ("image once, .* drop_last", TRAIN, lambda: DataLoader(VAL(), 5, drop_last=True)),
         (
+            "image once, .* a sampler that draws 3, 3 of them different, of 24",
+            TRAIN,
+            lambda: DataLoader(VAL(), 5, sampler=SubsetRandomSampler(range(3))),
+        ),
+        (
+            "image once, .* a sampler that draws 24, .* of them different, of 24",
+            TRAIN,
+            lambda: DataLoader(VAL(), 5, sampler=RandomSampler(VAL(), replacement=True)),
+        ),
+        (
+            r"num_replicas=1, rank=0\), got num_replicas=4, rank=1",
+            lambda: DataLoader(TRAIN(), 16, sampler=DistributedSampler(TRAIN(), 4, 1)),
+            VAL,
+        ),
+        (
+            r"validation: .*num_replicas=1, rank=0\), got num_replicas=4",
+            TRAIN,
+            lambda: DataLoader(VAL(), 16, sampler=DistributedSampler(VAL(), 4, 1)),
+        ),
+        (
+            "training: .* whose sampler has a length, got Lengthless",
+            lambda: DataLoader(TRAIN(), 16, sampler=Lengthless(range(96))),
+            VAL,
+        ),
+        (
+            "training: expected 6 batches in an epoch, .* got 2",
+            lambda: DataLoader(TRAIN(), 16, sampler=Overstated(range(20))),
+            VAL,
+        ),
+        ("at least one image, got none", TRAIN, lambda: DataLoader(VAL(), 8, collate_fn=no_image)),
+        (r"training\[\d+\]: cannot be read: no disk", lambda: Unreadable("train"), VAL),
+        (
             "a batch of validation: expected a label from 0 to 2, got 3",
             TRAIN,
             lambda: DataLoader(changed("val", 3, IMAGE, 3), 8),
@@ -337,3 +399,67 @@ def changed(part: str, at: int, image: torch.Tensor, label: object = 0) -> Chang
 def test_what_it_refuses(tmp_path, training, validation, words):
     with pytest.raises(InputError, match=words):
         train(own(tmp_path, epochs=1), training(), validation())
+
+
+def named(part: str, classes: object) -> Own:
+    data = Own(part)
+    data.classes = classes
+    return data
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "given"),
+    (
+        (["a", "b", "c"], ["a", "c", "b"], None),
+        (["a", "b", "c"], ["a", "b"], None),
+        (["a", "b", "c"], ["a", "b", "c"], ["c", "b", "a"]),
+        (["a", "b", "c"], ["a", "b", "c"], ["x", "y"]),
+        (None, ["a", "b", "c"], ["b", "a", "c"]),
+    ),
+)
+def test_classes_that_contradict_are_refused(training, validation, given):
+    with pytest.raises(InputError, match=r"classes: expected the same names in one order, got \["):
+        own_data(named("train", training), named("val", validation), given)
+
+
+def test_the_caller_may_rename_classes():
+    parts = (named(part, ["n1", "n2", "n3"]) for part in ("train", "val"))
+    data = own_data(*parts, list("xyz"))
+    assert data.classes == ["x", "y", "z"]
+
+
+def test_strings_and_numbers_of_numpy_can_be_read_back(tmp_path):
+    config = own(tmp_path, epochs=1, lr=np.float64(0.05), model=np.str_("small_epsanet"))
+    classes = list(np.array(["x", "y", "z"]))
+    train(config, Own("train"), Own("val"), classes=classes)
+    assert epsa_fused.load_trained(tmp_path).classes == ["x", "y", "z"]
+    config = own(tmp_path, epochs=1, lr=0.05, resume="yes")
+    train(config, Own("train"), Own("val"), classes=["x", "y", "z"])
+
+
+def test_a_loader_that_keeps_its_workers_goes_on_afterwards(tmp_path):
+    loader = DataLoader(Own("val"), 8, num_workers=1, persistent_workers=True)
+    train(own(tmp_path, epochs=1), Own("train"), loader)
+    assert sum(len(labels) for _, labels in loader) == 24
+
+
+def test_noise_of_an_evaluation_is_the_same_every_time(tmp_path):
+    """Also that of a DataLoader."""
+    train(own(tmp_path, epochs=1), Own("train"), Own("val"))
+    losses = {
+        train(own(tmp_path, evaluate=True), validation=DataLoader(Own("val", 1.0), 8)).accuracy.loss
+        for _ in range(2)
+    }
+    assert len(losses) == 1
+
+
+def test_batches_may_be_prepared_by_the_loader(tmp_path):
+    """The dataset itself has other images."""
+
+    def halved(samples):
+        images, labels = default_collate(samples)
+        return images[:, :, ::2, ::2], labels
+
+    parts = [DataLoader(Own(p), 16, collate_fn=halved) for p in ("train", "val")]
+    train(own(tmp_path, epochs=1), *parts)
+    assert epsa_fused.load_trained(tmp_path).shape == (4, 4, 3)
