@@ -50,7 +50,8 @@ check-torch:
 # all tools that look into models, and timm; `make test` has the light ones. timm's torchvision must be
 # made for the torch that is there: PyPI has such for PyPI's.
 compat: $(VENV)/built $(VENV)/packages-compat
-	$(PY) -m pytest tests/package/test_tools.py tests/models
+	$(PY) -m pytest tests/package/test_tools.py tests/models \
+	  tests/package/test_examples.py tests/package/test_gallery.py
 
 bench: $(VENV)/built $(VENV)/packages-demo
 	$(PY) benchmarks/latency.py
@@ -122,7 +123,7 @@ $(VENV)/packages-demo: EXTRAS := bench
 $(VENV)/packages-dev: EXTRAS := build test train bench lint tools
 $(VENV)/packages-wheel: EXTRAS := build wheel
 $(VENV)/packages-docs: EXTRAS := docs
-$(VENV)/packages-compat: EXTRAS := test tools compat
+$(VENV)/packages-compat: EXTRAS := test tools compat train gallery
 $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 	@$(PY) scripts/requirements.py $(EXTRAS) > $(VENV)/$*.txt
 	@$(PY) -m pip freeze | sed -n '/^torch==/p' > $(VENV)/kept.txt # no package replaces the torch

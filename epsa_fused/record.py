@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._checks import check_module, given
@@ -159,8 +160,10 @@ class _Recorder:
         if module is not self._module or not isinstance(result, tuple):
             return result
         out, attention = result
-        # tracers and transforms call with stand-ins
-        if type(attention) is Tensor and not in_transform():
+        # Tracers and transforms call with stand-ins. Gradient checkpointing calls once more, inside
+        # of a backward pass.
+        again = torch._C._current_graph_task_id() != -1
+        if type(attention) is Tensor and not in_transform() and not again:
             for sink in self._sinks:
                 sink.called = True
                 sink.calls.append(attention.detach())

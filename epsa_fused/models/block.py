@@ -8,9 +8,10 @@ from typing import TypedDict, cast
 
 from torch import Tensor, nn
 
-from .._checks import check_callable, check_flag, check_int, check_module, check_number
+from .._checks import check_callable, check_flag, check_int, check_module, check_number, given
 from ..modules import FusedPSAModule
 from ..reference import PSAModule
+from .recompute import checkpointed
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
@@ -37,6 +38,20 @@ def check_rate(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
 
 
+def make_activation(act_layer: ActLayer) -> nn.Module:
+    """The layer that `act_layer` returns; TypeError if it returns none."""
+    expected = "act_layer: expected a callable without arguments that returns a torch.nn.Module"
+    if isinstance(act_layer, nn.Module) or not callable(act_layer):
+        raise TypeError(f"{expected}, got {given(act_layer)}")
+    try:
+        layer = act_layer()
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {given(act_layer)} ({error})") from error
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"{expected}, got one that returns {given(layer)}")
+    return layer
+
+
 class EPSABlock(nn.Module):
     """The bottleneck block: 1x1 convolution, PSA module, 1x1 convolution, and a shortcut.
 
@@ -56,11 +71,16 @@ class EPSABlock(nn.Module):
         drop_path_rate: how often training leaves a sample with its shortcut alone (stochastic
             depth, arXiv 1603.09382). Also an attribute.
 
+    Attributes:
+        grad_checkpointing: whether the backward pass computes the maps between again.
+
     Raises:
         ValueError, TypeError: the PSA module cannot be built from these arguments.
     """
 
-    drop_path_rate: float = 0.0  # blocks pickled by an older version lack it
+    # blocks pickled by an older version lack these
+    drop_path_rate: float = 0.0
+    grad_checkpointing: bool = False
 
     def __init__(
         self,
@@ -87,7 +107,6 @@ class EPSABlock(nn.Module):
         check_int("expansion", expansion, 1)
         check_flag("fused", fused)
         check_callable("norm_layer", norm_layer)
-        check_callable("act_layer", act_layer)
         check_rate("drop_path_rate", drop_path_rate)
         psa = FusedPSAModule if fused else PSAModule
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
@@ -104,11 +123,14 @@ class EPSABlock(nn.Module):
         self.bn2 = norm_layer(planes)
         self.conv3 = nn.Conv2d(planes, planes * expansion, 1, bias=False)
         self.bn3 = norm_layer(planes * expansion)
-        self.relu = act_layer()
+        self.relu = make_activation(act_layer)
         self.downsample = downsample
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:
+        return checkpointed(self, self._maps, x) if self.grad_checkpointing else self._maps(x)
+
+    def _maps(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))

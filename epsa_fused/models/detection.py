@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._checks import check_int
+from .block import EPSABlock
 from .epsanet import EPSANet
 
 _Detector = TypeVar("_Detector", bound=nn.Module)
 
 # The parts of EPSANet that are frozen together, starting at the image.
-_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+_STAGES = (("conv1", "bn1", "relu"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def fpn_backbone(
@@ -98,7 +99,10 @@ def fpn_backbone(
         frozen = i < len(_STAGES) - trainable_layers
         for name in names:
             if frozen:
-                getattr(model, name).requires_grad_(False)
+                part = getattr(model, name).requires_grad_(False)
+                for block in part.modules():
+                    if isinstance(block, EPSABlock):
+                        block.drop_path_rate = 0.0
             if frozen or frozen_statistics:
                 setattr(model, name, _with_fixed_statistics(getattr(model, name)))
     backbone = backbones.BackboneWithFPN(
@@ -117,6 +121,11 @@ def _check_model(model: object, in_chans: int) -> None:
         raise TypeError(
             f"model: expected an epsa_fused.EPSANet, got {type(model).__module__}."
             f"{type(model).__qualname__}; load the weights of other EPSANets into one"
+        )
+    if len(model.pyramid_channels) != 4:
+        raise ValueError(
+            "model: expected four stages, got "
+            f"{len(model.pyramid_channels)}: the others were pruned"
         )
     if model.in_chans != in_chans:
         raise ValueError(

@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .._checks import check_callable, check_flag, check_int, check_ints, check_tensor, given
-from .block import RELU, ActLayer, BlockOptions, EPSABlock, NormLayer, check_rate, make_stage
+from .block import (
+    RELU,
+    ActLayer,
+    BlockOptions,
+    EPSABlock,
+    NormLayer,
+    check_rate,
+    make_activation,
+    make_stage,
+)
 from .features import taken_indices
-from .recompute import checkpointed
 from .registry import Figures, register
 from .state_dict import check_state_dict, without_module_prefix
 
@@ -91,6 +99,7 @@ class EPSANet(nn.Module):
     global_pool: str = "avg"
     grad_checkpointing: bool = False
     fc: nn.Linear | nn.Identity
+    maxpool: nn.MaxPool2d | nn.Identity
 
     def __init__(
         self,
@@ -121,7 +130,6 @@ class EPSANet(nn.Module):
                 f"output_stride: expected one of {_OUTPUT_STRIDES}, got {output_stride}"
             )
         check_callable("norm_layer", norm_layer)
-        check_callable("act_layer", act_layer)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.pyramid_channels = tuple(expansion * p for p in planes)
@@ -138,7 +146,7 @@ class EPSANet(nn.Module):
 
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(64)
-        self.relu = act_layer()
+        self.relu = make_activation(act_layer)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         options: BlockOptions = {
             "expansion": expansion,
@@ -179,7 +187,10 @@ class EPSANet(nn.Module):
 
         H / 32 and W / 32 are rounded up. Another `output_stride` replaces 32.
         """
-        return self.forward_pyramid(x)["3"]
+        x = self.maxpool(self._stem(x))
+        for i in range(len(self.pyramid_channels)):
+            x = self._stage(i + 1, x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's maps -> logits, or with `pre_logits` the classifier's input."""
@@ -197,7 +208,7 @@ class EPSANet(nn.Module):
         """
         x = self.maxpool(self._stem(x))
         maps: OrderedDict[str, Tensor] = OrderedDict()
-        for i in range(4):
+        for i in range(len(self.pyramid_channels)):
             x = maps[str(i)] = self._stage(i + 1, x)
         return maps
 
@@ -242,8 +253,7 @@ class EPSANet(nn.Module):
         return cast(Tensor, self.relu(self.bn1(self.conv1(x))))
 
     def _stage(self, number: int, x: Tensor) -> Tensor:
-        stage = getattr(self, f"layer{number}")
-        return checkpointed(stage, x) if self.grad_checkpointing else cast(Tensor, stage(x))
+        return cast(Tensor, getattr(self, f"layer{number}")(x))
 
     # ---- what timm asks of its models ----
 
@@ -298,6 +308,9 @@ class EPSANet(nn.Module):
         """
         check_flag("enable", enable)
         self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, EPSABlock):
+                module.grad_checkpointing = enable
 
     def prune_intermediate_layers(
         self,
@@ -306,6 +319,8 @@ class EPSANet(nn.Module):
         prune_head: bool = True,
     ) -> list[int]:
         """Remove the stages that :meth:`forward_intermediates` needs not for `indices`.
+
+        The maps that are left keep their numbers.
 
         `prune_norm` has no effect. The classifier goes too, unless the last stage stays and
         `prune_head` is False.
@@ -318,6 +333,11 @@ class EPSANet(nn.Module):
         for i in range(last + 1, len(self.feature_info)):
             setattr(self, f"layer{i}", nn.Sequential())
             prune_head = True
+        if last == 0:
+            self.maxpool = nn.Identity()
+        self.feature_info = self.feature_info[: last + 1]
+        self.pyramid_channels = self.pyramid_channels[:last]
+        self.pyramid_strides = self.pyramid_strides[:last]
         self.num_features = self.feature_info[last]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")

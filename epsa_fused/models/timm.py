@@ -6,9 +6,12 @@ depend on which of the two packages was imported first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import epsanet  # noqa: F401  fills the registry
@@ -55,6 +58,17 @@ def register_timm() -> None:
         register_model(_entrypoint(name))
 
 
+def _named(argument: str, name: str, by_name: Callable[[str], Any]) -> Any:
+    """timm's layer of that name; ValueError if there is none."""
+    try:
+        found = by_name(name)
+    except (KeyError, AssertionError):
+        found = None
+    if found is None:
+        raise ValueError(f"{argument}: expected a layer or timm's name of one, got {name!r}")
+    return found
+
+
 def _entrypoint(name: str) -> Any:
     from timm.layers import get_act_layer, get_norm_layer
     from timm.models import build_model_with_cfg
@@ -62,10 +76,18 @@ def _entrypoint(name: str) -> Any:
     build = MODELS[name]
     layers = {"act_layer": get_act_layer, "norm_layer": get_norm_layer}
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        kwargs |= {k: by_name(kwargs[k]) for k, by_name in layers.items() if k in kwargs}
-        model: nn.Module = build_model_with_cfg(build, name, pretrained, **kwargs)
-        return model
+    def create(
+        pretrained: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        for argument, by_name in layers.items():
+            if isinstance(kwargs.get(argument), str):
+                kwargs[argument] = _named(argument, kwargs[argument], by_name)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            model: nn.Module = build_model_with_cfg(build, name, pretrained, **kwargs)
+        return model.to(dtype=dtype)
 
     # timm registers a function by its name, and looks for default_cfgs in the function's module.
     create.__name__, create.__doc__ = name, build.__doc__

@@ -4,15 +4,13 @@ gradient checkpointing, tracing."""
 import copy
 import re
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
 from support.networks import narrow, psa_modules
 from torch import nn
 
-from epsa_fused import FusedPSAModule
-from epsa_fused.models.recompute import checkpointed
+from epsa_fused import FusedPSAModule, record_attention
 
 
 @pytest.fixture
@@ -90,7 +88,14 @@ def test_pruning_keeps_the_maps(images, indices, kept):
         assert torch.equal(actual, old)
     left = {name.split(".")[0] for name, _ in pruned.named_parameters()}
     assert left == {"conv1", "bn1", *(f"layer{i + 1}" for i in range(kept))}
+    assert torch.equal(pruned.forward_features(images), expected[taken.index(max(taken))])
     assert torch.equal(pruned(images), pruned.forward_features(images))
+    pyramid, whole = pruned.forward_pyramid(images), model.forward_pyramid(images)
+    assert list(pyramid) == list(whole)[:kept] and len(pruned.feature_info) == kept + 1
+    assert [m.shape[1] for m in pyramid.values()] == list(pruned.pyramid_channels)
+    if kept < 4:
+        with pytest.raises(ValueError, match="indices"):
+            pruned.forward_intermediates(images, [4])
     pruned.reset_classifier(3, "avg")
     assert pruned(images).shape == (2, 3)
     assert pruned.head_hidden_size == model.feature_info[kept]["num_chs"]
@@ -186,7 +191,9 @@ def test_checkpointing_compiles():
     plain = copy.deepcopy(blocks)
     x = torch.randn(2, 64, 4, 4)
     expected = trained_step(plain, x)
-    compiled = torch.compile(partial(checkpointed, blocks), backend="aot_eager", fullgraph=True)
+    for block in blocks:
+        block.grad_checkpointing = True
+    compiled = torch.compile(blocks, backend="aot_eager", fullgraph=True)
     compiled(x).square().sum().backward()
     actual = [*(p.grad for p in blocks.parameters()), *blocks.buffers()]
     for a, b in zip(actual, expected[1:], strict=True):
@@ -197,9 +204,59 @@ def test_forward_intermediates_are_checkpointed(images):
     model = narrow()
     model.set_grad_checkpointing()
     calls = []
-    model.layer2[0].register_forward_pre_hook(lambda *args: calls.append(args))
+    model.layer2[0].conv1.register_forward_pre_hook(lambda *args: calls.append(args))
     model.forward_intermediates(images)[0].sum().backward()
     assert len(calls) == 2
+
+
+def test_checkpointing_takes_several_backward_passes(images):
+    """As torch's own does: a gradient for each loss of one graph."""
+    plain = narrow(drop_path_rate=0.3)
+    model = copy.deepcopy(plain)
+    model.set_grad_checkpointing()
+    results = []
+    for net in (plain, model):
+        torch.manual_seed(1)
+        out = net(images)
+        parameters = list(net.parameters())
+        first = torch.autograd.grad(out[:, 0].sum(), parameters, retain_graph=True)
+        second = torch.autograd.grad(out[:, 1].square().sum(), parameters)
+        results.append([*first, *second, *net.buffers()])
+    assert all(map(torch.equal, *results))
+
+
+def test_hooks_of_stages_and_blocks_run_once_beside_checkpointing(images):
+    model = narrow()
+    model.set_grad_checkpointing()
+    seen = []
+    for name in ("layer2", "layer2.1"):
+        model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
+    model(images).sum().backward()
+    assert seen == ["layer2.1", "layer2"]
+
+
+class Renormalised(nn.BatchNorm2d):
+    """Reads its statistics in training, too."""
+
+    def forward(self, x):
+        before = self.running_mean.clone()
+        return super().forward(x) * 2 - before[:, None, None]
+
+
+def test_checkpointing_recomputes_from_the_buffers_of_before(images):
+    plain = narrow(norm_layer=Renormalised)
+    plain(images)  # the statistics are no zeros any more
+    model = copy.deepcopy(plain)
+    model.set_grad_checkpointing()
+    assert all(map(torch.equal, trained_step(model, images), trained_step(plain, images)))
+
+
+def test_a_record_has_each_call_once_beside_checkpointing(images):
+    model = narrow()
+    model.set_grad_checkpointing()
+    with record_attention(model) as record:
+        model(images).sum().backward()
+    assert {len(calls) for calls in record.values()} == {1}
 
 
 def test_checkpointing_is_switched_by_a_bool():

@@ -76,3 +76,12 @@ def test_another_classifier_than_the_constructors_is_refused(hub_class, tmp_path
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"fc\.weight \[5, 256\], expected \[7, 256\]"):
         hub_class.from_pretrained(tmp_path)
+
+
+def test_an_activation_is_given_again(hub_class, tmp_path):
+    """It is code without weights, so nothing would notice another one."""
+    model = hub_class([1, 1, 1, 1], **SMALL, act_layer=nn.SiLU).eval()
+    model.save_pretrained(tmp_path)
+    again = hub_class.from_pretrained(tmp_path, strict=True, act_layer=nn.SiLU)
+    x = torch.randn(2, 1, 40, 40)
+    assert torch.equal(again(x), model(x))

@@ -197,7 +197,25 @@ def test_a_network_without_the_newer_attributes():
         old.__dict__.pop(name, None)
     for block in blocks(old):
         del block.drop_path_rate
+        assert not block.grad_checkpointing
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy.deepcopy(old)(x), model(x)) and old.pyramid_strides[3] == 32
     old.reset_classifier(3, "max")
     assert old.train()(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("act_layer", "words"),
+    (
+        (nn.SiLU(), "got an object of type torch.nn.modules.activation.SiLU"),
+        ("silu", "got 'silu'"),
+        (torch.relu, "got an object of type"),
+        (nn.Linear, "missing 2 required positional arguments"),
+        (lambda: 3, "got one that returns 3"),
+    ),
+)
+def test_an_activation_that_is_none(act_layer, words):
+    expected = "act_layer: expected a callable without arguments that returns a torch.nn.Module, "
+    with pytest.raises(TypeError) as error:
+        narrow(act_layer=act_layer)
+    assert str(error.value).startswith(expected) and words in str(error.value)

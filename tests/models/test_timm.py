@@ -1,5 +1,7 @@
 """EPSANet as a model of timm: what timm's own tests ask of each of its models, and more."""
 
+from functools import partial
+
 import pytest
 import torch
 from support import published
@@ -85,6 +87,18 @@ def test_layers_by_timms_names(create, images):
     assert isinstance(model.relu, nn.SiLU) and isinstance(model.bn1, nn.GroupNorm)
     assert model(images).shape == (2, 1000)
     assert isinstance(create(act_layer=nn.Mish).layer1[0].relu, nn.Mish)
+    groups = partial(nn.GroupNorm, 8)  # a partial keeps its arguments
+    assert create(norm_layer=groups).bn1.num_groups == 8
+    for argument in ("act_layer", "norm_layer"):
+        words = f"{argument}: expected a layer or timm's name of one, got 'foo'"
+        with pytest.raises(ValueError, match=words):
+            create(**{argument: "foo"})
+
+
+def test_a_device_and_a_dtype(create):
+    model = create(device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert create(dtype=torch.float64).fc.weight.dtype == torch.float64
 
 
 def test_timm_loads_a_published_checkpoint(timm, tmp_path):
