@@ -206,11 +206,6 @@ def subclassed(module):
     module.conv_3 = layer
 
 
-def biased(module):
-    torch.manual_seed(1)
-    module.conv_3.bias = nn.Parameter(torch.randn(16, dtype=torch.float64))
-
-
 def patched(module):
     forward = module.conv_3.forward
     module.conv_3.forward = lambda x: 2 * forward(x)
@@ -228,7 +223,6 @@ CHANGES = {
     "subclass": subclassed,
     "wrapper": lambda m: replace(m, Wrapped(m.conv_3)),
     "patched": patched,
-    "bias": biased,
     "reflect": lambda m: replace(m, reflecting(m.conv_3)),
     "same": set_on_conv_3(padding="same"),
     "padding_of_two_sizes": lambda m: replace(m, flat(m.conv_3)),
