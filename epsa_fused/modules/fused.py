@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from .._arguments import ModuleArguments, SEArguments
 from .._checks import check_flag, check_int, check_tensor
-from .._library import COMPARED_WEIGHTS, HAS_CUDA
+from .._library import COMPARED_WEIGHTS, HAS_CUDA, MAX_BRANCHES
 from .._winograd import winograd_allowed
 from ..functional import psa_attention
 from ..reference import PSAModule, SEWeight, asks_for_attention, is_reversed
@@ -27,6 +27,8 @@ from .layers import (
     why_se_called,
 )
 from .tracing import NotScriptable, as_leaf
+
+_CONV_NAMES = tuple(f"conv_{i + 1}" for i in range(MAX_BRANCHES))
 
 
 class FusedPSAModule(NotScriptable, PSAModule):
@@ -298,7 +300,11 @@ class FusedPSAModule(NotScriptable, PSAModule):
         return True
 
     def _conv_names(self) -> Sequence[str]:
-        return [f"conv_{i + 1}" for i in range(self.branches)]
+        return _CONV_NAMES[: self.branches]
+
+    def _convs(self) -> list[nn.Module]:
+        children = self._modules  # attributes would cost small calls some microseconds
+        return [cast(nn.Module, children[name]) for name in self._conv_names()]
 
     def _why_convs_called(self) -> str | None:
         for name in self._conv_names():

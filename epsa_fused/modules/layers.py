@@ -127,13 +127,20 @@ def has_bias(conv: nn.Conv2d) -> bool:
     return "bias" not in parameters or parameters["bias"] is not None
 
 
+def _why_bias_not_taken(name: str, bias: Tensor, weight: Tensor | None) -> str | None:
+    """Joined to those of other branches, a bias of another length would move them in silence."""
+    if weight is None or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1]):
+        return None
+    expected = f"{weight.dtype} {list(weight.shape[:1])}"
+    return f"{name}.bias is {bias.dtype} {list(bias.shape)}, expected {expected}"
+
+
 def why_conv_not_taken(name: str, conv: nn.Conv2d) -> str | None:
     """The reason why the CPU's operator cannot take the convolution's settings, or None."""
-    bias, weight = conv._parameters.get("bias"), conv._parameters.get("weight")
-    given = None if bias is None else (bias.dtype, list(bias.shape))
-    expected = None if weight is None else (weight.dtype, list(weight.shape[:1]))
-    if given and expected and given != expected:
-        return "{}.bias is {} {}, expected {} {}".format(name, *given, *expected)
+    bias = conv._parameters.get("bias")
+    why = None if bias is None else _why_bias_not_taken(name, bias, conv._parameters.get("weight"))
+    if why is not None:
+        return why
     if conv.padding_mode != "zeros":
         return f"{name} has padding_mode {conv.padding_mode!r}"
     if isinstance(conv.padding, str):
