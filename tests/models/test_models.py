@@ -389,7 +389,7 @@ def test_another_normalisation():
         ({"conv_kernels": (3, 5)}, ValueError, r"conv_kernels and conv_groups: expected equal"),
         ({"drop_path_rate": -0.1}, ValueError, r"drop_path_rate: expected a number in \[0, 1\), "),
         ({"drop_path_rate": None}, TypeError, r"drop_path_rate: expected a number, got None"),
-        ({"act_layer": "relu"}, TypeError, r"act_layer: expected a callable, got 'relu'"),
+        ({"act_layer": "relu"}, TypeError, r"act_layer: expected a callable .*, got 'relu'"),
         (
             {"global_pool": "avgmax"},
             ValueError,
