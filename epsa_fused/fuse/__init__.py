@@ -19,7 +19,7 @@ from ..modules.layers import why_se_called
 from ..reference import PSAModule, SEWeight
 from .back import unfuse
 from .build import build
-from .find import Candidate, MisfitError, candidates
+from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .hooks import hand_on, refuse_hooks
 from .tree import replace, same_tensors_in_another_tree
 from .trial import Verdict, key_of, run
@@ -160,6 +160,9 @@ def _verdict(
     verdict = verdicts[key]
     if isinstance(verdict, MisfitError):
         raise verdict
+    why_not = why_not_replaced(module)
+    if why_not is not None:
+        raise MisfitError(why_not)
     return verdict
 
 

@@ -52,6 +52,9 @@ def _psa_module(module: nn.Module, layers: PSALayers, branch_order: str) -> Fuse
     new.split_channel = convs[0].out_channels
     new._modules.update(zip(layers.branches, convs, strict=True))
     new.se._modules.update({name: se._modules[name] for name in new.se._modules})
+    # An optimizer's state goes by the order of the parameters.
+    for own, other in ((new, module), (new.se, se)):
+        own._modules = {n: own._modules[n] for n in other._modules if n in own._modules}
     new.se.training = se.training
     return new
 

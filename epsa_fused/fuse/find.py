@@ -6,8 +6,9 @@ seen here: trial.py tries it.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +16,20 @@ from torch import nn
 from .._library import MAX_BRANCHES, MIN_BRANCHES
 from ..modules import FusedPSAModule, FusedSplitPSA
 from ..modules.adopted import PSALayers
-from ..modules.layers import Point, has_bias
+from ..modules.layers import has_bias
+from ..modules.split import SplitPSA
+from ..reference import PSAModule
 from .parts import Branch, Network, channels_of, matched, parts_of
 
 # The names by which the best known classes are recognised even where layers are missing.
 _KNOWN = ({"conv_1", "conv_2", "se"}, {"convs", "se_blocks"})
+
+
+# What a class overrides that saves more than its parameters and buffers.
+_STATE_METHODS = (
+    *("get_extra_state", "set_extra_state"),
+    *("_save_to_state_dict", "_load_from_state_dict"),
+)
 
 
 class MisfitError(Exception):
@@ -129,6 +139,29 @@ def _why_not_now(module: nn.Module) -> str | None:
     return None
 
 
+def why_not_replaced(module: nn.Module) -> str | None:
+    """What a PSA module has that a fused one would lose, or None."""
+    kind = type(module)
+    more = [
+        p.name
+        for p in list(inspect.signature(module.forward).parameters.values())[1:]
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if more and not isinstance(module, PSAModule | SplitPSA):  # theirs are known
+        return f"its forward takes more than the input: {', '.join(more)}"
+    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in _STATE_METHODS):
+        return "it saves or loads its state_dict in a way of its own"
+    hidden = [
+        key
+        for m in module.modules()
+        for key, value in vars(m).items()
+        if isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
+    ]
+    if hidden:
+        return f"it has tensors that train and are no parameters: {', '.join(hidden)}"
+    return None
+
+
 def _plain_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
     """The plain lists and dicts of modules that PyTorch does not know of, by attribute."""
     lists = {}
@@ -150,7 +183,7 @@ def _why_not(branches: list[Branch], networks: list[Network]) -> str | None:
     alone = [branch for branch in branches if branch.stride is not None]
     equal: dict[str, list[Any]] = {
         "channels of the SE networks": [channels_of(n.points[0]) for n in networks],
-        "biases of the SE networks": [tuple(map(_has_bias, n.points)) for n in networks],
+        "biases of the SE networks": [tuple(map(has_bias, n.points)) for n in networks],
         "input channels of the branches": [branch.channels[0] for branch in branches],
         "strides of the branches": [branch.stride for branch in alone],
         "paddings less what the kernels reach": [
@@ -172,7 +205,3 @@ def _why_not(branches: list[Branch], networks: list[Network]) -> str | None:
             "expected one network, or one for each branch"
         )
     return None
-
-
-def _has_bias(point: Point) -> bool:
-    return has_bias(cast(nn.Conv2d, point))

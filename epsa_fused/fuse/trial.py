@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +28,8 @@ _STATE = vars(nn.Module()).keys()
 _ROUNDING = 1e-9
 # N, H, W and the mean of the trial's inputs: a forward may look at sizes and values.
 _INPUTS = ((4, 3, 2, 0.0), (2, 7, 5, 1.0), (1, 4, 9, -2.0))
+# How much larger the maps and hidden units of one run are: a ReLU6 or a clamp shows then.
+_LARGE = 100
 # What SE networks are made of.
 _USUAL = (
     *(nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.AdaptiveAvgPool2d),
@@ -48,15 +52,16 @@ class _Result(NamedTuple):
     """Of one call: the output, and the gradients of the input and of all parameters."""
 
     out: Tensor
-    grads: tuple[Tensor, ...] | None  # None without any, () where autograd fails
+    grads: dict[str, Tensor] | None  # by name; None without any, empty where autograd fails
     overwrites_input: bool
+    draws: bool  # random numbers
 
 
 def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
     """Classes, settings and shapes: modules with equal ones compute the same function."""
     inside = {m: None for name in layers.branches for m in module.get_submodule(name).modules()}
     settings = [
-        (name, key, id(value) if isinstance(value, Tensor) else repr(value))
+        (name, key, _value_key(value))
         for name, m in module.named_modules()
         if m not in inside  # it is called, whatever it computes
         for key, value in sorted(vars(m).items())
@@ -65,6 +70,27 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
     shapes = [p.shape for m in module.modules() if m not in inside for p in m.parameters(False)]
     convs = [m.extra_repr() for m in inside if isinstance(m, nn.Conv2d)]
     return (layers, *(type(m) for m in module.modules()), *convs, *settings, *shapes)
+
+
+def _value_key(value: Any) -> Any:
+    """Equal for equal settings; an object may hide from its repr what it does."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    if isinstance(value, list | tuple):
+        return type(value), *map(_value_key, value)
+    if isinstance(value, dict):
+        return tuple((_value_key(k), _value_key(v)) for k, v in value.items())
+    return id(value)
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """What a forward may keep on its modules."""
+    return {
+        (name, key): _value_key(value)
+        for name, m in module.named_modules()
+        for key, value in vars(m).items()
+        if key not in _STATE
+    }
 
 
 def run(module: nn.Module, layers: PSALayers) -> Verdict:
@@ -79,6 +105,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
     """
     generator = torch.Generator().manual_seed(0)
     twin = _twin(module, layers, generator).eval()
+    attributes = _attributes(twin)
     failed = None
     with _undisturbed():
         for splits_input in (False, True):
@@ -97,8 +124,11 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                 if _agree([fused.out], [first.out]):
                     calls.check()
                     overwrites = _compare(twin, layers, order, inputs)
-                    real = _twin(module, layers, generator, cheap=False)
-                    _compare(real, layers, order, inputs[1:2], backward=False)
+                    changed = dict(_attributes(twin).items() ^ attributes.items())
+                    if changed:
+                        kept = sorted({key for _, key in changed})
+                        raise MisfitError(f"its forward keeps {', '.join(kept)} on the module")
+                    _compare_settings(module, layers, order, generator)
                     layers = _with_calls(twin, layers, order, inputs[0])
                     return Verdict(layers, order, overwrites)
             named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
@@ -114,6 +144,10 @@ def _undisturbed() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"]
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -127,6 +161,14 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """
     scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
     return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator) * scale
+
+
+def _random_state() -> tuple[Any, ...]:
+    """Of the generators that a forward may draw from."""
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()
+    own = tuple(v.tobytes() if hasattr(v, "tobytes") else v for v in drawn)
+    return bytes(torch.default_generator.get_state().tolist()), random.getstate(), own
 
 
 def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> list[Tensor]:
@@ -179,20 +221,24 @@ def _result(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
     leaf = x.clone().requires_grad_()
     given = leaf.clone()
     torch.default_generator.manual_seed(0)  # that of GPUs stays
+    before = _random_state()
     out = module(given)
+    draws = _random_state() != before
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
     overwrites = not torch.equal(given, leaf)
     grads = None
     if backward and out.requires_grad:
         cotangent = torch.arange(out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
+        named = {"": leaf, **dict(module.named_parameters())}
         try:
-            grads = torch.autograd.grad(
-                out, [leaf, *module.parameters()], cotangent, materialize_grads=True
+            found = torch.autograd.grad(
+                out, list(named.values()), cotangent, materialize_grads=True
             )
         except RuntimeError:  # it has overwritten what its gradient needs
-            grads = ()
-    return _Result(out.detach(), grads, overwrites)
+            found = ()
+        grads = dict(zip(named, found, strict=False))
+    return _Result(out.detach(), grads, overwrites, draws)
 
 
 def _compare(
@@ -205,20 +251,53 @@ def _compare(
     """Compare with the fused module; whether the other one overwrites its input.
 
     Raises:
-        MisfitError: they differ.
+        MisfitError: they differ, or the other one fails or draws random numbers.
     """
     fused = build(twin, layers, order)
     overwrites = False
     for training in (False, True):
         for x in inputs:
-            actual, expected = (_result(m.train(training), x, backward) for m in (fused, twin))
+            try:
+                expected = _result(twin.train(training), x, backward)
+                actual = _result(fused.train(training), x, backward)
+            except Exception as error:  # of foreign code; the model's owner is told
+                why = f"a trial on {list(x.shape)} failed: {first_line(error)}"
+                raise MisfitError(why) from error
             if not _agree([actual.out], [expected.out]):
                 where = "in training" if training else f"for an input {list(x.shape)}"
                 raise MisfitError(f"its forward computes something else than PSA {where}")
-            if expected.grads != () and not _agree(actual.grads, expected.grads):
+            if expected.draws:  # one seed shows one of the things that it does
+                raise MisfitError("its forward draws random numbers")
+            if expected.grads != {} and not _same_grads(actual.grads, expected.grads):
                 raise MisfitError("its gradients are not those of PSA: a tensor is detached, say")
             overwrites |= expected.overwrites_input
     return overwrites
+
+
+def _same_grads(actual: dict[str, Tensor] | None, expected: dict[str, Tensor] | None) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    if actual.keys() != expected.keys():
+        return False
+    return _agree([actual[name] for name in expected], list(expected.values()))
+
+
+def _compare_settings(
+    module: nn.Module, layers: PSALayers, order: str, generator: torch.Generator
+) -> None:
+    """Compare with the settings of the convolutions, at large values and without gradients."""
+    real = _twin(module, layers, generator, cheap=False)
+    for network in layers.networks:  # no sigmoid saturates
+        for p in real.get_submodule(network.fc2).parameters():
+            p.data /= _LARGE
+    convs = [cast(nn.Conv2d, real.get_submodule(name)) for name in layers.branches]
+    reach = [
+        d * (k - 1) for conv in convs for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ]
+    channels = convs[0].in_channels * (len(convs) if layers.splits_input else 1)
+    x = _random((2, channels, max(reach) + 7, max(reach) + 5), generator)
+    with torch.no_grad():
+        _compare(real, layers, order, [_LARGE * (x / x.std() + 1)], backward=False)
 
 
 class _Calls:
@@ -273,7 +352,7 @@ class _Calls:
 
 def _with_calls(twin: nn.Module, layers: PSALayers, order: str, x: Tensor) -> PSALayers:
     """The layers with the way in which the plain module calls the SE networks."""
-    expected = _result(twin.eval(), x).out
+    expected, failed = _result(twin.eval(), x).out, ""
     for call in get_args(SECall):
         if call != "layers" and any(network.network is None for network in layers.networks):
             continue
@@ -281,17 +360,16 @@ def _with_calls(twin: nn.Module, layers: PSALayers, order: str, x: Tensor) -> PS
         tried = layers._replace(networks=networks)
         try:
             out = _result(AdoptedPSA(twin, tried, branch_order=order).eval(), x).out
-        except Exception:
+        except Exception as error:  # a network of foreign code may take one kind of input alone
+            failed = f": {first_line(error)}"
             continue
         if _agree([out], [expected]):
             return tried
-    raise MisfitError("its SE networks compute something else when they are called")
+    raise MisfitError(f"its SE networks compute something else when they are called{failed}")
 
 
-def _agree(actual: Sequence[Tensor] | None, expected: Sequence[Tensor] | None) -> bool:
+def _agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether all differences are small beside the largest entry of all."""
-    if actual is None or expected is None:
-        return actual is expected
     if [t.shape for t in actual] != [t.shape for t in expected]:
         return False
     largest = max(t.abs().max() for t in expected)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._arguments import SEArguments
 from ..reference import PSAModule
 from .fused import FusedPSAModule
-from .layers import Point, read_se, submodule, why_layer_called
+from .layers import Point, has_bias, read_se, submodule, why_layer_called
 
 # What the plain module calls: the SE network on a map [N, C, 1, 1], the network on [N, C], or its
 # layers one after the other.
@@ -54,6 +54,7 @@ class _Seen(NamedTuple):
 
     kind: type[nn.Module]
     children: int | None  # how many; None for fc1 and fc2: a parametrisation comes as a child
+    settings: object
 
 
 class AdoptedPSA(PSAModule):
@@ -87,11 +88,12 @@ class AdoptedPSA(PSAModule):
         self._seen: dict[str, _Seen] = {}
         for root in networks:
             for name, m in module.get_submodule(root).named_modules(prefix=root):
-                self._seen.setdefault(name, _Seen(type(m), len(m._modules)))
+                self._seen.setdefault(name, _Seen(type(m), len(m._modules), _settings(m)))
         for network in layers.networks:
             for fc in (network.fc1, network.fc2):
-                kind = nn.Conv2d if isinstance(module.get_submodule(fc), nn.Conv2d) else nn.Linear
-                self._seen[fc] = _Seen(kind, None)
+                point = _point(module, fc)
+                kind = nn.Conv2d if isinstance(point, nn.Conv2d) else nn.Linear
+                self._seen[fc] = _Seen(kind, None, _settings(point))
 
     def extra_repr(self) -> str:
         split = ", splits_input=True" if self._layers.splits_input else ""
@@ -168,12 +170,24 @@ class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
                 return why
             if seen.children not in (None, len(cast(nn.Module, layer)._modules)):
                 return f"{name} has other children than when it was fused"
+            if _settings(cast(nn.Module, layer)) != seen.settings:
+                return f"{name} has other settings than when it was fused"
         return None
 
     def _se_arguments(self) -> SEArguments:
         return read_se(
             [(_point(self, se.fc1), _point(self, se.fc2)) for se in self._layers.networks]
         )
+
+
+def _settings(layer: nn.Module) -> object:
+    """What tells layers of one class apart, without a look at their tensors."""
+    if isinstance(layer, nn.Conv2d):
+        size = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        return (*size, layer.padding, layer.groups, has_bias(layer))
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, has_bias(layer)
+    return layer.extra_repr()
 
 
 def _point(module: nn.Module, name: str) -> Point:
@@ -195,7 +209,7 @@ def _kept(module: nn.Module, used: Collection[nn.Module]) -> nn.Module | None:
     }
     if not parts:
         return None
-    if type(module) is nn.ModuleList and parts == module._modules:
+    if type(module) in (nn.ModuleList, nn.ModuleDict) and parts == module._modules:
         return module
     holder = nn.Module()
     holder._modules.update(parts)

@@ -248,7 +248,7 @@ class FusedPSAModule(NotScriptable, PSAModule):
                 "costs more than to pack them"
             )
         if frozen:
-            _check_can_be_frozen(plain, weights)
+            _check_can_be_frozen(self._conv_names(), plain, weights)
         with torch.no_grad():
             x = weight.new_empty((1, weight.shape[1] * plain[0].groups, height, width))
             self._packed = torch.ops.epsa_fused.spc_prepack.default(
@@ -399,13 +399,15 @@ class FusedPSAModule(NotScriptable, PSAModule):
         )
 
 
-def _check_can_be_frozen(convs: list[nn.Conv2d], weights: list[Tensor]) -> None:
-    for i, (conv, weight) in enumerate(zip(convs, weights, strict=True), 1):
+def _check_can_be_frozen(
+    names: Sequence[str], convs: list[nn.Conv2d], weights: list[Tensor]
+) -> None:
+    for name, conv, weight in zip(names, convs, weights, strict=True):
         computed = conv._parameters.get("weight") is not weight
         if computed or weight.is_inference():
             raise RuntimeError(
                 "FusedPSAModule.prepack: frozen=True expects parameters with a version, got "
-                f"conv_{i}.weight that "
+                f"{name}.weight that "
                 + ("is computed" if computed else "torch.inference_mode made")
             )
 

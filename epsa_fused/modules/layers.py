@@ -121,8 +121,8 @@ def why_not_plain(name: str, value: object) -> str | None:
     )
 
 
-def has_bias(conv: nn.Conv2d) -> bool:
-    """Whether the convolution has a bias; one that is not a parameter counts too."""
+def has_bias(conv: Point) -> bool:
+    """Whether the layer has a bias; one that is not a parameter counts too."""
     parameters = conv._parameters
     return "bias" not in parameters or parameters["bias"] is not None
 

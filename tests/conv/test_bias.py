@@ -14,6 +14,7 @@ from support.convolutions import (
     make_inputs,
     run,
     same,
+    spc,
 )
 from support.gradients import CHECK
 from support.tolerance import assert_close, assert_near, assert_no_worse
@@ -21,7 +22,6 @@ from torch import nn
 
 import epsa_fused
 from epsa_fused import FusedPSAModule, PSAModule, psa_attention_reference
-from epsa_fused.functional import spc_conv
 
 NAMES = ("stage_64x14_batch7", "branches_8", "stride_2_odd", "dilated", "one_pixel", "row")
 NAMES += ("winograd", "even", "stride_3", "one_channel_out", "empty_batch", "branches_1")
@@ -35,18 +35,6 @@ def bias_of(call: Call, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     values = torch.randn(count, 2, dtype=torch.float64, generator=generator)
     return (4 * values).to(dtype)[:, 0]
-
-
-def spc(call: Call, x, weights, bias):
-    return spc_conv(
-        x,
-        weights,
-        call.groups,
-        stride=call.stride,
-        padding=call.padding,
-        dilation=call.dilation,
-        bias=bias,
-    )
 
 
 @pytest.mark.per_isa

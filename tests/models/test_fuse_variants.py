@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
+from support import published
 from support.lookalikes import (
     NEAR_MISSES,
     OTHERS,
@@ -14,13 +17,15 @@ from support.lookalikes import (
     Own,
     Parts,
     Shared,
+    convolution,
     description,
     published_psa,
     squeeze,
     with_norm,
+    with_ses,
     without_warning,
 )
-from support.tolerance import largest, relative_error
+from support.tolerance import assert_near, largest, relative_error
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -352,3 +357,93 @@ def test_a_sibling_keeps_its_reference():
     with torch.no_grad():
         held[0].conv_branches[0].weight.mul_(2)
     assert relative_error(fused(x), held[0](x)) <= LIMIT
+
+
+# ---- what a trial must not mix up ----
+
+
+class Scaled(nn.Module):
+    """Its repr hides what it does."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class WithHelper(Shared):
+    def __init__(self, scale):
+        super().__init__()
+        self.helpers = (Scaled(scale).forward,)
+
+    def forward(self, x):
+        return self.helpers[0](super().forward(x))
+
+
+def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own():
+    fused = fuse(nn.ModuleList([WithHelper(1.0), WithHelper(2.0)]))
+    assert list(fused.fuse_report.replaced) == ["0"] and list(fused.fuse_report.left) == ["1"]
+
+
+def test_the_users_random_numbers_go_on():
+    model = nn.Sequential(NEAR_MISSES["random_of_python"][0]())
+    random.seed(3)
+    np.random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        fuse(model)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+class SEFirst(published.PSAModule):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        se = self._modules.pop("se")
+        self._modules = {"se": se, **self._modules}
+
+
+def test_the_order_of_the_parameters_stays():
+    """The state of an optimizer goes by it."""
+    plain = nn.Sequential(published_psa(SEFirst))
+    fused = fuse(plain)
+    assert list(fused.fuse_report.replaced) == ["0"]
+    assert [*fused.state_dict()] == [*plain.state_dict()]
+    assert [*map(id, fused.parameters())] == [*map(id, plain.parameters())]
+
+
+WIDE = {
+    "reflected": lambda: [convolution(3, dilation=d, padding_mode="reflect") for d in (1, 2, 4, 6)],
+    "without_padding": lambda: [convolution(9, g, padding=0) for g in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_the_trials_images_hold_the_kernels(kind):
+    model = nn.Sequential(Shared(WIDE[kind]()))
+    fused, x = fuse(model), torch.randn(2, 16, 15, 14)
+    assert list(fused.fuse_report.replaced) == ["0"]
+    assert_near(fused(x), model(x), limit=1e-5)
+
+
+REPLACED = {
+    "no_fc1_bias": lambda ses: ses[0].__setitem__(1, nn.Conv2d(16, 4, 1, bias=False)),
+    "no_fc2_bias": lambda ses: ses[0].__setitem__(3, nn.Conv2d(4, 16, 1, bias=False)),
+    "a_later_one": lambda ses: ses[1].__setitem__(1, nn.Conv2d(16, 4, 1, bias=False)),
+    "groups": lambda ses: ses[2].__setitem__(1, nn.Conv2d(16, 4, 1, groups=4)),
+    "kernel": lambda ses: ses[2].__setitem__(3, nn.Conv2d(4, 16, 3, padding=1)),
+    "activation": lambda ses: ses[3].__setitem__(2, nn.LeakyReLU(0.5)),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+@pytest.mark.filterwarnings("ignore:FusedAdoptedPSA calls layers")
+def test_an_se_layer_that_is_replaced_after_fusing_is_called(change):
+    fused = fuse(nn.Sequential(with_ses(*(squeeze() for _ in range(4)))))[0].double()
+    REPLACED[change](fused.ses)
+    fused = fused.double()
+    assert "ses." in why_not_fused(fused)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    assert_near(fused(x), unfuse(nn.Sequential(fused))(x))

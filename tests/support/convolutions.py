@@ -523,7 +523,9 @@ def check(
     return actual
 
 
-def spc(call: Call, x: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def spc(
+    call: Call, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
     """The public function."""
     return spc_conv(
         x,
@@ -532,4 +534,5 @@ def spc(call: Call, x: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor],
         stride=call.stride,
         padding=call.padding,
         dilation=call.dilation,
+        bias=bias,
     )

@@ -1,5 +1,6 @@
 """Modules that look like a PSA module: what people make of the published one."""
 
+import random
 import warnings
 from dataclasses import dataclass
 
@@ -483,6 +484,71 @@ def with_ses(*ses):
     return module
 
 
+class LayerDrop(Shared):
+    """The trial's seed gives a number for which nothing is dropped."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out * 0 if self.training and torch.rand(1).item() < 0.4 else out
+
+
+class DrawsFromPython(Shared):
+    def forward(self, x):
+        out = super().forward(x)
+        return out * 0 if self.training and random.random() < 1e-6 else out
+
+
+class Clamped(Shared):
+    def forward(self, x):
+        return super().forward(x).clamp(-8, 8)
+
+
+class OnlyWithGradients(Shared):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if torch.is_grad_enabled() else 2 * out
+
+
+class Counting(Shared):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class WithFlag(Shared):
+    def forward(self, x, return_weights=False):
+        out = super().forward(x)
+        return (out, "weights") if return_weights else out
+
+
+class WithExtraState(Shared):
+    def get_extra_state(self):
+        return 3
+
+    def set_extra_state(self, state):
+        pass
+
+
+def with_hidden_scale():
+    module = Shared()
+    module.scale = torch.ones(1, requires_grad=True)
+    return module
+
+
+class RefusesOddSizes(Shared):
+    def forward(self, x):
+        assert x.shape[-1] != 5
+        return super().forward(x)
+
+
+def squeeze_with(activation):
+    layers = squeeze()
+    layers[2] = activation
+    return layers
+
+
 SOMETHING_ELSE = r"something else than PSA"
 NEAR_MISSES = {
     "softmax_of_channels": (SoftmaxOfChannels, SOMETHING_ELSE),
@@ -516,6 +582,17 @@ NEAR_MISSES = {
         r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
     "block": (Block, r"other children too: norm"),
+    "layer_drop": (LayerDrop, r"its forward draws random numbers"),
+    "random_of_python": (DrawsFromPython, r"its forward draws random numbers"),
+    "relu6": (lambda: Shared(se=squeeze_with(nn.ReLU6())), SOMETHING_ELSE),
+    "hardtanh": (lambda: Shared(se=squeeze_with(nn.Hardtanh(0, 20))), SOMETHING_ELSE),
+    "clamped": (Clamped, SOMETHING_ELSE),
+    "without_gradients": (OnlyWithGradients, SOMETHING_ELSE),
+    "counting": (Counting, r"its forward keeps calls on the module"),
+    "a_flag": (WithFlag, r"takes more than the input: return_weights"),
+    "extra_state": (WithExtraState, r"saves or loads its state_dict in a way of its own"),
+    "hidden_scale": (with_hidden_scale, r"tensors that train and are no parameters: scale"),
+    "odd_sizes": (RefusesOddSizes, r"a trial on \[2, 16, 7, 5\] failed: AssertionError"),
 }  # fmt: skip
 
 
