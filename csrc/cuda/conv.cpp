@@ -73,7 +73,8 @@ Native native_branches(
 
 // The maps of the native branches, x in channels_last and dense.
 void run(
-    const Native& native, const Tensor& x, at::TensorList weights, std::vector<Tensor>& feats) {
+    const Native& native, const Tensor& x, at::TensorList weights, const ConvBias& bias,
+    std::vector<Tensor>& feats) {
   ConvParams params{};
   set_conv_plan(params, native.problem, native.plan);
   int64_t bytes = 0;
@@ -82,15 +83,21 @@ void run(
   }
   const Tensor packed = at::empty({bytes}, x.options().dtype(at::kByte));
   char* next = static_cast<char*>(packed.mutable_data_ptr());
+  const Tensor biases = bias.value ? bias.value->contiguous() : Tensor();
   params.x = x.const_data_ptr();
   for (size_t i = 0; i < native.branches.size(); ++i) {
-    const Tensor& weight = weights[native.branches[i]];
-    Tensor& out = feats[native.branches[i]];
+    const int64_t s = native.branches[i];
+    const Tensor& weight = weights[s];
+    Tensor& out = feats[s];
     out = at::empty({x.size(0), native.problem.outputs, x.size(2), x.size(3)}, x.options(), kLast);
     ConvBranch& b = params.branch[i];
     b.weight = weight.const_data_ptr();
     for (int d = 0; d < 4; ++d) {
       b.stride[d] = weight.stride(d);
+    }
+    if (biases.defined()) {
+      b.bias = static_cast<const char*>(biases.const_data_ptr()) +
+          s * native.problem.outputs * biases.element_size();
     }
     b.packed = next;
     next += packed_bytes(b.unit, native.problem.outputs);
@@ -114,14 +121,11 @@ std::vector<Tensor> maps(
     if (reinterpret_cast<uintptr_t>(image.const_data_ptr()) % 16) {
       image = image.clone(kLast);  // the kernel copies 16 bytes at once
     }
-    run(native, image, weights, feats);
+    run(native, image, weights, bias, feats);
   }
   for (int64_t s = 0; s < p.S; ++s) {
-    const OptTensor own = bias.of(s, p.S);
     if (!feats[s].defined()) {
-      feats[s] = library_conv(image, weights[s], k, s, own);
-    } else if (own) {
-      feats[s].add_(own->unsqueeze(-1).unsqueeze(-1));
+      feats[s] = library_conv(image, weights[s], k, s, bias.of(s, p.S));
     }
   }
   return feats;

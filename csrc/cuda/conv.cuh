@@ -2,7 +2,7 @@
 //
 // A block holds the padded tile of some input channels in shared memory, in planes of 8
 // channels. Its warps share the passes: a unit of a branch on up to kConvTiles matrices of
-// rows. Sums are in float32 and rounded once.
+// rows. Sums are in float32, start with the bias, and are rounded once.
 #pragma once
 
 #include "cuda/conv_params.h"
@@ -135,6 +135,7 @@ template <class T, int K, int P, int W>
 EPSA_DEVICE void convolve(const ConvParams& p, const ConvBranch& b, int slab, int unit, int part) {
   constexpr ConvUnit kUnit{K, P, W, 1};
   constexpr int kSteps = kUnit.steps(), kTaps = kUnit.taps();
+  constexpr int kChannels = 8 / P;  // of the columns of the second matrix
   const int lane = simt::thread_id() % kWarp;
   const int rows = p.tile_h * p.tile_w / P * p.images;
   const auto row_of = [&](int i, int row) { return (part * kConvTiles + i) * 16 + row; };
@@ -169,6 +170,20 @@ EPSA_DEVICE void convolve(const ConvParams& p, const ConvBranch& b, int slab, in
     a[i] = simt::load_matrices(from + base[i]);
   }
   float sums[kConvTiles][W][4] = {};
+  if (b.bias) {
+#pragma unroll
+    for (int v = 0; v < W; ++v) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // the lane's two channels, as below
+        const int channel = index * kUnit.outputs() + (lane % 4 * 2 + j) % kChannels + 8 * v;
+        const float bias = simt::to_float(static_cast<const T*>(b.bias)[channel]);
+#pragma unroll
+        for (int i = 0; i < kConvTiles; ++i) {
+          sums[i][v][j] = sums[i][v][j + 2] = bias;
+        }
+      }
+    }
+  }
   const int lines = b.unit.chunks * K;
   int ky = 0;
 #pragma unroll 1
@@ -200,7 +215,6 @@ EPSA_DEVICE void convolve(const ConvParams& p, const ConvBranch& b, int slab, in
   // A lane has two neighbouring channels of one position, in two rows. The place is computed
   // anew: it would hold four registers in the loop.
   const ConvPlace place = conv_place(p, simt::block_id_read_again());
-  constexpr int kChannels = 8 / P;
   const int column = lane % 4 * 2, position = column / kChannels;
   T* out = static_cast<T*>(b.out) + index * kUnit.outputs() + column % kChannels;
 #pragma unroll

@@ -8,6 +8,7 @@ namespace epsa::cuda {
 struct ConvBranch {
   const void* weight;  // [C', I, k, k]
   int64_t stride[4];   // its strides in elements
+  const void* bias;    // [C'], or null
   void* packed;        // [units, chunks, k, steps, wide, 32 lanes] of 8 bytes
   int64_t first;       // of the branch among all packed entries
   void* out;           // [N, C', H, W], channels_last

@@ -109,18 +109,21 @@ def make(N, C, H, W, dtype, kernels, groups, layout):
     return x, weights
 
 def check(N, C, H, W, dtype=torch.bfloat16, kernels=(3, 5, 7, 9), groups=(1, 4, 8, 16),
-          layout=torch.channels_last, stride=1, change=lambda x: x):
+          layout=torch.channels_last, stride=1, change=lambda x: x, with_bias=True):
     x, weights = make(N, C, H, W, dtype, kernels, groups, layout)
     x = change(x)
     # weights as channels_last models hold them, too
     weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
     weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
     padding = [k // 2 for k in kernels]
+    # So large that rounding before the bias is added would be seen. It lies between other elements.
+    bias = 4 * torch.randn(len(groups) * (C // 4), 2).to(dtype)[:, 0] if with_bias else None
     feats, pooled = torch.ops.epsa_fused.spc_conv(
-        x, weights, groups, stride, padding, [1] * len(groups)
+        x, weights, groups, stride, padding, [1] * len(groups), bias=bias
     )
-    for f, w, k, g, p in zip(feats, weights, kernels, groups, pooled.unbind(1)):
-        exact = F.conv2d(x.double(), w.double(), None, stride, k // 2, 1, g)
+    biases = bias.double().chunk(len(groups)) if with_bias else [None] * len(groups)
+    for f, w, b, k, g, p in zip(feats, weights, biases, kernels, groups, pooled.unbind(1)):
+        exact = F.conv2d(x.double(), w.double(), b, stride, k // 2, 1, g)
         assert f.dtype == dtype and f.is_contiguous(memory_format=layout)
         error = ((f.double() - exact).abs() / (exact.abs() + 1)).max().item()
         assert error < BOUNDS[dtype], (C, k, g, error)
@@ -146,7 +149,7 @@ def test_the_maps_of_convolutions(library):
 check(2, 64, 10, 9)
 check(1, 64, 9, 30, torch.float16)
 check(3, 128, 7, 8)
-check(2, 64, 1, 1)
+check(2, 64, 1, 1, with_bias=False)
 check(1, 64, 3, 70, torch.bfloat16, (9, 5), (16, 16))
 check(1, 64, 9, 8, layout=torch.contiguous_format)
 """
