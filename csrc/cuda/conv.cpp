@@ -1,9 +1,10 @@
 // The convolutions and the whole module on CUDA devices. Grouped convolutions of 16-bit
-// floats have a kernel of their own; torch's library computes the other branches.
+// floats have a kernel of their own; torch's library computes the other branches and the gradients.
 #include "ops/calls.h"
 #include "ops/library.h"
 #include "ops/maps.h"
 #include "cuda/conv_launch.h"
+#include "cuda/merged_groups.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -156,7 +157,7 @@ ConvBackward conv_backward(
   Tensor grad_x;
   std::vector<Tensor> grad_weights;
   for (int64_t s = 0; s < p.S; ++s) {
-    const auto [input, weight] = library_conv_backward(
+    const auto [input, weight] = (half(p.dtype) ? merged_conv_backward : library_conv_backward)(
         grad_feats[s], x, weights[s], k, s, output_mask.get(0), output_mask.get(s + 1));
     if (input.defined()) {
       grad_x = grad_x.defined() ? grad_x.add_(input) : input;

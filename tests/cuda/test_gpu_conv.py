@@ -57,6 +57,29 @@ def test_the_maps(planes, size, n, with_bias, layout, dtype):
             assert ((f.double() - exact).abs() / (exact.abs() + 1)).max().item() < BOUNDS[dtype], k
 
 
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format), ids=str)
+@pytest.mark.parametrize(("planes", "size"), STAGES)
+def test_the_gradients_of_the_maps(planes, size, layout, dtype):
+    """cuDNN computes them, in fewer groups. Those of x are summed over the branches in `dtype`."""
+    module, x = make_module(planes, dtype), image(5, planes, size, dtype, layout)
+    leaves = [x, *(getattr(module, f"conv_{i}").weight.detach() for i in (1, 2, 3, 4))]
+    exact = [t.double().requires_grad_() for t in leaves]
+    leaves = [t.requires_grad_() for t in leaves]
+    feats, _ = spc_conv(*leaves[:1], leaves[1:], groups=GROUPS, padding=[k // 2 for k in KERNELS])
+    expected = [
+        nn.functional.conv2d(exact[0], w, None, 1, k // 2, 1, g)
+        for w, k, g in zip(exact[1:], KERNELS, GROUPS, strict=True)
+    ]
+    grads = [torch.randn_like(f) for f in feats]
+    torch.autograd.backward(feats, grads)
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    for t, e, roundings in zip(leaves, exact, (4, 1, 1, 1, 1), strict=True):
+        assert t.grad.dtype == dtype
+        error = (t.grad.double() - e.grad).abs().max() / e.grad.abs().max()
+        assert error.item() < roundings * BOUNDS[dtype], t.shape
+
+
 @pytest.mark.parametrize(("planes", "size"), STAGES)
 def test_every_run_is_the_same(planes, size):
     module, x = make_module(planes, torch.bfloat16), image(9, planes, size, torch.bfloat16)
