@@ -246,6 +246,47 @@ with torch.no_grad():
     assert len(conv_plans(library, code)) == 2
 
 
+def test_gradients_in_fewer_groups(library):
+    """Groups that merge all, in part, by a divisor or not at all; views; each gradient alone."""
+    code = """
+def gradients(N, C, H, W, groups, kernels=(3, 5, 7, 9), layout=torch.channels_last, stride=1):
+    x, weights = make(N, C, H, W, torch.bfloat16, kernels, groups, layout)
+    weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
+    weights[0] = torch.stack([weights[0], weights[0]], 2)[:, :, 1]  # between other elements
+    padding = [k // 2 for k in kernels]
+    rest = groups, stride, padding, [1] * len(groups)
+    exact_x = x.double().requires_grad_()
+    exact_weights = [w.double().requires_grad_() for w in weights]
+    feats = [
+        F.conv2d(exact_x, w, None, stride, p, 1, g)
+        for w, p, g in zip(exact_weights, padding, groups)
+    ]
+    grads = [torch.randn_like(f).bfloat16() for f in feats]
+    torch.autograd.backward(feats, [g.double() for g in grads])
+    exact = [exact_x.grad, *(w.grad for w in exact_weights)]
+    for mask in ([True] * (1 + len(groups)), [True] + [False] * len(groups),
+                 [False] + [True] * len(groups)):
+        x_grad, w_grads = torch.ops.epsa_fused.spc_conv_backward(grads, x, weights, *rest, mask)
+        for of, g, e, wanted in zip([x, *weights], [x_grad, *w_grads], exact, mask):
+            assert g.dtype == torch.bfloat16
+            if not wanted:
+                assert g.numel() == 0
+                continue
+            assert g.shape == of.shape
+            # x's are rounded in each branch and in each sum
+            bound = 4e-3 * (4 if of is x else 1) * e.abs().max()
+            assert (g - e).abs().max() < bound, (C, groups, mask, g.shape)
+
+gradients(2, 64, 6, 7, (1, 4, 8, 16))
+gradients(1, 96, 5, 6, (1, 6, 12, 24), layout=torch.contiguous_format)
+gradients(1, 512, 3, 4, (1, 4, 8, 16), kernels=(1, 3, 3, 5))
+gradients(1, 1024, 2, 2, (2, 4), kernels=(3, 3))
+gradients(2, 64, 7, 6, (2, 4, 8, 16), stride=2)
+gradients(1, 80, 4, 5, (5, 10, 20, 20), kernels=(3, 3, 3, 3))
+"""
+    assert conv_plans(library, code) == []
+
+
 def test_an_epilogue_of_the_module(library):
     code = """
 from epsa_fused import FusedPSAModule
