@@ -189,7 +189,12 @@ def _use_pointwise(
 
 
 def _pack(module: nn.Module, inputs: tuple[Any, ...], report: InferenceReport) -> None:
-    fused = [m for m in module.modules() if isinstance(m, FusedPSAModule)]
+    fused = [
+        m for m in module.modules() if isinstance(m, FusedPSAModule) and m._has_convs_as_branches()
+    ]
+    in_part = report.psa_modules - len(fused)
+    if in_part:
+        report.notes.append(f"{in_part} PSA modules are fused in part: their branches are called")
     if not fused:
         return
     try:

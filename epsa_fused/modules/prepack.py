@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._checks import check_flag, check_module, check_tensor
 from .._library import COMPARED_WEIGHTS
 from .fused import FusedPSAModule
+from .split import FusedSplitPSA
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -18,9 +19,9 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
     """Call :meth:`FusedPSAModule.prepack` of every fused module in `model`.
 
     The model is called once with `args` and `kwargs`, which shows the sizes of its maps. Modules
-    that this call does not reach stay as they are. So do modules whose branches are more than
-    convolutions, and, unless `frozen`, those of more than 2**18 weights,
-    unless `frozen`: to compare so many in each call costs more than to pack them.
+    that this call does not reach stay as they are. So do modules that are fused in part, whose
+    branches are called. Unless `frozen`, those of more than 2**18 weights do too: to compare so
+    many in each call costs more than to pack them.
 
     Args:
         model: in eval mode, on the CPU; it may be compiled.
@@ -31,7 +32,7 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
         model. :func:`unpack`, `model.train()` and `model.load_state_dict()` undo the packing.
 
     Raises:
-        ValueError: the call reached no FusedPSAModule that can be packed.
+        ValueError: all modules are fused in part, or the call reached none that can be packed.
         RuntimeError: the model is in training mode.
 
     Other errors come from the modules' own prepack. After an error no module is packed.
@@ -46,11 +47,16 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
         height, width = cast(Tensor, x).shape[2:]
         sizes[module] = height, width
 
-    fused = [
-        m for m in model.modules() if isinstance(m, FusedPSAModule) and m._has_convs_as_branches()
-    ]
+    found = [m for m in model.modules() if isinstance(m, FusedPSAModule | FusedSplitPSA)]
+    fused = [m for m in found if isinstance(m, FusedPSAModule) and m._has_convs_as_branches()]
     if model.training or any(m.training for m in fused):
         raise RuntimeError("prepack: expected a model in eval mode, got one in training mode")
+    if found and not fused:
+        raise ValueError(
+            "prepack: expected a FusedPSAModule with convolutions as branches, got "
+            f"{type(model).__name__} with {len(found)} fused in part: their branches are called, "
+            "and no operator has weights to pack"
+        )
     hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in fused]
     try:
         # A compiled model that ran before would not call the hooks.
