@@ -63,7 +63,8 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Each kind is run on small random inputs, with random weights, on the CPU, in training and in
     evaluation. Its outputs and gradients must equal those of the fused module, in one of the two
-    branch orders. Otherwise it is left alone, and the report has the reason.
+    branch orders. Its outputs must do so in the module's dtype, too. Otherwise it is left alone,
+    and the report has the reason. Hooks on all modules do not see these runs.
 
     Convolutions and SE layers stay the same objects. So parameters, dtype, device, training flags,
     `requires_grad`, `state_dict` keys and optimizers stay. Hooks on the PSA module and on its

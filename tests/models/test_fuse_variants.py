@@ -14,6 +14,7 @@ from support.lookalikes import (
     OTHERS,
     VARIANTS,
     Gate,
+    LooksAtDtypes,
     Own,
     Parts,
     Shared,
@@ -275,8 +276,15 @@ def test_an_adopted_module_is_served():
 
 def test_modules_that_cannot_be_packed_are_passed_over():
     model = fuse(nn.Sequential(Shared(with_norm()), nn.Conv2d(64, 16, 1), published_psa())).eval()
-    prepack(model, torch.randn(1, 16, 8, 8))
+    x = torch.randn(1, 16, 8, 8)
+    prepack(model, x)
     assert "prepacked" not in repr(model[0]) and "prepacked" in repr(model[2])
+    served = optimize_for_inference(model, x, compile=False)
+    assert served.report.notes == ["1 PSA modules are fused in part: their branches are called"]
+    with pytest.raises(
+        ValueError, match=r"Sequential with 1 fused in part: .*no .* weights to pac"
+    ):
+        prepack(model[:1].eval(), x)
 
 
 def test_an_adopted_module_compiles_exports_and_is_pickled():
@@ -385,6 +393,33 @@ class WithHelper(Shared):
 def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own():
     fused = fuse(nn.ModuleList([WithHelper(1.0), WithHelper(2.0)]))
     assert list(fused.fuse_report.replaced) == ["0"] and list(fused.fuse_report.left) == ["1"]
+
+
+def test_the_modules_own_dtype_is_tried():
+    model = nn.Sequential(LooksAtDtypes()).bfloat16()
+    model[0].dtype = torch.bfloat16
+    with pytest.warns(UserWarning, match=r"something else than PSA .* of torch\.bfloat16"):
+        fuse(model)
+
+
+def test_hooks_on_all_modules_see_no_trial():
+    registered = nn.modules.module
+    calls = []
+    handles = [
+        registered.register_module_forward_pre_hook(lambda *args: calls.append("pre")),
+        registered.register_module_forward_hook(lambda *args: calls.append("post")),
+        registered.register_module_full_backward_hook(lambda *args: calls.append("backward")),
+    ]
+    try:
+        fused = fuse(nn.Sequential(Shared()))
+        assert list(fused.fuse_report.replaced) == ["0"] and not calls
+        nn.Identity()(torch.ones(1, requires_grad=True) * 1).backward()
+        assert calls == ["pre", "post", "backward"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    nn.Identity()(torch.ones(1))
+    assert len(calls) == 3
 
 
 def test_the_users_random_numbers_go_on():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import published
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 GROUPS = (1, 2, 4, 8)
 
@@ -240,6 +241,12 @@ class InOrder(published.PSAModule):
         return torch.cat(super().forward(x).chunk(4, 1)[::-1], 1)
 
 
+class LooksIntoBranches(Shared):
+    def forward(self, x):
+        assert all(type(branch[1]) is nn.BatchNorm2d for branch in self.conv_branches)
+        return super().forward(x)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A module that fuse() takes.
@@ -284,6 +291,7 @@ VARIANTS = {
         nn.Sequential(nn.ReflectionPad2d(1), convolution(3, padding=0))]), in_part=True),
     "list_of_dilated": Variant(lambda: Shared(dilated(bias=True))),
     "norm": Variant(lambda: Shared(with_norm()), in_part=True),
+    "branches_are_looked_into": Variant(lambda: LooksIntoBranches(with_norm()), in_part=True),
     "norm_and_relu": Variant(lambda: Shared(with_norm(nn.ReLU(inplace=True))), in_part=True),
     "one_se_for_each_branch": Variant(Own),
     "numbered": Variant(Numbered, order="reversed"),
@@ -503,6 +511,47 @@ class Clamped(Shared):
         return super().forward(x).clamp(-8, 8)
 
 
+class LooksAtClasses(Shared):
+    def forward(self, x):
+        maps = [b(x) * (1 + isinstance(b, nn.Sequential)) for b in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class LooksAtDtypes(Shared):
+    dtype = torch.float32
+
+    def forward(self, x):
+        return super().forward(x) * (1 + (x.dtype == self.dtype))
+
+
+class SoftmaxInFloat32(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        scales = torch.stack([self.se_block(m) for m in maps], 1).softmax(1, torch.float32)
+        return torch.cat([m * scales[:, i].to(x.dtype) for i, m in enumerate(maps)], 1)
+
+
+class Checkpointed(Shared):
+    reentrant = False
+
+    def forward(self, x):
+        if self.training:
+            return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+        return super().forward(x)
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+class TwoNames(Shared):
+    """The list holds what is there by other names, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, *_ = self.conv_branches
+
+
 class OnlyWithGradients(Shared):
     def forward(self, x):
         out = super().forward(x)
@@ -535,6 +584,12 @@ def with_hidden_scale():
     module = Shared()
     module.scale = torch.ones(1, requires_grad=True)
     return module
+
+
+class RefusesSmallMaps(Shared):
+    def forward(self, x):
+        assert min(x.shape[2:]) > 5
+        return super().forward(x)
 
 
 class RefusesOddSizes(Shared):
@@ -592,12 +647,28 @@ NEAR_MISSES = {
     "a_flag": (WithFlag, r"takes more than the input: return_weights"),
     "extra_state": (WithExtraState, r"saves or loads its state_dict in a way of its own"),
     "hidden_scale": (with_hidden_scale, r"tensors that train and are no parameters: scale"),
+    "classes": (lambda: LooksAtClasses(with_norm()), SOMETHING_ELSE),
+    "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
+    "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it fuses without that"),
+    "checkpoint": (Checkpointed, r"as torch\.utils\.checkpoint does.*; fuse it without that"),
+    "checkpoint_reentrant": (CheckpointedReentrant,
+        r"as torch\.utils\.checkpoint does.*; fuse it without that"),
+    "two_names": (TwoNames,
+        rf"{SOMETHING_ELSE}.*first is conv_branches\.0, second is conv_branches\.1: .* one name"),
+    "small_maps": (RefusesSmallMaps,
+        r"a trial on \[4, 16, 3, 2\] failed: .*must take one map of any height and width"),
     "odd_sizes": (RefusesOddSizes, r"a trial on \[2, 16, 7, 5\] failed: AssertionError"),
 }  # fmt: skip
 
 
+class FailingCascade(Cascade):
+    def forward(self, x):
+        super().forward(x)
+        raise NotImplementedError
+
+
 # Blocks of other kinds, which nobody wants a word about.
-OTHERS = {"cascade": Cascade, "chain": Chain, "added": Added}
+OTHERS = {"cascade": Cascade, "failing": FailingCascade, "chain": Chain, "added": Added}
 
 # ---- what is left alone for other reasons ----
 

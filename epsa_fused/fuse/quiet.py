@@ -1,0 +1,60 @@
+"""What keeps a trial and the caller's settings apart."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around a trial: neither it nor the caller's settings change the other."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"]
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(_without_hooks_on_all_modules())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _without_hooks_on_all_modules() -> Iterator[None]:
+    """The hooks of register_module_forward_hook and its like would see modules of the trial.
+
+    Their dicts stay the same objects, by which handles remove hooks.
+    """
+    kinds = [
+        hooks
+        for name, hooks in vars(nn.modules.module).items()
+        if name.startswith("_global_") and isinstance(hooks, dict)
+    ]
+    kept = [dict(hooks) for hooks in kinds]
+    for hooks in kinds:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(kinds, kept, strict=True):
+            hooks.update(before)
+
+
+def random_state() -> tuple[Any, ...]:
+    """Of the generators that a forward may draw from."""
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()
+    own = tuple(v.tobytes() if hasattr(v, "tobytes") else v for v in drawn)
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), own
