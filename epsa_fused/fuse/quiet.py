@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+# What a trial changes is that of all threads. A forward may call fuse().
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Around a trial: neither it nor the caller's settings change the other."""
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
@@ -28,6 +32,10 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(_without_hooks_on_all_modules())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        # oneDNN may round to bfloat16, as torch.set_float32_matmul_precision("medium") allows.
+        # torch.backends.mkldnn.flags() does not leave its other settings as they were.
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
         yield
 
 

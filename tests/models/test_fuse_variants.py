@@ -4,6 +4,8 @@ import copy
 import pickle
 import random
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -420,6 +422,41 @@ def test_hooks_on_all_modules_see_no_trial():
             handle.remove()
     nn.Identity()(torch.ones(1))
     assert len(calls) == 3
+
+
+class Alone(Shared):
+    """It draws random numbers if another one runs at the same time."""
+
+    running = 0
+
+    def forward(self, x):
+        Alone.running += 1
+        time.sleep(0.001)
+        noise = torch.rand(1) if Alone.running > 1 else 0
+        Alone.running -= 1
+        return super().forward(x) + noise
+
+
+def test_threads_fuse_one_after_the_other():
+    models = [nn.Sequential(Alone()) for _ in range(3)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        fused = list(pool.map(fuse, models))
+    assert [list(f.fuse_report.replaced) for f in fused] == [["0"]] * 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_callers_precision_is_not_that_of_a_trial():
+    """Processors with instructions for bfloat16 round to it."""
+    matmul, conv = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    matmul.fp32_precision = conv.fp32_precision = "bf16"
+    try:
+        fused = fuse(nn.Sequential(published.PSAModule(64, 64)))
+        assert list(fused.fuse_report.replaced) == ["0"]
+        assert matmul.fp32_precision == conv.fp32_precision == "bf16"
+        assert torch.backends.mkldnn.enabled
+    finally:
+        matmul.fp32_precision = conv.fp32_precision = "none"
 
 
 def test_the_users_random_numbers_go_on():
