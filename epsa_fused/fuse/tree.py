@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -31,13 +31,27 @@ def same_tensors_in_another_tree(model: _Model, caller: str) -> _Model:
             )
     tensors = [*model.parameters(), *model.buffers()]
     try:
-        return copy.deepcopy(model, {id(t): t for t in tensors})
+        return copied(model, {id(t): t for t in tensors})
     except Exception as error:
         raise RuntimeError(
             f"{caller}: {type(model).__name__} cannot be copied, use {caller}(model, "
             "inplace=True). Where it keeps a pruned or normalised weight or a result of its own, "
             f"autograd has a part in that: {error}"
         ) from error
+
+
+def copied(module: _Model, memo: dict[int, Any]) -> _Model:
+    """copy.deepcopy, for a copy that may be changed.
+
+    Raises:
+        TypeError: the copy shares a module with the original. Other errors are deepcopy's.
+    """
+    twin = copy.deepcopy(module, memo)
+    own = set(module.modules())
+    for m in twin.modules():
+        if m in own:
+            raise TypeError(f"the copy of a {type(m).__name__} is the same object")
+    return twin
 
 
 def replace(

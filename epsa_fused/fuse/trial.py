@@ -66,19 +66,14 @@ class _Result(NamedTuple):
 
 def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
     """Classes, settings and shapes: modules with equal ones compute the same function."""
-    inside = {m: None for name in layers.branches for m in module.get_submodule(name).modules()}
     settings = [
         (name, key, _value_key(value))
         for name, m in module.named_modules()
-        if m not in inside  # it is called, whatever it computes
         for key, value in sorted(vars(m).items())
         if key not in _STATE
     ]
-    shapes = [
-        (p.shape, p.dtype) for m in module.modules() if m not in inside for p in m.parameters(False)
-    ]
-    convs = [m.extra_repr() for m in inside if isinstance(m, nn.Conv2d)]
-    return (layers, *(type(m) for m in module.modules()), *convs, *settings, *shapes)
+    shapes = [(name, p.shape, p.dtype) for name, p in module.named_parameters()]
+    return (layers, *(type(m) for m in module.modules()), *settings, *shapes)
 
 
 def _value_key(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..modules.adopted import PSALayers
 from ..modules.layers import has_bias
 from .find import MisfitError
 from .hooks import CALL_HOOKS
+from .tree import copied
 
+# The attributes of a convolution to which nobody has added any.
+_USUAL = vars(nn.Conv2d(1, 1, 1, device="meta")).keys()
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -26,14 +27,14 @@ def twin_of(
     """A copy in float64 with random weights on the CPU, without hooks.
 
     Each branch computes a convolution: a 1x1 one where `cheap`, and where it is more than a
-    convolution. It keeps its class, at which a forward may look.
+    convolution. It keeps its class and attributes, at which a forward may look.
     """
     memo: dict[int, Any] = {}
     try:
         for name in layers.branches:
             branch = module.get_submodule(name)
             memo[id(branch)] = _stand_in(branch, generator, cheap)
-        twin = copy.deepcopy(module, memo)
+        twin = copied(module, memo)
     except Exception as error:  # for example, it keeps a result with an autograd graph
         raise MisfitError(f"it cannot be copied for a trial: {error}") from None
     for m in twin.modules():
@@ -62,7 +63,7 @@ def random_values(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def _stand_in(branch: nn.Module, generator: torch.Generator, cheap: bool) -> nn.Module:
     convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
     channels = (convs[0].in_channels, convs[-1].out_channels)
-    if type_before_parametrizations(branch) is not nn.Conv2d:
+    if type(branch) is not nn.Conv2d or branch._modules or vars(branch).keys() != _USUAL:
         return _with_cheap_forward(branch, random_values((*channels[::-1], 1, 1), generator))
     if cheap:
         return nn.Conv2d(*channels, 1, device="meta")
@@ -78,7 +79,7 @@ def _with_cheap_forward(branch: nn.Module, weight: Tensor) -> nn.Module:
         for value in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())
         if isinstance(value, Tensor)
     }
-    twin = copy.deepcopy(branch, memo)
+    twin = copied(branch, memo)
 
     def forward(*args: Tensor, **options: Tensor) -> Tensor:
         (x,) = (*args, *options.values())

@@ -8,14 +8,17 @@ from support import published
 from support.lookalikes import (
     Failing,
     Keeping,
+    Shared,
     Sum,
     WithDropout,
     WithoutReLU,
     WithoutSigmoid,
     WithShortcut,
+    convolutions,
     description,
     external_psa,
     published_psa,
+    squeeze,
     without_warning,
 )
 from support.tolerance import assert_near
@@ -94,6 +97,26 @@ def test_a_module_that_cannot_be_copied():
     with pytest.warns(UserWarning, match=r"left alone 1 .*2 \(it cannot be copied for a trial"):
         fuse(model, inplace=True)
     assert [type(m) for m in model] == [FusedPSAModule, nn.Conv2d, Keeping]
+
+
+class CopiesItself(nn.Sequential):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("part", ("se", "branches"))
+def test_a_module_that_is_its_own_copy(part):
+    """A trial would change the weights of the model itself."""
+    branches = map(CopiesItself, convolutions()) if part == "branches" else None
+    se = CopiesItself(*squeeze()) if part == "se" else None
+    model = nn.Sequential(Shared(branches, se))
+    before, x = description(model), torch.randn(2, 16, 6, 6)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"copy of a CopiesItself is the same object"):
+        fuse(model)
+    with pytest.warns(UserWarning, match=r"for a trial: the copy of a CopiesItself is the same"):
+        fuse(model, inplace=True)
+    assert description(model) == before and torch.equal(model(x), expected)
 
 
 def test_a_thing_that_is_no_module():

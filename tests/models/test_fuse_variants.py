@@ -16,6 +16,7 @@ from support.lookalikes import (
     OTHERS,
     VARIANTS,
     Gate,
+    LooksAtAttributes,
     LooksAtDtypes,
     Own,
     Parts,
@@ -392,8 +393,9 @@ class WithHelper(Shared):
         return self.helpers[0](super().forward(x))
 
 
-def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own():
-    fused = fuse(nn.ModuleList([WithHelper(1.0), WithHelper(2.0)]))
+@pytest.mark.parametrize("make", (WithHelper, lambda f: LooksAtAttributes(with_norm(), f)))
+def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own(make):
+    fused = fuse(nn.ModuleList([make(1.0), make(2.0)]))
     assert list(fused.fuse_report.replaced) == ["0"] and list(fused.fuse_report.left) == ["1"]
 
 

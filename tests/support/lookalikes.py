@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from support import published
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 GROUPS = (1, 2, 4, 8)
@@ -517,6 +519,28 @@ class LooksAtClasses(Shared):
         return recalibrated(maps, [self.se_block(m) for m in maps])
 
 
+class LooksAtAttributes(Shared):
+    def __init__(self, branches, factor):
+        super().__init__(branches)
+        for branch in self.conv_branches:
+            branch.factor = factor
+
+    def forward(self, x):
+        maps = [b(x) * getattr(b, "factor", 1) for b in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class LooksAtParametrizations(Shared):
+    def __init__(self):
+        super().__init__()
+        for branch in self.conv_branches:
+            weight_norm(branch)
+
+    def forward(self, x):
+        maps = [b(x) * (1 + is_parametrized(b)) for b in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
 class LooksAtDtypes(Shared):
     dtype = torch.float32
 
@@ -648,6 +672,8 @@ NEAR_MISSES = {
     "extra_state": (WithExtraState, r"saves or loads its state_dict in a way of its own"),
     "hidden_scale": (with_hidden_scale, r"tensors that train and are no parameters: scale"),
     "classes": (lambda: LooksAtClasses(with_norm()), SOMETHING_ELSE),
+    "attributes": (lambda: LooksAtAttributes(convolutions(), 2), SOMETHING_ELSE),
+    "parametrizations": (LooksAtParametrizations, SOMETHING_ELSE),
     "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
     "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it fuses without that"),
     "checkpoint": (Checkpointed, r"as torch\.utils\.checkpoint does.*; fuse it without that"),
