@@ -41,9 +41,10 @@ _RECOMPUTES = (
     "it computes layers again in the backward pass, as torch.utils.checkpoint does, and the fused "
     "module would not; fuse it without that, and checkpoint what calls it"
 )
-_IN_FLOAT32 = (
-    "its forward computes a part in float32 also where the input is float64; it fuses without "
-    "that, and the operators keep the attention of 16-bit maps in float32 themselves"
+_NEARLY = (
+    "its forward differs from PSA by less than 1e-5 of the largest output: it computes a part in "
+    "float32 also where the input is float64, say, or adds a small number to a denominator; it "
+    "fuses without that, and the operators keep the attention of 16-bit maps in float32 themselves"
 )
 
 
@@ -142,7 +143,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                     return Verdict(called, order, overwrites)
             named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
             if any(_agree([out], [first.out], torch.float32) for out in outs):
-                raise MisfitError(_IN_FLOAT32, named)
+                raise MisfitError(_NEARLY, named)
             raise MisfitError(_difference(first.out, outs[0], module, layers), named)
     raise next((failure for failure in failures if failure.named), failures[0])
 
@@ -198,9 +199,10 @@ def _attempt(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
     except Exception as error:
         why = (
             f"a trial on {list(x.shape)} failed: {first_line(error)}; to fuse, its forward must "
-            "take one map of any height and width"
+            "take one map of any height, width and floating-point dtype"
         )
-        raise MisfitError(_RECOMPUTES if "checkpoint" in str(error) else why) from error
+        checkpoints = "torch.utils.checkpoint" in str(error)
+        raise MisfitError(_RECOMPUTES if checkpoints else why) from error
 
 
 def _compare(
@@ -321,8 +323,12 @@ class _Calls:
         )
 
     def may_be_parallel(self, x: Tensor) -> bool:
-        """Whether each call of a branch, before the module failed, was on x or on its part of x."""
-        return all(
+        """Whether each call of a branch, before the module failed, was on x or on its part of x.
+
+        One call may be the first of a chain. Without a call, two branches may be anything.
+        """
+        called = sum(branch in self._inputs for branch in self._branches)
+        return (called > 1 or (called == 0 and len(self._branches) > 2)) and all(
             torch.equal(part, given)
             for branch, part in self._parts(x)
             for given in self._inputs.get(branch, ())

@@ -555,6 +555,14 @@ class SoftmaxInFloat32(Shared):
         return torch.cat([m * scales[:, i].to(x.dtype) for i, m in enumerate(maps)], 1)
 
 
+class WithEpsilon(Shared):
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        scales = torch.stack([self.se_block(m) for m in maps], 1).exp()
+        scales = scales / (scales.sum(1, keepdim=True) + 1e-6)
+        return torch.cat([m * scales[:, i] for i, m in enumerate(maps)], 1)
+
+
 class Checkpointed(Shared):
     reentrant = False
 
@@ -613,6 +621,13 @@ def with_hidden_scale():
 class RefusesSmallMaps(Shared):
     def forward(self, x):
         assert min(x.shape[2:]) > 5
+        return super().forward(x)
+
+
+class RefusesLargeBatches(Shared):
+    def forward(self, x):
+        if len(x) > 3:
+            raise RuntimeError("no checkpoint for this size")
         return super().forward(x)
 
 
@@ -676,13 +691,15 @@ NEAR_MISSES = {
     "parametrizations": (LooksAtParametrizations, SOMETHING_ELSE),
     "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
     "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it fuses without that"),
+    "epsilon": (WithEpsilon, r"or adds a small number to a denominator; it fuses without that"),
     "checkpoint": (Checkpointed, r"as torch\.utils\.checkpoint does.*; fuse it without that"),
     "checkpoint_reentrant": (CheckpointedReentrant,
         r"as torch\.utils\.checkpoint does.*; fuse it without that"),
     "two_names": (TwoNames,
         rf"{SOMETHING_ELSE}.*first is conv_branches\.0, second is conv_branches\.1: .* one name"),
     "small_maps": (RefusesSmallMaps,
-        r"a trial on \[4, 16, 3, 2\] failed: .*must take one map of any height and width"),
+        r"a trial on \[4, 16, 3, 2\] failed: .*must take one map of any height, width and"),
+    "large_batches": (RefusesLargeBatches, r"a trial on .* failed: no checkpoint for this size"),
     "odd_sizes": (RefusesOddSizes, r"a trial on \[2, 16, 7, 5\] failed: AssertionError"),
 }  # fmt: skip
 
@@ -693,8 +710,22 @@ class FailingCascade(Cascade):
         raise NotImplementedError
 
 
+class TwoInputs(Added):
+    """As the fusion modules of BiSeNet."""
+
+    def forward(self, x, y):
+        out = self.wide(x) + self.narrow(y)
+        return out * self.se(out)
+
+
 # Blocks of other kinds, which nobody wants a word about.
-OTHERS = {"cascade": Cascade, "failing": FailingCascade, "chain": Chain, "added": Added}
+OTHERS = {
+    "cascade": Cascade,
+    "failing": FailingCascade,
+    "chain": Chain,
+    "added": Added,
+    "two_inputs": TwoInputs,
+}
 
 # ---- what is left alone for other reasons ----
 
