@@ -17,7 +17,7 @@ from .build import build
 from .find import MisfitError
 from .parts import channels_of
 from .quiet import random_state, undisturbed
-from .twin import random_values, twin_of
+from .twin import only_input, random_values, twin_of
 
 # Every module has these attributes; the others are settings of its class.
 _STATE = vars(nn.Module()).keys()
@@ -74,7 +74,12 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         if key not in _STATE
     ]
     shapes = [(name, p.shape, p.dtype) for name, p in module.named_parameters()]
-    return (layers, *(type(m) for m in module.modules()), *settings, *shapes)
+    kept = [  # a trial has other values of floating point, and these as they are
+        (name, repr(t) if t.numel() == 1 else id(t))
+        for name, t in module.named_buffers()
+        if not t.is_floating_point()
+    ]
+    return (layers, *(type(m) for m in module.modules()), *settings, *shapes, *kept)
 
 
 def _value_key(value: Any) -> Any:
@@ -290,7 +295,7 @@ class _Calls:
     @contextmanager
     def watched(self) -> Iterator[None]:
         def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            (x,) = (*args, *options.values())
+            x = only_input(args, options)
             self._inputs.setdefault(layer, []).append(x.detach().clone())
 
         layers = {*self._branches, *self._fc1}

@@ -16,8 +16,7 @@ from .find import MisfitError
 from .hooks import CALL_HOOKS
 from .tree import copied
 
-# The attributes of a convolution to which nobody has added any.
-_USUAL = vars(nn.Conv2d(1, 1, 1, device="meta")).keys()
+_CONV = nn.Conv2d(1, 1, 1, device="meta")
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -60,15 +59,35 @@ def random_values(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return values.uniform_(-(3**0.5) * scale, 3**0.5 * scale, generator=generator)
 
 
+def only_input(args: tuple[Tensor, ...], options: dict[str, Tensor]) -> Tensor:
+    """The input of a branch or of a layer of an SE network.
+
+    Raises:
+        TypeError: there is not one.
+    """
+    inputs = (*args, *options.values())
+    if len(inputs) != 1:
+        raise TypeError(f"it calls a branch with {len(inputs)} inputs, expected one map")
+    return inputs[0]
+
+
 def _stand_in(branch: nn.Module, generator: torch.Generator, cheap: bool) -> nn.Module:
     convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
     channels = (convs[0].in_channels, convs[-1].out_channels)
-    if type(branch) is not nn.Conv2d or branch._modules or vars(branch).keys() != _USUAL:
+    if not _is_plain(branch):
         return _with_cheap_forward(branch, random_values((*channels[::-1], 1, 1), generator))
     if cheap:
         return nn.Conv2d(*channels, 1, device="meta")
     settings: dict[str, Any] = {name: getattr(branch, name) for name in _SETTINGS}
     return nn.Conv2d(*channels, **settings, bias=has_bias(convs[0]), device="meta")
+
+
+def _is_plain(branch: nn.Module) -> bool:
+    """Whether it is a convolution to which nobody has added anything."""
+    return type(branch) is nn.Conv2d and all(
+        getattr(branch, held).keys() == getattr(_CONV, held).keys()
+        for held in ("__dict__", "_parameters", "_buffers", "_modules")
+    )
 
 
 def _with_cheap_forward(branch: nn.Module, weight: Tensor) -> nn.Module:
@@ -82,7 +101,7 @@ def _with_cheap_forward(branch: nn.Module, weight: Tensor) -> nn.Module:
     twin = copied(branch, memo)
 
     def forward(*args: Tensor, **options: Tensor) -> Tensor:
-        (x,) = (*args, *options.values())
+        x = only_input(args, options)
         return F.conv2d(x, weight.to(x.dtype))
 
     vars(twin)["forward"] = forward

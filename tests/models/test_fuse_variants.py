@@ -17,6 +17,7 @@ from support.lookalikes import (
     VARIANTS,
     Gate,
     LooksAtAttributes,
+    LooksAtBuffers,
     LooksAtDtypes,
     Own,
     Parts,
@@ -393,9 +394,17 @@ class WithHelper(Shared):
         return self.helpers[0](super().forward(x))
 
 
-@pytest.mark.parametrize("make", (WithHelper, lambda f: LooksAtAttributes(with_norm(), f)))
-def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own(make):
-    fused = fuse(nn.ModuleList([make(1.0), make(2.0)]))
+WITH_FACTOR = {
+    "helper": WithHelper,
+    "attribute": lambda factor: LooksAtAttributes(with_norm(), factor),
+    "buffer": LooksAtBuffers,
+}
+
+
+@pytest.mark.parametrize("kind", WITH_FACTOR)
+def test_modules_that_differ_in_hidden_objects_have_trials_of_their_own(kind):
+    make = WITH_FACTOR[kind]
+    fused = fuse(nn.ModuleList([make(1), make(2)]))
     assert list(fused.fuse_report.replaced) == ["0"] and list(fused.fuse_report.left) == ["1"]
 
 

@@ -530,6 +530,28 @@ class LooksAtAttributes(Shared):
         return recalibrated(maps, [self.se_block(m) for m in maps])
 
 
+class LooksAtBuffers(Shared):
+    def __init__(self, factor):
+        super().__init__()
+        for branch in self.conv_branches:
+            branch.register_buffer("factor", torch.tensor(factor))
+
+    def forward(self, x):
+        maps = [b(x) * getattr(b, "factor", 1) for b in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class CallsWithMore(Shared):
+    def forward(self, x):
+        maps = [branch(x, None) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class WithOption(nn.Sequential):
+    def forward(self, x, more):
+        return super().forward(x)
+
+
 class LooksAtParametrizations(Shared):
     def __init__(self):
         super().__init__()
@@ -688,6 +710,9 @@ NEAR_MISSES = {
     "hidden_scale": (with_hidden_scale, r"tensors that train and are no parameters: scale"),
     "classes": (lambda: LooksAtClasses(with_norm()), SOMETHING_ELSE),
     "attributes": (lambda: LooksAtAttributes(convolutions(), 2), SOMETHING_ELSE),
+    "buffers": (lambda: LooksAtBuffers(2), SOMETHING_ELSE),
+    "more_for_a_branch": (lambda: CallsWithMore([WithOption(*b) for b in with_norm()]),
+        r"it calls a branch with 2 inputs, expected one map"),
     "parametrizations": (LooksAtParametrizations, SOMETHING_ELSE),
     "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
     "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it fuses without that"),
