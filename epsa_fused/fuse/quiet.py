@@ -18,8 +18,8 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Around a trial: neither it nor the caller's settings change the other."""
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Around a trial of a copy of `module`: neither it nor the caller's things change the other."""
     with _ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -30,6 +30,7 @@ def undisturbed() -> Iterator[None]:
             numpy = sys.modules["numpy"]
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(_without_hooks_on_all_modules())
+        stack.enter_context(_with_its_buffers(module))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         # oneDNN may round to bfloat16, as torch.set_float32_matmul_precision("medium") allows.
@@ -58,6 +59,18 @@ def _without_hooks_on_all_modules() -> Iterator[None]:
     finally:
         for hooks, before in zip(kinds, kept, strict=True):
             hooks.update(before)
+
+
+@contextmanager
+def _with_its_buffers(module: nn.Module) -> Iterator[None]:
+    """A copy may call layers of `module` itself, by a function that it keeps."""
+    before = [(t, t.clone()) for t in module.buffers() if not t.is_meta]
+    try:
+        yield
+    finally:
+        for t, value in before:
+            if not torch.equal(t, value):
+                t.data.copy_(value)
 
 
 def random_state() -> tuple[Any, ...]:

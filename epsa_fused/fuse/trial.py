@@ -116,7 +116,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
     """
     generator = torch.Generator().manual_seed(0)
     failures: list[MisfitError] = []
-    with undisturbed():
+    with undisturbed(module):
         twin = twin_of(module, layers, generator).eval()
         attributes = _attributes(twin)
         for splits_input in (False, True):

@@ -1,5 +1,6 @@
 """fuse(): what it refuses, and what it leaves alone and names."""
 
+import copy
 import re
 
 import pytest
@@ -18,7 +19,9 @@ from support.lookalikes import (
     description,
     external_psa,
     published_psa,
+    recalibrated,
     squeeze,
+    with_norm,
     without_warning,
 )
 from support.tolerance import assert_near
@@ -117,6 +120,25 @@ def test_a_module_that_is_its_own_copy(part):
     with pytest.warns(UserWarning, match=r"for a trial: the copy of a CopiesItself is the same"):
         fuse(model, inplace=True)
     assert description(model) == before and torch.equal(model(x), expected)
+
+
+class KeepsAFunction(Shared):
+    def __init__(self):
+        super().__init__(with_norm())
+        branches = list(self.conv_branches)
+        self.run = lambda x: [branch(x) for branch in branches]
+
+    def forward(self, x):
+        return recalibrated(maps := self.run(x), [self.se_block(m) for m in maps])
+
+
+def test_a_copy_that_calls_the_layers_of_the_module_itself():
+    model = nn.Sequential(KeepsAFunction()).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"nothing to fuse"):
+        fuse(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_thing_that_is_no_module():
