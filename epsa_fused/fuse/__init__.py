@@ -90,7 +90,7 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
         ValueError: `inplace`, and `model` itself is to be replaced.
         RuntimeError: hooks cannot be kept: on the SE layers, which the fused module does not call,
             or around the PSA module's `state_dict`. Without `inplace` also for
-            DistributedDataParallel, and if copy.deepcopy fails. The model is unchanged then.
+            DistributedDataParallel, and if it cannot be copied. The model is unchanged then.
     """
     check_module("fuse: model", model)
     check_flag("inplace", inplace)

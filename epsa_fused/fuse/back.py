@@ -56,7 +56,7 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
         TypeError: `model` is no module.
         ValueError: `inplace`, and `model` itself is to be replaced.
         RuntimeError: a fused module has hooks around its `state_dict`, which cannot be kept.
-            Without `inplace` also for DistributedDataParallel, and if copy.deepcopy fails. The
+            Without `inplace` also for DistributedDataParallel, and if it cannot be copied. The
             model is unchanged then.
     """
     check_module("unfuse: model", model)

@@ -20,7 +20,7 @@ def same_tensors_in_another_tree(model: _Model, caller: str) -> _Model:
         caller: the public function's name, for messages.
 
     Raises:
-        RuntimeError: for DistributedDataParallel, and if copy.deepcopy fails.
+        RuntimeError: for DistributedDataParallel, and if it cannot be copied.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):

@@ -435,6 +435,12 @@ def test_hooks_on_all_modules_see_no_trial():
     assert len(calls) == 3
 
 
+def test_it_fuses_under_inference_mode():
+    with torch.inference_mode():
+        fused = without_warning(fuse, nn.Sequential(Shared(with_norm())))
+    assert list(fused.fuse_report.replaced) == ["0"]
+
+
 class Alone(Shared):
     """It draws random numbers if another one runs at the same time."""
 
