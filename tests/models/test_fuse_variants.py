@@ -435,9 +435,19 @@ def test_hooks_on_all_modules_see_no_trial():
     assert len(calls) == 3
 
 
-def test_it_fuses_under_inference_mode():
-    with torch.inference_mode():
-        fused = without_warning(fuse, nn.Sequential(Shared(with_norm())))
+class Filling(Shared):
+    """It makes its output before it has the values."""
+
+    def forward(self, x):
+        out = torch.empty(len(x), 64, *x.shape[2:], dtype=x.dtype)
+        return out.copy_(super().forward(x))
+
+
+@pytest.mark.parametrize("setting", (torch.inference_mode, lambda: torch.device("meta")))
+def test_the_callers_settings_do_not_matter(setting):
+    model = nn.Sequential(Filling(with_norm()))
+    with setting():
+        fused = without_warning(fuse, model)
     assert list(fused.fuse_report.replaced) == ["0"]
 
 
