@@ -7,7 +7,13 @@ from ._winograd import set_winograd, winograd_allowed
 from .backbone import BackboneReport, load_backbone
 from .functional import psa_attention
 from .fuse import FuseReport, fuse, unfuse
-from .inference import InferenceModel, InferenceReport, optimize_for_inference
+from .inference import (
+    ExportableModel,
+    InferenceModel,
+    InferenceReport,
+    optimize_for_export,
+    optimize_for_inference,
+)
 from .models import epsanet, register_timm
 from .models.epsanet import *  # noqa: F403  its __all__ holds every published model
 from .modules import FusedPSAModule, FusedSplitPSA, SplitPSA, prepack, unpack, why_not_fused
@@ -17,6 +23,7 @@ from .trained import Trained, load_trained
 
 __all__ = [
     "BackboneReport",
+    "ExportableModel",
     "FuseReport",
     "FusedPSAModule",
     "FusedSplitPSA",
@@ -30,6 +37,7 @@ __all__ = [
     "fuse",
     "load_backbone",
     "load_trained",
+    "optimize_for_export",
     "optimize_for_inference",
     "prepack",
     "psa_attention",

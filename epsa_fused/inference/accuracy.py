@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from .._checks import first_line
 from .arguments import cast_floats, cloned, tensors_of
+from .model import InferenceReport
 
 # An optimised model may differ from float64 by so many times as much as the plain one in the same
 # dtype does: sums have another order, and folded weights are rounded elsewhere.
@@ -20,20 +21,18 @@ ROUNDINGS = 8
 # The same where float64 cannot be had, and float32 stands for it.
 ROUNDINGS_OF_FLOAT32 = 256
 
-_NAME = "optimize_for_inference"
-
 
 def check_results(
-    model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype, results: Any, notes: list[str]
+    model: nn.Module, args: tuple[Any, ...], results: Any, report: InferenceReport
 ) -> float:
     """Compare the results of an optimised model with those of `model` in float64.
 
     Args:
         model: the model given, in eval mode.
         args: of one call.
-        dtype: of the optimised model.
-        results: its outputs, floating-point ones in any dtype.
-        notes: gets a line if `model` does not run in float64; float32 stands for it then.
+        results: the optimised model's outputs, floating-point ones in any dtype.
+        report: of the optimised model. Its notes get a line if `model` does not run in float64;
+            float32 stands for it then.
 
     Returns:
         The largest error, relative to the largest output.
@@ -42,21 +41,21 @@ def check_results(
         RuntimeError: the error is larger than `dtype` explains, or the outputs are of another kind.
         ValueError: `model` gives no tensors, or NaN, or other outputs in a second call.
     """
-    roundings = ROUNDINGS
+    name, dtype, roundings = report.function, report.dtype, ROUNDINGS
     try:
         exact = _run(model, args, torch.float64)
     except Exception as error:
-        notes.append(
+        report.notes.append(
             f"compared with float32, since the model fails in float64 ({first_line(error)})"
         )
         exact, roundings = _run(model, args, torch.float32), ROUNDINGS_OF_FLOAT32
     plain, again = _run(model, args, dtype), _run(model, args, dtype)
-    _check_kinds(exact, plain, again, results)
+    _check_kinds(name, exact, plain, again, results)
     worst = 0.0
     for mine, usual, right in zip(*map(tensors_of, (results, plain, exact)), strict=True):
         if not right.is_floating_point():
             if not torch.equal(mine, usual):
-                raise RuntimeError(f"{_NAME}: an output of {right.dtype} differs from the model's")
+                raise RuntimeError(f"{name}: an output of {right.dtype} differs from the model's")
             continue
         difference = _error(mine, right)
         finite = right[right.isfinite()].abs().double()
@@ -64,7 +63,7 @@ def check_results(
         allowed = FACTOR * _error(usual, right) + roundings * torch.finfo(dtype).eps * size
         if not difference <= allowed:
             raise RuntimeError(
-                f"{_NAME}: the optimised model's output differs by {difference:.3g} from the "
+                f"{name}: the optimised model's output differs by {difference:.3g} from the "
                 f"model's in {right.dtype}, expected at most {allowed:.3g}, as {dtype} explains "
                 f"(largest output {size:.3g})"
             )
@@ -78,23 +77,23 @@ def _run(model: nn.Module, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         return own(*cast_floats(cloned(args), dtype))
 
 
-def _check_kinds(exact: Any, plain: Any, again: Any, results: Any) -> None:
+def _check_kinds(name: str, exact: Any, plain: Any, again: Any, results: Any) -> None:
     if not tensors_of(exact):
         raise ValueError(
-            f"{_NAME}: expected a model that returns tensors, alone or in lists, tuples and dicts, "
+            f"{name}: expected a model that returns tensors, alone or in lists, tuples and dicts, "
             f"got {type(exact).__name__}"
         )
     if any(t.isnan().any() for t in tensors_of(exact)):
-        raise ValueError(f"{_NAME}: example: expected one without NaN in the outputs, got NaN")
+        raise ValueError(f"{name}: example: expected one without NaN in the outputs, got NaN")
     if not all(map(torch.equal, tensors_of(plain), tensors_of(again))):
-        raise ValueError(f"{_NAME}: expected a model that gives the same outputs in each call")
+        raise ValueError(f"{name}: expected a model that gives the same outputs in each call")
     given, expected = (
         (tree_flatten(tree)[1], [list(t.shape) for t in tensors_of(tree)])
         for tree in (results, exact)
     )
     if given != expected:
         raise RuntimeError(
-            f"{_NAME}: expected outputs {expected[1]} in {expected[0]}, the optimised model gave "
+            f"{name}: expected outputs {expected[1]} in {expected[0]}, the optimised model gave "
             f"{given[1]} in {given[0]}"
         )
 

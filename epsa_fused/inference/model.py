@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..fuse import FuseReport
 from .arguments import cast_floats, describe, in_layout, kind_of
@@ -16,9 +17,10 @@ from .arguments import cast_floats, describe, in_layout, kind_of
 
 @dataclass
 class InferenceReport:
-    """What :func:`optimize_for_inference` did.
+    """What :func:`optimize_for_inference` or :func:`optimize_for_export` did.
 
     Attributes:
+        function: its name.
         dtype: of weights and activations.
         psa_modules: how many fused PSA modules the model holds.
         fuse: what :func:`epsa_fused.fuse` replaced and left alone.
@@ -30,6 +32,7 @@ class InferenceReport:
         notes: what was left out, and why.
     """
 
+    function: str
     dtype: torch.dtype
     psa_modules: int = 0
     fuse: FuseReport = field(default_factory=FuseReport)
@@ -42,14 +45,14 @@ class InferenceReport:
 
     def __str__(self) -> str:
         lines = [
-            f"optimize_for_inference: {self.dtype}, error {self.error:.2g} of the largest output",
+            f"{self.function}: {self.dtype}, error {self.error:.2g} of the largest output",
             f"  {self.psa_modules} fused PSA modules, {len(self.fuse.replaced)} of them put in "
             f"place now, {self.packed} with packed weights",
             f"  {len(self.folded)} BatchNorms folded into the layers before them",
         ]
         if self.compiled:
             lines.append("  compiled by torch.compile, weights frozen")
-        else:
+        elif self.pointwise:
             lines.append(f"  {self.pointwise} convolutions fused with sum and ReLU by oneDNN")
         lines += [f"  {name}: left alone, {why}" for name, why in self.fuse.left.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
@@ -65,7 +68,7 @@ class InferenceModel:
 
     Attributes:
         report: an :class:`InferenceReport`.
-        module: the optimised nn.Module before `torch.compile`; for torch.export where `compile`.
+        module: the optimised nn.Module before `torch.compile`.
     """
 
     def __init__(
@@ -123,3 +126,29 @@ class InferenceModel:
             "InferenceModel cannot be copied or pickled, since it holds packed weights: expected "
             "another call of optimize_for_inference"
         )
+
+
+class ExportableModel(nn.Module):
+    """A model for `torch.export`; :func:`optimize_for_export` makes it.
+
+    It casts its arguments and lays them out, and its results come in the dtype that the model given
+    had. The weights are copied, and packed for this processor's instruction set: on others the
+    operators raise a ValueError.
+
+    Attributes:
+        report: an :class:`InferenceReport`.
+        module: the optimised nn.Module.
+    """
+
+    def __init__(self, served: InferenceModel) -> None:
+        super().__init__()
+        self.report = served.report
+        self.module = served.module
+        self.eval()
+
+        @functools.wraps(served.module.forward)  # torch.export reads the names of its arguments
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(served._prepared, (args, kwargs))
+            return cast_floats(served.module(*args, **kwargs), served._out_dtype)
+
+        self.forward = forward

@@ -1,4 +1,6 @@
-"""optimize_for_inference(): one call from a trained model to one that serves on the CPU."""
+"""optimize_for_inference(): one call from a trained model to one that serves on the CPU.
+
+optimize_for_export() is the same without what torch.export cannot follow."""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from .arguments import cast_floats, cloned, laid_out, tensors_of
 from .compiled import FrozenModule
 from .epilogue import pack_arguments
 from .folding import fold_batch_norms
-from .model import InferenceModel, InferenceReport
+from .model import ExportableModel, InferenceModel, InferenceReport
 from .pointwise import fuse_pointwise, why_not_available
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -66,32 +68,68 @@ def optimize_for_inference(
 
     Other errors come from the model's own call.
     """
-    check_module("optimize_for_inference: model", model)
     check_flag("optimize_for_inference: compile", compile)
-    own = _dtype_of(model)
+    return _optimized("optimize_for_inference", model, example, dtype, compile, export=False)
+
+
+def optimize_for_export(
+    model: nn.Module, *example: Any, dtype: torch.dtype | None = None
+) -> ExportableModel:
+    """Prepare a model for `torch.export` and AOTInductor, as :func:`optimize_for_inference` does.
+
+    PSA modules are fused, BatchNorms are folded, and weights are in channels_last and packed. Let
+    `torch._inductor.config.freezing` freeze the rest when the exported program is compiled.
+
+    Args:
+        model: in eval mode, on the CPU, in float32 or bfloat16.
+        example: arguments of one call. The result is checked on them.
+        dtype: torch.float32 or torch.bfloat16, for weights and activations. None: the model's.
+
+    Returns:
+        An :class:`ExportableModel`: call it like `model`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, dtype or device.
+        RuntimeError: as :func:`optimize_for_inference`.
+    """
+    name = "optimize_for_export"
+    return ExportableModel(_optimized(name, model, example, dtype, compile=False, export=True))
+
+
+def _optimized(
+    name: str,
+    model: nn.Module,
+    example: tuple[Any, ...],
+    dtype: torch.dtype | None,
+    compile: bool,
+    export: bool,
+) -> InferenceModel:
+    """export: without the steps that torch.export cannot follow."""
+    check_module(f"{name}: model", model)
+    own = _dtype_of(name, model)
     dtype = own if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(
-            "optimize_for_inference: dtype: expected torch.float32 or torch.bfloat16, got "
+            f"{name}: dtype: expected torch.float32 or torch.bfloat16, got "
             + (str(dtype) if isinstance(dtype, torch.dtype) else given(dtype))
         )
     if any(m.training for m in model.modules()):
         raise RuntimeError(
-            "optimize_for_inference: expected a model in eval mode, got one in training mode; "
+            f"{name}: expected a model in eval mode, got one in training mode; "
             "call model.eval() first"
         )
     if not tensors_of(example):
         raise ValueError(
-            "optimize_for_inference: example: expected the arguments of one call, with a tensor, "
+            f"{name}: example: expected the arguments of one call, with a tensor, "
             f"got ({', '.join(map(given, example))})"
         )
-    _check_devices(model, example)
-    report = InferenceReport(dtype)
+    _check_devices(name, model, example)
+    report = InferenceReport(name, dtype)
     module = _simplified(model, example, report).to(dtype).requires_grad_(False)
     memory_format = _memory_format(module, cast_floats(example, dtype), report)
     _lay_out_weights(module, memory_format)
     inputs = laid_out(cast_floats(cloned(example), dtype), memory_format)
-    if not compile:
+    if not compile and not export:
         _use_pointwise(module, inputs, memory_format, report)
     psa = [m for m in module.modules() if isinstance(m, FusedPSAModule | FusedSplitPSA)]
     report.psa_modules = len(psa)
@@ -103,32 +141,32 @@ def optimize_for_inference(
     if compile:
         function = FrozenModule(module, whole=traced)
         report.compiled = True
-    elif traced:
+    elif traced and not export:
         pack_arguments(module)
     result = InferenceModel(
         module, function, memory_format, own, example if traced else None, report
     )
     results = result.unrounded(*cloned(example))
-    report.error = check_results(model, example, dtype, results, report.notes)
+    report.error = check_results(model, example, results, report)
     _restore_buffers(module, model)
     return result
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def _dtype_of(name: str, model: nn.Module) -> torch.dtype:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) != 1:
         raise ValueError(
-            "optimize_for_inference: model: expected parameters of one floating-point dtype, got "
+            f"{name}: model: expected parameters of one floating-point dtype, got "
             f"{sorted(map(str, dtypes))}"
         )
     return dtypes.pop()
 
 
-def _check_devices(model: nn.Module, example: tuple[Any, ...]) -> None:
+def _check_devices(name: str, model: nn.Module, example: tuple[Any, ...]) -> None:
     places = {t.device.type for t in (*model.parameters(), *model.buffers(), *tensors_of(example))}
     if places != {"cpu"}:
         raise ValueError(
-            "optimize_for_inference: expected the model and the example on the CPU, got tensors on "
+            f"{name}: expected the model and the example on the CPU, got tensors on "
             + ", ".join(sorted(places))
         )
 
