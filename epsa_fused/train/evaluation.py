@@ -107,7 +107,8 @@ def evaluate(
         accuracy = accuracy_of(model, held_out, inputs, processes, messages, interrupts)
     finally:
         held_out.close()
-    messages.say("interrupted" if accuracy is None else f"{path}, held out: {accuracy}")
+    said = f"{found.named(path)}, held out: {accuracy}"
+    messages.say("interrupted" if accuracy is None else said)
     return accuracy
 
 

@@ -328,7 +328,7 @@ class Training:
             report = load_backbone(model, given.tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"--weights: {path}: {error}") from error
-        self.messages.say(f"--weights: {path}: {report}")
+        self.messages.say(f"--weights: {given.named(path)}: {report}")
 
     def _check_normalised(self) -> None:
         """InputError if every micro-batch is one image, and BatchNorm needs two."""

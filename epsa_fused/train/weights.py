@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from . import checkpoint, files
 from .errors import InputError, required
@@ -21,13 +22,20 @@ FACTS = "epsa_fused"
 # what load_trained and --evaluate read of it
 _NEEDED = {"run", "top1", "mean", "std", "shape", "white", "centre"}
 _NEEDED_OF_RUN = {"model", "classes", "psa", "dropout"}
+# where checkpoints keep averaged weights: this training's, torchvision's and timm's
+_AVERAGES = ("ema", "model_ema", "state_dict_ema")
 
 
 class Weights(NamedTuple):
-    """Weights, and what best.pt tells about them; {} where the file is of another program."""
+    """Weights, and what best.pt tells about them; {} where the file is no best.pt."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+    averaged: bool = False  # taken instead of others in the same file
+
+    def named(self, path: Path) -> str:
+        """The file, for messages, and which of its weights were taken."""
+        return f"{path}, its averaged weights" if self.averaged else str(path)
 
 
 def write_best(path: Path, best: dict[str, Any]) -> None:
@@ -102,7 +110,8 @@ def check_facts(path: Path, facts: dict[str, Any]) -> None:
 
 def read_weights(path: Path) -> Weights:
     """Read the weights of any network, to the CPU: a state_dict, or one under "state_dict" or
-    "model". Files of safetensors have that ending. No code of the file is run.
+    "model". Averaged weights beside them are taken instead, as evaluation in a training does.
+    Files of safetensors have that ending. No code of the file is run.
 
     Raises:
         InputError: the file is missing, damaged, or holds something else.
@@ -119,6 +128,8 @@ def read_weights(path: Path) -> Weights:
         raise _damaged(error) from error
     if isinstance(state, dict) and {"format", "run", "shape", "state_dict"} <= state.keys():
         return _split(state)
+    if isinstance(state, dict) and (average := _average_in(state)):
+        return Weights(average, {}, averaged=True)
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -147,6 +158,18 @@ def load_whole(model: nn.Module, tensors: dict[str, Tensor], path: Path, name: s
 def _split(saved: dict[str, Any]) -> Weights:
     facts = {name: value for name, value in saved.items() if name != "state_dict"}
     return Weights(saved.get("state_dict", {}), facts)
+
+
+def _average_in(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, by the network's names; {} without any."""
+    for found in (state.get(name) for name in _AVERAGES):
+        if isinstance(found, dict) and all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+        ):
+            average = {name: value for name, value in found.items() if name != "n_averaged"}
+            consume_prefix_in_state_dict_if_present(average, "module.")  # AveragedModel's
+            return average
+    return {}
 
 
 def _of_safetensors(path: Path) -> Weights:

@@ -52,6 +52,34 @@ def test_it_evaluates_given_weights(run, tmp_path, kind):
     assert not out.exists()
 
 
+def test_it_takes_the_averaged_weights_of_a_checkpoint(run, tmp_path, capsys):
+    """As the training evaluates them, and best.pt holds them; it says so."""
+    state, best = saved(run), saved(run, "best.pt")
+    average = {
+        name.removeprefix("module."): value
+        for name, value in state["ema"].items()
+        if name != "n_averaged"
+    }
+    loss, top1 = evaluated(best | {"state_dict": average})
+    torch.save({"model": state["state_dict"], "state_dict_ema": average}, tmp_path / "timm.pt")
+    for path in (run / "checkpoint.pt", tmp_path / "timm.pt"):
+        train(settings(tmp_path / "out", weights=str(path), evaluate=True))
+        said = capsys.readouterr().out
+        assert said.startswith(f"{path}, its averaged weights, held out: loss {loss:.4f}, ")
+        assert f"top-1 {top1:.2%}" in said
+    others, _ = evaluated(best | {"state_dict": state["state_dict"]})
+    assert others != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("average", (None, {}, {"decay": 0.9}, {1: torch.ones(1)}), ids=str)
+def test_it_takes_the_weights_of_a_checkpoint_without_averages(run, tmp_path, capsys, average):
+    path, state = tmp_path / "checkpoint.pt", saved(run)
+    torch.save(state | {"ema": average}, path)
+    train(settings(tmp_path / "out", weights=str(path), evaluate=True))
+    loss, _ = evaluated(saved(run, "best.pt") | {"state_dict": state["state_dict"]})
+    assert capsys.readouterr().out.startswith(f"{path}, held out: loss {loss:.4f}, ")
+
+
 def test_it_normalises_as_the_training_did(run, tmp_path):
     """By the mean and the deviation in best.pt, which CIFAR-10's subsets differ in."""
     best = saved(run, "best.pt")

@@ -225,7 +225,7 @@ def test_pictures_of_other_types(run, pictures, words):
 # ---- a start from weights ----
 
 
-@pytest.mark.parametrize("kind", ("best.pt", "state_dict", "model", "safetensors"))
+@pytest.mark.parametrize("kind", ("best.pt", "state_dict", "model", "model_ema", "safetensors"))
 def test_fine_tuning(kind, run, tmp_path, capsys):
     best = saved(run, "best.pt")["state_dict"]
     best["fc.weight"] = best["fc.weight"][:2].clone()  # of another number of classes
@@ -234,7 +234,7 @@ def test_fine_tuning(kind, run, tmp_path, capsys):
         optional("safetensors.torch").save_file(best, path)
     else:
         whole = {"best.pt": {"format": 2, "state_dict": best}, "state_dict": best}
-        torch.save(whole.get(kind, {"model": best}), path)
+        torch.save(whole.get(kind, {"model": {}, kind: best}), path)
     config = settings(tmp_path / "out", weights=str(path), epochs=1, lr=0.0)
     with Processes("cpu") as processes:
         made = training.Training(config, processes)
@@ -243,7 +243,8 @@ def test_fine_tuning(kind, run, tmp_path, capsys):
     for name, value in best.items():
         assert torch.equal(state[name], value) == (name != "fc.weight"), name
     said = capsys.readouterr().out
-    assert f"--weights: {path}: load_backbone: {len(state) - 1} of {len(state)} tensors" in said
+    taken = f"{path}, its averaged weights" if kind == "model_ema" else path
+    assert f"--weights: {taken}: load_backbone: {len(state) - 1} of {len(state)} tensors" in said
     assert "not fitting: fc.weight [3, " in said
 
 
