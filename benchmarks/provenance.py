@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 def commit() -> str:
-    """The measured commit, followed by + if files differ from it."""
+    """The measured commit, followed by + if files differ from it.
+
+    It is unknown where Python takes an installed copy of the package, not this checkout's.
+    """
+    found = importlib.util.find_spec("epsa_fused")
+    if found and found.origin and HERE.parent not in Path(found.origin).resolve().parents:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         return subprocess.run(

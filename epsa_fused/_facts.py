@@ -19,9 +19,11 @@ VARIABLES = ("EPSA_", "OMP_", "GOMP_", "KMP_", "CUDA_", "TORCH_")
 
 
 def short() -> dict[str, str]:
-    info = _C.build_info()
+    info, others = _C.build_info(), _others()
+    hint = "programs elsewhere may take it; `pip uninstall epsa_fused` removes what pip installed"
     return {
         "epsa_fused": f"{__version__} in {Path(__file__).parent}",
+        **({"also found": f"{', '.join(others)}: {hint}"} if others else {}),
         "built with": f"torch {info['torch']}, compiler {info['compiler']}",
         "running with": f"torch {torch.__version__}, Python {sys.version.split()[0]}",
         "CPU kernels": f"{', '.join(info['cpu_isas'])}; this machine uses {_C.cpu_isa()}",
@@ -29,6 +31,14 @@ def short() -> dict[str, str]:
         "CUDA kernels": "built" if info["cuda"] else "not built",
         "CUDA devices": _devices(),
     }
+
+
+def _others() -> list[str]:
+    """The folders of other copies that Python's path names, such as a wheel's beside a clone."""
+    found = (Path(folder, "epsa_fused").resolve() for folder in sys.path)
+    here = Path(__file__).resolve().parent
+    copies = {str(copy) for copy in found if copy != here and (copy / "__init__.py").exists()}
+    return sorted(copies)
 
 
 def _devices() -> str:

@@ -32,8 +32,8 @@ def _load_library() -> None:
     built_with, running = _C.build_info()["torch"], torch.__version__
     if minor(built_with) != minor(running):
         raise ImportError(
-            f"epsa_fused was built for torch {minor(built_with)}, but torch {running} is running: "
-            f"install the wheel {built_for(running, torch.version.cuda)}, or {BUILD}"
+            f"epsa_fused in {FOLDER} was built for torch {minor(built_with)}, but torch {running} "
+            f"is running: install the wheel {built_for(running, torch.version.cuda)}, or {BUILD}"
         )
     try:
         torch.ops.load_library(FOLDER / "_ops.so")

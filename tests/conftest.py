@@ -10,7 +10,9 @@ import signal
 
 import pytest
 import torch
+from support.elsewhere import imported_elsewhere
 
+import epsa_fused
 from epsa_fused import _C
 
 # A shell's background job and nohup ignore signals. Programs that the tests start would inherit
@@ -49,6 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and _C.build_info()["cuda"]:
     DEVICES.append("cuda")
+
+
+def pytest_configure() -> None:
+    """Many tests start programs in other folders, which must not test another copy."""
+    here, there = epsa_fused.__file__, imported_elsewhere()
+    if there and not os.path.samefile(here, there):
+        raise pytest.UsageError(
+            f"the tests import {here}, but programs elsewhere {there}: remove what pip installed "
+            "by `pip uninstall epsa_fused`, or put this checkout into PYTHONPATH"
+        )
 
 
 def pytest_report_header() -> list[str]:

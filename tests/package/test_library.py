@@ -43,8 +43,8 @@ def imported(package: Path, version: str = torch.__version__, cuda: str = "") ->
 @pytest.mark.parametrize(("version", "cuda"), (("9.1.2+cpu", ""), ("9.1.2+cu130", "13.0")))
 def test_another_torch(version, cuda, package):
     assert imported(package, version, cuda) == (
-        f"epsa_fused was built for torch {minor(_C.build_info()['torch'])}, but torch {version} is "
-        f"running: install the wheel {built_for(version, cuda)}, or {BUILD}"
+        f"epsa_fused in {package} was built for torch {minor(_C.build_info()['torch'])}, but torch "
+        f"{version} is running: install the wheel {built_for(version, cuda)}, or {BUILD}"
     )
 
 

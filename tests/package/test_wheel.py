@@ -157,11 +157,14 @@ print(torch.equal(loaded, expected), torch.allclose(packed, expected, rtol=1e-3,
 
 
 def test_a_checkout_beside_it(installed):
-    """The installed one wins, but in the checkout's folder; the first line tells which."""
+    """The installed one wins, but in the checkout's folder; the first lines tell."""
     (installed.site_packages / "zz_checkout.pth").write_text(f"{ROOT}\n")
     for folder, root in ((installed.folder, installed.site_packages), (ROOT, ROOT)):
-        first = installed.output("python", "-m", "epsa_fused", folder=folder).splitlines()[0]
+        output = installed.output("python", "-m", "epsa_fused", folder=folder)
+        first, second, *_ = output.splitlines()
         assert first.endswith(f" in {root / 'epsa_fused'}")
+        (other,) = {installed.site_packages, ROOT} - {root}
+        assert re.fullmatch(rf"also found +{other / 'epsa_fused'}: .*`pip uninstall .*", second)
 
 
 # ---- refused ----
