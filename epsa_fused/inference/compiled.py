@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +81,14 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
     """A function that calls the module, with a code object of its own.
 
     torch.compile keeps what it compiled by code object, and without guards the first would serve
-    all calls.
+    all calls. torch before 2.13 wraps a function without a source file in one that all share.
     """
-    names: dict[str, Any] = {"module": module}
-    exec("def call(*args, **kwargs):\n    return module(*args, **kwargs)", names)
-    return cast(Callable[..., Any], names["call"])
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # a copy
+    return call
 
 
 def _sharing(leaves: list[Any]) -> Hashable:

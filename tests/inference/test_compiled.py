@@ -1,5 +1,6 @@
 """Compiled and frozen models: what their code takes for granted, and machines without compilers."""
 
+import inspect
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.processes import run_code
 from torch import nn
 
 from epsa_fused import optimize_for_inference
+from epsa_fused.inference.compiled import _own_function
 
 
 def test_compiled_and_frozen():
@@ -27,6 +29,13 @@ def test_compiled_and_frozen():
     assert served.report.folded == ["stem.1", "norm"]
     assert_as_good_as_the_model(served, model, images(), torch.bfloat16)
     assert_as_good_as_the_model(served, model, images(1, 20), torch.bfloat16)
+
+
+def test_each_compiled_function_has_code_of_its_own():
+    """And a source file: torch before 2.13 gives all functions without one the same code."""
+    one, other = (_own_function(nn.Identity()) for _ in range(2))
+    assert one.__code__ is not other.__code__
+    assert inspect.getsourcefile(one)
 
 
 class Counted(nn.Module):
