@@ -18,38 +18,114 @@ std::pair<Tensor, Tensor> library_backward(
       in_acc(grad, p), in_acc(x, p), in_acc(weight, p), k, s, input_wanted, weight_wanted);
 }
 
+// How the branches' gradients of a sample lie in scratch memory.
+struct GradLayout {
+  const ConvKernels* k = nullptr;  // null: nobody reads them
+  int64_t channels = 0;            // of a branch, or pairs
+  int64_t height = 0, width = 0;
+  std::vector<int64_t> lanes{};  // of each branch's blocks
+  ScratchSize size{};
+
+  GradLayout() = default;
+  GradLayout(const ConvProblem& p, const ConvKernels& kernels, bool pairs)
+      : k(&kernels),
+        channels(pairs ? p.C / 2 : p.C),
+        height(p.out_h),
+        width(p.out_w),
+        lanes(p.S, kernels.lanes) {
+    size.width = width;
+  }
+
+  int64_t floats() const { return first(lanes.size()); }
+  Scratch scratch(float* sample, int64_t s) const {
+    return size.scratch(sample + first(s), height, lanes[s]);
+  }
+
+  int64_t blocks() const {
+    int64_t all = 0;
+    for (const int64_t n : lanes) {
+      all += blocks(n);
+    }
+    return all;
+  }
+  // Packs block i of sample n. Returns what pack_image does.
+  bool pack(at::TensorList grads, int64_t n, int64_t i, float* sample) const {
+    int64_t s = 0;
+    for (; i >= blocks(lanes[s]); ++s) {
+      i -= blocks(lanes[s]);
+    }
+    return k->pack_image(image_of(grads[s], n), channels, width, scratch(sample, s), i, i + 1);
+  }
+
+ private:
+  int64_t blocks(int64_t of) const { return (channels + of - 1) / of; }
+  int64_t first(size_t branches) const {
+    int64_t floats = 0;
+    for (size_t s = 0; s < branches; ++s) {
+      const int64_t branch = size.floats(channels, height, lanes[s]);
+      floats += (branch + k->lanes - 1) / k->lanes * k->lanes;  // begins at a whole vector
+    }
+    return floats;
+  }
+};
+
+// The weights of joined(conv), where that has other groups than conv.
+Tensor joined_weights(const Tensor& w) {
+  Tensor result = at::zeros({w.size(0), 2 * w.size(1), w.size(2), w.size(3)}, w.options());
+  for (const int64_t half : {0, 1}) {
+    result.slice(0, half, std::nullopt, 2)
+        .narrow(1, half * w.size(1), w.size(1))
+        .copy_(w.slice(0, half, std::nullopt, 2));
+  }
+  return result;
+}
+
 // The gradient of x, if every branch has a kernel for it. It is made in phases. Each phase
 // convolves the branches' gradients and adds the results.
 class InputGrad {
  public:
   InputGrad(
       const ConvProblem& p, at::TensorList weights, const ConvSettings& settings, Isa isa,
-      bool wanted)
-      : p_(p), k_(kernels_for(p, isa)), stride_(settings.stride) {
+      bool wanted, bool may_pair)
+      : p_(p),
+        stride_(settings.stride),
+        pairs_(wanted && may_pair && all_phases_in_pairs(convs_of(p, weights, settings), isa)),
+        k_(kernels_for(p, isa, pairs_)) {
     if (!wanted || p.dtype == at::kDouble) {
       return;  // a phase without taps has no plan that could refuse float64
     }
-    for (int64_t row = 0; row < std::min(stride_, p.H); ++row) {
-      for (int64_t column = 0; column < std::min(stride_, p.W); ++column) {
-        Part part{row, column};
-        for (int64_t s = 0; s < p.S; ++s) {
-          if (!add_branch(part, weights[s], settings, s, isa)) {
-            parts_.clear();
-            return;
-          }
-        }
-        divide(part);
-        parts_.push_back(std::move(part));
+    std::vector<Tensor> of_branches = weights.vec();
+    std::vector<Conv> convs = convs_of(p, weights, settings);
+    for (int64_t s = 0; pairs_ && s < p.S; ++s) {
+      const int64_t groups = convs[s].groups;
+      convs[s] = joined(convs[s]);
+      if (convs[s].groups != groups) {
+        of_branches[s] = joined_weights(weights[s]);
       }
+    }
+    for (const auto& [row, column] : phases()) {
+      Part part{row, column};
+      for (int64_t s = 0; s < p.S; ++s) {
+        if (!add_branch(part, of_branches[s], convs[s], s, isa)) {
+          parts_.clear();
+          return;
+        }
+      }
+      divide(part);
+      parts_.push_back(std::move(part));
     }
   }
 
   bool possible() const { return !parts_.empty(); }
+  bool pairs() const { return pairs_; }  // of bfloat16 channels
 
-  void include_in(ScratchSize& grads) const {
+  GradLayout layout() const { return {p_, k_, pairs_}; }
+
+  void include_in(GradLayout& grads) const {
     for (const Part& part : parts_) {
       for (size_t i = 0; i < part.convs.size(); ++i) {
-        grads.include(part.convs[i], part.plans[i].buffer_width);
+        grads.size.include(part.convs[i], part.plans[i].reach);
+        grads.lanes[part.branches[i]] = part.plans[i].depth;
       }
     }
   }
@@ -130,17 +206,45 @@ class InputGrad {
     int64_t pitch = 0, row = 0;  // of the strip's buffer
   };
 
+  // The first row and column of each phase.
+  std::vector<std::pair<int64_t, int64_t>> phases() const {
+    std::vector<std::pair<int64_t, int64_t>> firsts;
+    for (int64_t row = 0; row < std::min(stride_, p_.H); ++row) {
+      for (int64_t column = 0; column < std::min(stride_, p_.W); ++column) {
+        firsts.push_back({row, column});
+      }
+    }
+    return firsts;
+  }
+
+  // Whether kernels of pairs compute all phases, and those of floats could.
+  bool all_phases_in_pairs(const std::vector<Conv>& convs, Isa isa) const {
+    std::vector<Conv> pairs;
+    for (const auto& [row, column] : phases()) {
+      for (const Conv& conv : convs) {
+        const Conv floats = grad_input_phase(conv, row, column).conv;
+        if (floats.taps() > 0) {
+          if (plan_conv(floats, p_.dtype == at::kDouble, isa).method == ConvMethod::library) {
+            return false;
+          }
+          pairs.push_back(grad_input_phase(joined(conv), row, column).conv);
+        }
+      }
+    }
+    return all_in_pairs(p_, pairs, isa);
+  }
+
   // False where branch s has no kernel for this phase.
   bool add_branch(
-      Part& part, const Tensor& weight, const ConvSettings& settings, int64_t s, Isa isa) const {
-    const Conv conv = conv_of(p_, weight, settings, s);
-    const Phase phase = grad_input_phase(conv, part.first_row, part.first_column);
+      Part& part, const Tensor& weight, const Conv& conv, int64_t s, Isa isa) const {
+    Phase phase = grad_input_phase(conv, part.first_row, part.first_column);
     part.rows = phase.conv.out_height;
     part.columns = phase.conv.out_width;
     if (phase.conv.taps() == 0) {
       return true;  // this branch adds nothing
     }
-    const ConvPlan plan = plan_grad_input(phase.conv, p_.dtype == at::kDouble, isa);
+    phase.conv = counted_in(phase.conv, pairs_);
+    const ConvPlan plan = plan_conv(phase.conv, p_.dtype == at::kDouble, isa);
     if (plan.method == ConvMethod::library || (stride_ > 1 && conv.dilation > 1)) {
       return false;
     }
@@ -152,7 +256,9 @@ class InputGrad {
     part.branches.push_back(s);
     part.convs.push_back(phase.conv);
     part.plans.push_back(plan);
-    part.weights.push_back(evenly(w));
+    // Kernels of pairs would read dense pairs as items, which need not be aligned here.
+    const bool dense = pairs_ && w.stride(0) == 1;
+    part.weights.push_back(dense ? w.clone(at::MemoryFormat::Contiguous) : evenly(w));
     return true;
   }
 
@@ -178,8 +284,6 @@ class InputGrad {
         part.pitch = std::max(part.pitch, first % part.range + plan.unit_channels);
       }
       width = std::max(width, plan.buffer_width);
-      lane_floats_ =
-          std::max(lane_floats_, k_.method(plan.method).lane_floats(part.convs[b], plan));
     }
     part.pitch = (part.pitch + lanes - 1) / lanes * lanes;
     part.row = width * part.pitch;
@@ -189,13 +293,19 @@ class InputGrad {
       part.strip -= part.strip % 2;  // winograd computes pairs of rows
     }
     part.strips = (part.rows + part.strip - 1) / part.strip;
+    for (size_t b = 0; b < part.plans.size(); ++b) {
+      part.plans[b].strip = part.strip;
+      lane_floats_ = std::max(
+          lane_floats_, k_.method(part.plans[b].method).lane_floats(part.convs[b], part.plans[b]));
+    }
     buffer_ = std::max(buffer_, part.strip * part.row);
     tasks_ += part.strips * part.ranges;
   }
 
   ConvProblem p_;
-  const ConvKernels& k_;
   int64_t stride_;
+  bool pairs_;
+  const ConvKernels& k_;
   std::vector<Part> parts_;
   int64_t buffer_ = 0, lane_floats_ = 0, tasks_ = 0;
 };
@@ -206,11 +316,11 @@ class Backward {
  public:
   Backward(
       const ConvProblem& p, at::TensorList weights, const ConvSettings& settings,
-      const c10::List<bool>& output_mask)
+      const c10::List<bool>& output_mask, bool may_pair = true)
       : p_(p),
         isa_(isa_in_use()),
         k_(kernels_for(p, isa_)),
-        input_grad_(p, weights, settings, isa_, output_mask.get(0)),
+        input_grad_(p, weights, settings, isa_, output_mask.get(0), may_pair),
         input_(input_grad_.possible()) {
     for (int64_t s = 0; s < p.S; ++s) {
       const Conv conv = conv_of(p, weights[s], settings, s);
@@ -230,9 +340,14 @@ class Backward {
         x_size_.include(conv, p.out_w);
       }
     }
-    grad_size_.width = p.out_w;  // the weights' gradients read no more
+    if (!weight_tasks_.empty() || !in_pairs()) {
+      grads_ = GradLayout(p, k_, /*pairs=*/false);
+    }
+    if (in_pairs()) {
+      pairs_ = input_grad_.layout();
+    }
     if (input_) {
-      input_grad_.include_in(grad_size_);
+      input_grad_.include_in(in_pairs() ? pairs_ : grads_);
     }
   }
 
@@ -240,7 +355,9 @@ class Backward {
   bool weight(int64_t s) const { return !weight_plans_[s].library; }
   bool any() const { return input_ || !weight_tasks_.empty(); }
 
-  void run(
+  // Returns whether the kernels could: those of pairs cannot where a gradient has an
+  // infinity or NaN. Others can, where may_pair is false.
+  bool run(
       at::TensorList grad_feats, const Tensor& x, const Tensor& grad_x,
       const std::vector<Tensor>& grad_weights) {
     const int64_t threads = threads_for(flops_);
@@ -250,15 +367,20 @@ class Backward {
     const Call call(*this, {grad_feats, x, grad_x, grad_weights}, threads);
     for (int64_t n = 0; n < p_.N; n += call.wave) {
       const int64_t count = std::min(call.wave, p_.N - n);
-      call.pack_images(n, count);
+      if (!call.pack_images(n, count)) {
+        return false;
+      }
       call.compute(n, count);
     }
     if (!call.at_once) {
       call.finish_weights();
     }
+    return true;
   }
 
  private:
+  bool in_pairs() const { return input_ && input_grad_.pairs(); }
+
   // A piece of work on a branch's weight gradient.
   struct Unit {
     int64_t branch, unit;
@@ -284,8 +406,8 @@ class Backward {
     const ConvKernels& k;
     Tensors tensors;
     int64_t threads;
-    int64_t grad_blocks, x_blocks;      // blocks of channels of one image
-    int64_t grad_floats, x_floats;      // of one packed image
+    int64_t x_blocks, x_floats;         // blocks of channels of one image, packed floats
+    int64_t grad_floats, pair_floats;   // of one sample's gradients
     int64_t weight_tasks, input_tasks;  // of one wave, of one sample
     // Samples at a time. Each thread has at least one, and the weights' sums are fetched
     // seldom. Each sum follows the samples' order, whichever threads add to it.
@@ -295,48 +417,57 @@ class Backward {
     // The weights that a task reads, rather than a sample's gradients, stay in the cache
     // from one of the input's tasks to the next.
     bool task_first;
-    Floats sums, images, grads;
+    Floats sums, images, grads, pairs;
 
     Call(const Backward& b, const Tensors& given, int64_t threads_)
         : self(b), p(b.p_), k(b.k_), tensors(given), threads(threads_) {
-      grad_blocks = (p.C + k.lanes - 1) / k.lanes;
-      grad_floats = self.grad_size_.floats(p.C, p.out_h, k.lanes);
+      grad_floats = self.grads_.floats();
+      pair_floats = self.pairs_.floats();
       weight_tasks = static_cast<int64_t>(self.weight_tasks_.size());
       x_blocks = weight_tasks ? (p.in_channels + k.lanes - 1) / k.lanes : 0;
       x_floats = x_blocks ? self.x_size_.floats(p.in_channels, p.H, k.lanes) : 0;
       input_tasks = self.input_ ? self.input_grad_.tasks() : 0;
       task_first = self.input_grad_.weight_floats() > kCacheFloats;
       constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
-      const int64_t sample_floats = x_floats + p.S * grad_floats;
+      const int64_t sample_floats = x_floats + grad_floats + pair_floats;
       const int64_t each = std::max<int64_t>(1, kWaveFloats / (threads * sample_floats));
       wave = std::min(p.N, each * threads);
       at_once = wave == p.N;
       sums = Floats(at_once ? 0 : self.sums_, /*zero=*/true);
       images = Floats(wave * x_floats);
-      grads = Floats(wave * p.S * grad_floats);
+      grads = Floats(wave * grad_floats);
+      pairs = Floats(wave * pair_floats);
     }
 
     Scratch image(int64_t n) const {  // n: within the wave
-      return self.x_size_.scratch(images.get() + n * x_floats, p.H);
+      return self.x_size_.scratch(images.get() + n * x_floats, p.H, k.lanes);
     }
     Scratch grad(int64_t n, int64_t s) const {
-      return self.grad_size_.scratch(grads.get() + (n * p.S + s) * grad_floats, p.out_h);
+      return self.grads_.scratch(grads.get() + n * grad_floats, s);
+    }
+    Scratch input_grad(int64_t n, int64_t s) const {  // what the gradient of x reads
+      return self.in_pairs() ? self.pairs_.scratch(pairs.get() + n * pair_floats, s) : grad(n, s);
     }
 
-    void pack_images(int64_t first, int64_t count) const {
-      const int64_t blocks = x_blocks + p.S * grad_blocks;
+    // Whether the kernels can compute them.
+    bool pack_images(int64_t first, int64_t count) const {
+      const int64_t grad_blocks = self.grads_.blocks();
+      const int64_t blocks = x_blocks + grad_blocks + self.pairs_.blocks();
+      std::atomic<bool> all{true};
       for_each(count * blocks, threads, [&](int64_t i) {
-        const int64_t n = i / blocks, block = i % blocks;
+        const int64_t n = i / blocks, block = i % blocks, of_grads = block - x_blocks;
         if (block < x_blocks) {
           k.pack_image(
               image_of(tensors.x, first + n), p.in_channels, p.W, image(n), block, block + 1);
-          return;
+        } else if (of_grads < grad_blocks) {
+          self.grads_.pack(tensors.grad_feats, first + n, of_grads, grads.get() + n * grad_floats);
+        } else if (!self.pairs_.pack(
+                       tensors.grad_feats, first + n, of_grads - grad_blocks,
+                       pairs.get() + n * pair_floats)) {
+          all = false;
         }
-        const int64_t s = (block - x_blocks) / grad_blocks;
-        const int64_t b = (block - x_blocks) % grad_blocks;
-        k.pack_image(
-            image_of(tensors.grad_feats[s], first + n), p.C, p.out_w, grad(n, s), b, b + 1);
       });
+      return all;
     }
 
     void compute(int64_t first, int64_t count) const {
@@ -374,8 +505,8 @@ class Backward {
       const int64_t n = task_first ? i % count : i / input_tasks;
       const int64_t task = task_first ? i / count : i % input_tasks;
       self.input_grad_.run(
-          task, first + n, [&](int64_t s) { return grad(n, s); }, tensors.grad_x, own.buffer.get(),
-          own.lanes.get());
+          task, first + n, [&](int64_t s) { return input_grad(n, s); }, tensors.grad_x,
+          own.buffer.get(), own.lanes.get());
     }
 
     float* sums_of(const Unit& task) const {
@@ -407,7 +538,8 @@ class Backward {
   std::vector<WeightGradPlan> weight_plans_;
   std::vector<Unit> weight_tasks_;
   std::vector<int64_t> first_sums_;  // of each branch's weight gradient
-  ScratchSize x_size_, grad_size_;
+  ScratchSize x_size_;
+  GradLayout grads_, pairs_;
   int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of the largest unit
   double flops_ = 0;
 };
@@ -460,7 +592,10 @@ ConvBackward conv_backward(
       const bool writable = g.dim() != 4 || evenly_spaced(g);
       even.push_back(writable ? g : at::empty(g.sizes(), g.options()));
     }
-    native.run(grad_feats, x, grad_x, even);
+    if (!native.run(grad_feats, x, grad_x, even)) {
+      Backward in_floats(p, weights, settings, output_mask, /*may_pair=*/false);
+      TORCH_INTERNAL_ASSERT(in_floats.input() && in_floats.run(grad_feats, x, grad_x, even));
+    }
     for (int64_t s = 0; s < p.S; ++s) {
       if (native.weight(s) && !even[s].is_same(grad_weights[s])) {
         grad_weights[s].copy_(even[s]);

@@ -9,32 +9,13 @@ namespace epsa::cpu {
 
 // ---- plans ----
 
-namespace {
-
-std::vector<Conv> convs_of(
-    const ConvProblem& p, at::TensorList weights, const ConvSettings& settings) {
-  std::vector<Conv> convs;
-  for (int64_t s = 0; s < p.S; ++s) {
-    convs.push_back(conv_of(p, weights[s], settings, s));
-  }
-  return convs;
-}
-
-// All branches read one scratch, so they run in pairs together or not at all.
-bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa) {
-  return p.dtype == at::kBFloat16 &&
-      std::all_of(convs.begin(), convs.end(), [&](const Conv& c) { return in_pairs(c, isa); });
-}
-
-}  // namespace
-
 ForwardBank::ForwardBank(const ConvProblem& p, std::vector<Conv> convs, bool may_pair)
     : p_(p),
       isa_(isa_in_use()),
       convs_(std::move(convs)),
       pairs_(may_pair && all_in_pairs(p, convs_, isa_)),
       channels_(pairs_ ? p.in_channels / 2 : p.in_channels),
-      k_(pairs_ ? pair_kernels(isa_) : kernels_for(p, isa_)) {
+      k_(kernels_for(p, isa_, pairs_)) {
   for (Conv& conv : convs_) {
     conv = counted_in(conv, pairs_);
   }
@@ -109,7 +90,7 @@ void ForwardBank::add_branch(int64_t s, const ConvPlan& plan) {
   unit_weights_ = std::max(unit_weights_, plan.unit_weights);
   weight_floats_ += plan.units * plan.unit_weights;
   flops_ += flops_of(p_, conv);
-  size_.include(conv, plan.buffer_width);
+  size_.include(conv, plan.reach);
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     units_.push_back({static_cast<int>(s), unit, 0});
     for (int64_t strip = 0; strip < strips; ++strip) {
@@ -166,7 +147,7 @@ struct ForwardBank::Call {
   float* pooled;
   const Packed* packed = nullptr;  // null: each unit packs its own weights
 
-  Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H); }
+  Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H, self.k_.lanes); }
 
   // Whether the kernels can compute this image. Those of pairs cannot where it has an
   // infinity or NaN: matrix multiplies idle lanes by zero, and denormal weights count as

@@ -83,23 +83,29 @@ inline bool pairs_are_items(const Tensor& w) {
       (w.size(2) * w.size(3) == 1 || tap_stride(w) % 2 == 0);
 }
 
-inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
-  ConvWeights weights{glue::data_of(w), conv.oc() * w.stride(0),
-                      w.stride(0),      w.size(1) == 1 ? 1 : w.stride(1),
-                      tap_stride(w),    /*turned=*/false};
-  if (conv.pairs) {
+// The same weights, with their inputs counted in pairs, or one by one.
+inline ConvWeights counted_in(ConvWeights weights, bool pairs) {
+  if (pairs) {
     weights.second = weights.in_stride;
     weights.in_stride *= 2;
   }
   return weights;
 }
 
+inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
+  ConvWeights weights{glue::data_of(w), conv.oc() * w.stride(0),
+                      w.stride(0),      w.size(1) == 1 ? 1 : w.stride(1),
+                      tap_stride(w),    /*turned=*/false};
+  return counted_in(weights, conv.pairs);
+}
+
 // The weights of one phase of the input's gradient. Input and output channels of a
 // group swap roles.
 inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
-  return {glue::data_of(w), phase.ic() * w.stride(0), w.size(1) == 1 ? 1 : w.stride(1), w.stride(0),
-          tap_stride(w),
-          /*turned=*/true};
+  const ConvWeights weights{glue::data_of(w), w.size(0) / phase.groups * w.stride(0),
+                            w.size(1) == 1 ? 1 : w.stride(1), w.stride(0),
+                            tap_stride(w),    /*turned=*/true};
+  return counted_in(weights, phase.pairs);
 }
 
 inline Conv conv_of(
@@ -111,13 +117,32 @@ inline Conv conv_of(
   return conv;
 }
 
+// The branches' convolutions.
+inline std::vector<Conv> convs_of(
+    const ConvProblem& p, at::TensorList weights, const ConvSettings& settings) {
+  std::vector<Conv> convs;
+  for (int64_t s = 0; s < p.S; ++s) {
+    convs.push_back(conv_of(p, weights[s], settings, s));
+  }
+  return convs;
+}
+
+// Whether kernels of pairs compute a pass: all of its convolutions, or none.
+inline bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa) {
+  return p.dtype == at::kBFloat16 &&
+      std::all_of(convs.begin(), convs.end(), [&](const Conv& c) { return in_pairs(c, isa); });
+}
+
 // w, or a copy that the kernels can read. Those of pairs read dense channels as items.
 inline Tensor evenly(const Tensor& w, bool pairs = false) {
   const bool even = evenly_spaced(w) && !(pairs && w.stride(1) == 1 && !pairs_are_items(w));
   return even ? w : w.clone(at::MemoryFormat::Contiguous);
 }
 
-inline const ConvKernels& kernels_for(const ConvProblem& p, Isa isa) {
+inline const ConvKernels& kernels_for(const ConvProblem& p, Isa isa, bool pairs = false) {
+  if (pairs) {
+    return pair_kernels(isa);
+  }
   // Double has no kernels, and its plans never call one: float's stand in.
   return conv_kernels(p.dtype == at::kDouble ? Dtype::f32 : glue::dtype_of(p.dtype), isa);
 }

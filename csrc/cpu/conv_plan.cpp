@@ -81,13 +81,17 @@ int64_t matrix_batches(int64_t rows, int64_t across, int64_t strip) {
 }
 
 ConvMethod choose_method(const Conv& conv, int lanes, Isa isa, const Packing& packed) {
+  // A phase's units of these methods begin at whole vectors.
+  const bool whole = !conv.phase || conv.oc() % lanes == 0;
   if (conv.pairs && isa >= Isa::amx_bf16) {
-    return is_matrix(conv, lanes) ? ConvMethod::matrix : ConvMethod::library;
+    const bool fits = is_matrix(conv, lanes) &&
+        (whole || MatrixTiles(conv, lanes).position > 1);
+    return fits ? ConvMethod::matrix : ConvMethod::library;
   }
   if (DotLanes::fit(conv, lanes) && conv.oc() < lanes) {
     return ConvMethod::dot;
   }
-  if (pieces(conv.oc(), lanes) * lanes > 2 * conv.oc()) {
+  if (!whole || pieces(conv.oc(), lanes) * lanes > 2 * conv.oc()) {
     return ConvMethod::library;  // most lanes would be idle
   }
   const bool winograd = is_winograd(conv, lanes) &&
@@ -133,7 +137,7 @@ std::string name(ConvMethod method) {
 }
 
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& packed) {
-  if (in_double || conv.stride > kMaxStride) {
+  if (in_double || conv.stride > kMaxStride || conv.padding_h < 0 || conv.padding_w < 0) {
     return {};
   }
   const int lanes = lanes_of(isa);
@@ -213,18 +217,22 @@ ConvPlan tile_plan(const Conv& conv, ConvMethod method, int pixels, int block, I
         : conv.ic() * conv.taps() * plan.unit_channels;
   }
   plan.unit_pitch = pieces(plan.unit_channels, lanes) * lanes;
+  plan.depth = lanes;
   if (method == ConvMethod::winograd) {
-    plan.buffer_width = pieces(conv.out_width, 2) * 2;
+    plan.reach = plan.buffer_width = pieces(conv.out_width, 2) * 2;
     plan.strip = winograd_strip(conv);
     return plan;
   }
   const int64_t tile = method == ConvMethod::matrix ? pixels * block : pixels;
-  plan.buffer_width = pieces(conv.out_width, tile) * tile;
+  plan.reach = plan.buffer_width = pieces(conv.out_width, tile) * tile;
   // Half of a small first-level cache.
   constexpr int64_t kBufferFloats = 4096;
   plan.strip = std::clamp<int64_t>(
       kBufferFloats / (plan.buffer_width * plan.unit_pitch), 1, conv.out_height);
   if (method == ConvMethod::matrix) {
+    const MatrixTiles tiles(conv, lanes);
+    plan.depth = tiles.depth;
+    plan.reach += tiles.columns * tiles.taps - tiles.seen(conv);
     const int64_t across = plan.buffer_width / tile;
     for (int64_t strip = plan.strip - 1; strip > 0; --strip) {
       if (matrix_batches(conv.out_height, across, strip) <
@@ -258,6 +266,12 @@ bool in_pairs(const Conv& conv, Isa isa) {
       ConvMethod::library;
 }
 
+Conv joined(const Conv& conv) {
+  Conv result = conv;
+  result.groups /= conv.oc() == 1 && conv.groups % 2 == 0 ? 2 : 1;
+  return result;
+}
+
 Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column) {
   // Row y of the input meets tap k of output row o where y = s * o + k - padding. Let
   // s * q + t be its row in the padded image. It meets the taps t, t + s, ... of the
@@ -267,6 +281,7 @@ Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column
   const int64_t column = first_column + conv.padding_w;
   Phase phase{first_row, first_column, row % s, column % s, conv};
   Conv& c = phase.conv;
+  c.phase = true;
   std::swap(c.in_channels, c.out_channels);
   c.stride = 1;
   c.kernel_h = pieces(conv.kernel_h - phase.tap_row, s);
@@ -279,15 +294,6 @@ Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column
   c.out_height = pieces(conv.height - first_row, s);
   c.out_width = pieces(conv.width - first_column, s);
   return phase;
-}
-
-ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa) {
-  if (phase.padding_h < 0 || phase.padding_w < 0) {
-    return ConvPlan();
-  }
-  const ConvPlan plan = plan_conv(phase, in_double, isa);
-  const bool whole_vectors = plan.method == ConvMethod::dot || phase.oc() % lanes_of(isa) == 0;
-  return whole_vectors ? plan : ConvPlan();
 }
 
 WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
@@ -314,18 +320,19 @@ WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
   return plan;
 }
 
-void ScratchSize::include(const Conv& conv, int64_t buffer_width) {
+void ScratchSize::include(const Conv& conv, int64_t reach) {
   if (conv.padding_w > border) {  // moves the columns so far to the right
     width += conv.padding_w - border;
     border = conv.padding_w;
   }
   const int64_t left = border - conv.padding_w;
-  const int64_t reach = conv.dilation * (conv.kernel_w - 1) + 1;
-  width = std::max({width, border + conv.width, left + (conv.out_width - 1) * conv.stride + reach});
+  const int64_t kernel = conv.dilation * (conv.kernel_w - 1) + 1;
+  width =
+      std::max({width, border + conv.width, left + (conv.out_width - 1) * conv.stride + kernel});
   // An odd number of lines. At a multiple of a page, the rows of a kernel would fall into
   // the same sets of the cache.
   width |= 1;
-  beyond = std::max(beyond, (buffer_width - conv.out_width) * conv.stride);
+  beyond = std::max(beyond, (reach - conv.out_width) * conv.stride);
 }
 
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit) {

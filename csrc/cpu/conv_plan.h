@@ -21,6 +21,9 @@ struct Conv {
   bool winograd = true;  // whether Winograd's method may compute it
   // Whether two bfloat16 channels of the input stand where kernels have one of float.
   bool pairs = false;
+  // Whether it is a phase of an input's gradient (below). No other convolution reads its
+  // scratch, and its sums are added to those of other branches.
+  bool phase = false;
 
   int64_t ic() const { return in_channels / groups; }  // of one group
   int64_t oc() const { return out_channels / groups; }
@@ -64,6 +67,8 @@ struct ConvPlan {
   int64_t unit_weights = 0;   // packed floats of one unit
   int64_t buffer_width = 0;   // pixels of its rows: whole tiles
   int64_t strip = 0;          // output rows of a unit; the last strip may have fewer
+  int64_t depth = 0;          // lanes of a pixel in the scratch
+  int64_t reach = 0;          // buffer_width, and the pixels that a matrix reads behind it
 
   int64_t strips(int64_t out_height) const { return (out_height + strip - 1) / strip; }
 };
@@ -80,6 +85,7 @@ struct Packing {
 };
 
 // in_double: float64, which has no kernels here. packed: the plan must read such weights.
+// The units of a phase must begin at whole vectors; otherwise its plan is `library`.
 ConvPlan plan_conv(const Conv& conv, bool in_double, Isa isa, const Packing& packed = {});
 
 // The plan of a given tile, which must fit. The block must divide a group's vectors of
@@ -96,10 +102,6 @@ struct Phase {
   Conv conv;  // one of the kernel's sizes is 0 where it has no such taps
 };
 Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column);
-
-// The plan of a phase. The sums of its units are added to those of other branches. They
-// must therefore begin at whole vectors; otherwise the plan is `library`.
-ConvPlan plan_grad_input(const Conv& phase, bool in_double, Isa isa);
 
 // How the gradient of a branch's weight is computed. Lanes are input channels, as in dot.
 // Registers sum a tile over all pixels: taps of a kernel's row, times `block` output
@@ -118,11 +120,12 @@ struct Run {
 };
 Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
 
-// An image in blocks of L channels, padded to the left and right. Nothing pads it above
+// An image in blocks of channels, padded to the left and right. Nothing pads it above
 // and below: the kernels skip the rows of taps that lie outside. The padding is zero, and
 // so are the lanes behind the last channel.
 struct Scratch {
   float* data;
+  int64_t lanes;          // of a block: L, or the depth of a matrix
   int64_t height, width;  // of the padded image
   int64_t border;         // columns left of the image
   int64_t beyond;         // columns behind the last row, which are zero
@@ -134,14 +137,14 @@ struct ScratchSize {
   int64_t width = 0;   // columns with their padding
   int64_t beyond = 0;  // columns that the last tile reads behind the last row
 
-  // Makes room for all reads of conv, whose tiles make rows of buffer_width.
-  void include(const Conv& conv, int64_t buffer_width);
+  // Makes room for all reads of conv, whose plan has this reach.
+  void include(const Conv& conv, int64_t reach);
   // The floats of one image, in blocks of `lanes` channels.
   int64_t floats(int64_t channels, int64_t height, int64_t lanes) const {
     return ((channels + lanes - 1) / lanes * height * width + beyond) * lanes;
   }
-  Scratch scratch(float* data, int64_t height) const {
-    return {data, height, width, border, beyond};
+  Scratch scratch(float* data, int64_t height, int64_t lanes) const {
+    return {data, lanes, height, width, border, beyond};
   }
 };
 
@@ -167,21 +170,34 @@ struct DotLanes {
 // under one tap. A column of B is one output channel of these lanes' groups. Where the
 // groups have few outputs, B also has columns for the pixels to the right: a `position`
 // is a run of output pixels. B is zero where a lane's group is not the column's.
+//
+// A phase has a scratch of its own, where a pixel holds the channels of one group. If they
+// are fewer than L, a row of A has the pixels under several taps of a kernel's row.
 struct MatrixTiles {
+  int64_t depth;  // lanes of a pixel
+  int64_t taps;   // of a row of A
   DotLanes lanes;
   int64_t outputs;   // of a vector's groups
   int64_t position;  // pixels; 0: the convolution does not fit
-  int64_t columns;   // of the kernel, as far as a position sees
+  int64_t columns;   // of the kernel, as far as a position sees, in rows of A
 
   MatrixTiles(const Conv& conv, int64_t lanes_)
-      : lanes(conv, lanes_), outputs(lanes.groups * conv.oc()), position(0) {
+      : depth(conv.phase && conv.dilation == 1 && conv.ic() < lanes_ ? conv.ic() : lanes_),
+        taps(lanes_ / depth),
+        lanes(conv, depth),
+        outputs(lanes.groups * conv.oc()),
+        position(0) {
     const int64_t together = lanes_ / outputs;
     if (lanes.groups == 1 || outputs <= lanes_) {
       position = 2 * outputs > lanes_                                    ? 1
           : lanes_ % outputs == 0 && together <= 4 && conv.dilation == 1 ? together
                                                                          : 0;
     }
-    columns = conv.kernel_w + conv.stride * (position - 1);
+    columns = (seen(conv) + taps - 1) / taps;
+  }
+
+  int64_t seen(const Conv& conv) const {  // pixels of a row, by a position
+    return conv.kernel_w + conv.stride * (position - 1);
   }
 
   // Whether a unit is one group's run of outputs. Otherwise it is `position` vectors with
@@ -264,6 +280,10 @@ constexpr bool slides(const Conv& conv, int block) {
 // Whether the kernels of pairs compute a bfloat16 convolution. Where there is AMX, only
 // matrix: the processors that have it make products of pairs no faster than of floats.
 bool in_pairs(const Conv& conv, Isa isa);
+
+// conv with two groups as one, where each has a single output: its phases then have pairs.
+// The weights between the two are zeros.
+Conv joined(const Conv& conv);
 
 // Whether a tile's sums and operands fit into the registers.
 constexpr bool fits(int pixels, int block, int lanes) {

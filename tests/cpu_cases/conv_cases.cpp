@@ -113,9 +113,11 @@ struct Stored {
     return {data.get(), c.oc() * strides[0], strides[0], step * strides[1],
             strides[2], /*turned=*/false,    strides[1]};
   }
-  // The weights of a phase of stride 1.
-  ConvWeights turned(const Conv& c) const {
-    return {data.get(), c.oc() * strides[0], strides[1], strides[0], strides[2], /*turned=*/true};
+  // The weights of a phase of stride 1, which has other inputs and outputs than c.
+  ConvWeights turned(const Conv& c, bool pairs) const {
+    const int64_t step = pairs ? 2 : 1;
+    return {data.get(), c.oc() * strides[0], strides[1], step * strides[0],
+            strides[2], /*turned=*/true,     strides[0]};
   }
 };
 
@@ -131,13 +133,14 @@ struct Packed {
   Buffer<float> data;
   Scratch scratch;
 
-  // in_channels: as the kernels count them.
+  // in_channels: as the kernels count them. lanes: of a block.
   template <class T>
   Packed(
-      const ConvKernels& kernels, const Stored<T>& x, int64_t in_channels, const ScratchSize& size)
-      : data(filled<float>(size.floats(in_channels, x.sizes[1], kernels.lanes), kNan)),
-        scratch(size.scratch(data.get(), x.sizes[1])) {
-    const int64_t blocks = (in_channels + kernels.lanes - 1) / kernels.lanes;
+      const ConvKernels& kernels, const Stored<T>& x, int64_t in_channels, const ScratchSize& size,
+      int64_t lanes)
+      : data(filled<float>(size.floats(in_channels, x.sizes[1], lanes), kNan)),
+        scratch(size.scratch(data.get(), x.sizes[1], lanes)) {
+    const int64_t blocks = (in_channels + lanes - 1) / lanes;
     const bool finite =
         kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, 0, blocks / 2) &&
         kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, blocks / 2, blocks);
@@ -236,10 +239,10 @@ void check_forward(
   const auto x = drawn<T>(k.from, input_axes(c), state);
   const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
-  size.include(counted, plan.buffer_width);
+  size.include(counted, plan.reach);
   size.border += k.more_border;
   size.width += k.more_border;
-  const Packed image(kernels, x, counted.in_channels, size);
+  const Packed image(kernels, x, counted.in_channels, size, plan.depth);
   const Stored<T> out(k.to, output_axes(c));
   const int64_t strips = plan.strips(c.out_height);
   const auto totals = filled<float>(strips * c.out_channels, kNan);
@@ -280,8 +283,8 @@ void check_weight_grad(const Case& k, Isa isa) {
   x_size.include(c, c.out_width);
   grad_size.border = k.more_border;
   grad_size.width = c.out_width + k.more_border;
-  const Packed packed_x(kernels, x, c.in_channels, x_size),
-      packed_grad(kernels, grad, c.out_channels, grad_size);
+  const Packed packed_x(kernels, x, c.in_channels, x_size, kernels.lanes),
+      packed_grad(kernels, grad, c.out_channels, grad_size, kernels.lanes);
   const Stored<T> result(k.weights, weight_axes(c));
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const auto sums = filled<float>(plan.unit_sums, 0.0f);
@@ -300,28 +303,28 @@ void check_weight_grad(const Case& k, Isa isa) {
 // The gradient of x for stride 1. Its one phase is a convolution with the weights turned
 // around.
 template <class T>
-void check_input_grad(const Case& k, Isa isa) {
+void check_input_grad(const Case& k, Isa isa, bool pairs = false) {
   const Conv& c = k.conv;
   if (c.stride != 1) {
     return;
   }
-  const Conv phase = grad_input_phase(c, 0, 0).conv;
-  ConvPlan plan = plan_grad_input(phase, /*in_double=*/false, isa);
+  const Conv phase = counted_in(grad_input_phase(c, 0, 0).conv, pairs);
+  ConvPlan plan = plan_conv(phase, /*in_double=*/false, isa);
   if (plan.method == ConvMethod::library) {
     return;
   }
   plan.strip = c.height;
   ++cases;
-  const ConvKernels& kernels = conv_kernels(T::dtype, isa);
+  const ConvKernels& kernels = pairs ? pair_kernels(isa) : conv_kernels(T::dtype, isa);
   uint64_t state = 3;
   const auto grad = drawn<T>(k.from, output_axes(c), state);
   const auto weights = drawn<T>(k.weights, weight_axes(c), state);
   ScratchSize size;
-  size.include(phase, plan.buffer_width);
-  const Packed packed(kernels, grad, c.out_channels, size);
+  size.include(phase, plan.reach);
+  const Packed packed(kernels, grad, phase.in_channels, size, plan.depth);
   const Stored<T> result(k.to, input_axes(c));
   convolve(
-      kernels, phase, plan, packed.scratch, weights.turned(c), /*add=*/true, result,
+      kernels, phase, plan, packed.scratch, weights.turned(c, pairs), /*add=*/true, result,
       /*bias=*/nullptr, /*totals=*/nullptr);
 
   const auto grads = grad.values(), factors = weights.values();
@@ -418,8 +421,17 @@ constexpr int64_t kMatrixChannels[][3] = {
 };
 constexpr int64_t kWidths[] = {1, 5, 7, 16, 17, 33};
 
+// Groups for the gradient of x: several taps in a row of A, or several vectors; one or more
+// positions; units of one group and of two.
+constexpr int64_t kTurnedChannels[][3] = {
+    {1, 64, 16}, {5, 8, 2}, {3, 16, 4}, {2, 32, 8}, {2, 16, 64}, {3, 4, 16}, {17, 8, 4}, {1, 80, 2},
+};
+
 // Runs a case where it has kernels of pairs. Counts the others.
 void run_where_paired(const Case& k, Isa isa, int& others) {
+  if (in_pairs(grad_input_phase(k.conv, 0, 0).conv, isa)) {
+    check_input_grad<Bfloat16>(k, isa, /*pairs=*/true);
+  }
   if (in_pairs(k.conv, isa)) {
     run_in_pairs(k, plan_conv(counted_in(k.conv, /*pairs=*/true), /*in_double=*/false, isa), isa);
   } else {
@@ -453,9 +465,11 @@ int run_pairs(Isa isa) {
   for (int64_t turn = 0; turn < kTable; ++turn) {
     run_where_paired(table_case(turn), isa, others);
   }
-  for (int64_t turn = 0; turn < kTable; ++turn) {
-    Case k = table_case(turn);
-    const auto& [groups, ic, oc] = kMatrixChannels[turn % std::size(kMatrixChannels)];
+  for (int64_t turn = 0; turn < 2 * kTable; ++turn) {
+    Case k = table_case(turn % kTable);
+    const auto& [groups, ic, oc] = turn < kTable
+        ? kMatrixChannels[turn % std::size(kMatrixChannels)]
+        : kTurnedChannels[turn / kStrided % std::size(kTurnedChannels)];
     k.conv.groups = groups;
     k.conv.in_channels = groups * ic;
     k.conv.out_channels = groups * oc;
@@ -558,7 +572,7 @@ void run_winograd_gradients(WeightOrder order, Isa isa) {
   k.name = std::string("winograd weights ") + kWeightOrders[static_cast<int>(order)];
   k.conv = make_conv(4 * lanes, 4 * lanes, 2, 3, 3, 1, 1, 1, 9, 12);
   k.weights = order;
-  const ConvPlan plan = plan_grad_input(grad_input_phase(k.conv, 0, 0).conv, false, isa);
+  const ConvPlan plan = plan_conv(grad_input_phase(k.conv, 0, 0).conv, false, isa);
   report(k, plan, "another method", plan.method == ConvMethod::winograd ? 0 : 2);
   run_gradients(k, isa);
 }
