@@ -147,7 +147,9 @@ struct ForwardBank::Call {
   float* pooled;
   const Packed* packed = nullptr;  // null: each unit packs its own weights
 
-  Scratch scratch(float* image) const { return self.size_.scratch(image, self.p_.H, self.k_.lanes); }
+  Scratch scratch(float* image) const {
+    return self.size_.scratch(image, self.p_.H, self.k_.lanes);
+  }
 
   // Whether the kernels can compute this image. Those of pairs cannot where it has an
   // infinity or NaN: matrix multiplies idle lanes by zero, and denormal weights count as

@@ -102,9 +102,13 @@ inline ConvWeights weights_of(const Tensor& w, const Conv& conv) {
 // The weights of one phase of the input's gradient. Input and output channels of a
 // group swap roles.
 inline ConvWeights turned_weights_of(const Tensor& w, const Conv& phase) {
-  const ConvWeights weights{glue::data_of(w), w.size(0) / phase.groups * w.stride(0),
-                            w.size(1) == 1 ? 1 : w.stride(1), w.stride(0),
-                            tap_stride(w),    /*turned=*/true};
+  const ConvWeights weights{
+      glue::data_of(w),
+      w.size(0) / phase.groups * w.stride(0),
+      w.size(1) == 1 ? 1 : w.stride(1),
+      w.stride(0),
+      tap_stride(w),
+      /*turned=*/true};
   return counted_in(weights, phase.pairs);
 }
 
@@ -129,7 +133,7 @@ inline std::vector<Conv> convs_of(
 
 // Whether kernels of pairs compute a pass: all of its convolutions, or none.
 inline bool all_in_pairs(const ConvProblem& p, const std::vector<Conv>& convs, Isa isa) {
-  return p.dtype == at::kBFloat16 &&
+  return p.dtype == at::kBFloat16 && !convs.empty() &&
       std::all_of(convs.begin(), convs.end(), [&](const Conv& c) { return in_pairs(c, isa); });
 }
 

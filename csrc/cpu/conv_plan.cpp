@@ -84,8 +84,7 @@ ConvMethod choose_method(const Conv& conv, int lanes, Isa isa, const Packing& pa
   // A phase's units of these methods begin at whole vectors.
   const bool whole = !conv.phase || conv.oc() % lanes == 0;
   if (conv.pairs && isa >= Isa::amx_bf16) {
-    const bool fits = is_matrix(conv, lanes) &&
-        (whole || MatrixTiles(conv, lanes).position > 1);
+    const bool fits = is_matrix(conv, lanes) && (whole || MatrixTiles(conv, lanes).position > 1);
     return fits ? ConvMethod::matrix : ConvMethod::library;
   }
   if (DotLanes::fit(conv, lanes) && conv.oc() < lanes) {
@@ -318,6 +317,48 @@ WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa) {
   plan.units = dot.clusters(conv) * dot.vectors * (conv.oc() / plan.block);
   plan.unit_sums = conv.taps() * plan.block * lanes;
   return plan;
+}
+
+WeightGradPlan plan_matrix_grad(const Conv& conv, Isa isa) {
+  WeightGradPlan plan;
+  if (isa < Isa::amx_bf16 || plan_weight_grad(conv, /*in_double=*/false, isa).library) {
+    return plan;
+  }
+  const int lanes = lanes_of(isa);
+  const DotLanes dot(conv, lanes);
+  plan.library = false;
+  plan.matrix = true;
+  const MatrixGradRows rows(conv, lanes);
+  plan.units = dot.clusters(conv) * dot.vectors * pieces(rows.count, lanes);
+  plan.unit_sums = rows.tiles * conv.kernel_w * lanes * lanes;
+  return plan;
+}
+
+PixelRuns::PixelRuns(const std::vector<Conv>& convs, int lanes) {
+  const Conv& first = convs.at(0);
+  stride = first.stride;
+  int64_t right = first.width, bottom = first.height;  // where reads of the image end
+  int64_t tap_row = 0, tap_column = 0;                 // the last tap's place
+  int64_t moved = 1;
+  for (const Conv& c : convs) {
+    border = std::max(border, c.padding_w);
+    top = std::max(top, c.padding_h);
+    const int64_t row = c.dilation * (c.kernel_h - 1) - c.padding_h;
+    const int64_t column = c.dilation * (c.kernel_w - 1) - c.padding_w;
+    tap_row = std::max(tap_row, row);
+    moved = std::max(moved, MatrixGradRows(c, lanes).moved);
+    tap_column = std::max(tap_column, column);
+    bottom = std::max(bottom, stride * (c.out_height - 1) + row + 1);
+    right = std::max(right, stride * (c.out_width - 1) + column + 1);
+  }
+  // What is read to the right of a row are the next row's zeros on the left.
+  pitch = std::max({border + first.width, right, first.out_width});
+  pitch += pitch % 2;  // a pair of pixels lies in one row
+  rows = top + bottom + 1;
+  // An odd number: channels fall into different sets of the cache.
+  runs = pieces((first.out_height + moved - 1) * pitch, kRunPixels) | 1;
+  const int64_t last = stride * runs * kRunPixels + (top + tap_row) * pitch + border + tap_column;
+  beyond = std::max<int64_t>(0, last - block());
 }
 
 void ScratchSize::include(const Conv& conv, int64_t reach) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -106,13 +107,21 @@ Phase grad_input_phase(const Conv& conv, int64_t first_row, int64_t first_column
 // How the gradient of a branch's weight is computed. Lanes are input channels, as in dot.
 // Registers sum a tile over all pixels: taps of a kernel's row, times `block` output
 // channels of each of the lanes' groups.
+//
+// matrix: a unit has up to L output channels of the lanes' groups. Each tap is a product
+// of matrices: A has these channels of the output's gradient, B the lanes of x under the
+// tap, and pixels are what both share (PixelRuns).
 struct WeightGradPlan {
   bool library = true;
-  int block = 0;
+  bool matrix = false;
+  int block = 0;          // matrix: unused
   int64_t units = 0;      // vectors of input channels times blocks of output channels
   int64_t unit_sums = 0;  // floats
 };
 WeightGradPlan plan_weight_grad(const Conv& conv, bool in_double, Isa isa);
+
+// The same by matrix. `library` where it cannot, or where plan_weight_grad could not.
+WeightGradPlan plan_matrix_grad(const Conv& conv, Isa isa);
 
 // The output channels of one unit.
 struct Run {
@@ -164,6 +173,58 @@ struct DotLanes {
   }
   // The vectors, or runs of vectors, that hold whole groups.
   int64_t clusters(const Conv& conv) const { return (conv.groups + groups - 1) / groups; }
+};
+
+// The rows of A in the gradient of the weights by matrix: the outputs of a cluster of dot's
+// lanes. Where these are few, each has `moved` copies, one after another. Copy r is moved
+// down by r rows, and so meets the kernel's row r * stride further.
+struct MatrixGradRows {
+  DotLanes lanes;
+  int64_t moved = 1;
+  int64_t count;      // of a cluster
+  int64_t tiles = 0;  // of one column of the kernel
+
+  MatrixGradRows(const Conv& conv, int64_t lanes_) : lanes(conv, lanes_) {
+    const int64_t outputs = lanes.groups * conv.oc();
+    if (2 * outputs <= lanes_ && conv.dilation == 1) {
+      const int64_t rows = (conv.kernel_h + conv.stride - 1) / conv.stride;
+      moved = rows < lanes_ / outputs ? rows : lanes_ / outputs;
+    }
+    count = outputs * moved;
+    while (kernel_row(conv, tiles, 0) < conv.kernel_h) {
+      ++tiles;
+    }
+  }
+
+  // The kernel's row that copy r meets in a tile. There may be no such row.
+  int64_t kernel_row(const Conv& conv, int64_t tile, int64_t r) const {
+    const int64_t s = conv.stride;
+    return tile / s * s * moved + tile % s + r * s;
+  }
+};
+
+constexpr int kRunPixels = 32;  // of a row of A: pairs of bfloat16 in a register
+
+// One sample as the gradients of the weights by matrix read it. The output's pixels are
+// numbered row by row, with `pitch` numbers for each row, so that runs of pixels cross from
+// row to row. A plane of an output's gradient is zero where a number has no pixel. x is in
+// blocks of L channels. Its place S * i, moved by a tap, is what the tap of pixel i meets,
+// where S is the stride. A place holds a pair: its own pixel, and the one S columns further.
+struct PixelRuns {
+  int64_t stride = 1;
+  int64_t border = 0, top = 0;  // columns left of x and rows above it, which are zero
+  int64_t pitch = 0, rows = 0;  // places of a row, rows of a block
+  int64_t runs = 0;             // of a plane
+  int64_t beyond = 0;           // places behind the last block, which are zero
+
+  PixelRuns() = default;
+  PixelRuns(const std::vector<Conv>& convs, int lanes);  // of one module
+
+  int64_t block() const { return rows * pitch; }  // places
+  int64_t x_floats(int64_t channels, int64_t lanes) const {
+    return ((channels + lanes - 1) / lanes * block() + beyond) * lanes;
+  }
+  int64_t plane_floats() const { return runs * (kRunPixels / 2); }
 };
 
 // Matrix's tiles have L rows of a register each. A row of A is a vector of dot's lanes

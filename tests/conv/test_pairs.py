@@ -12,6 +12,7 @@ from epsa_fused.functional import spc_conv
 
 pytestmark = pytest.mark.per_isa
 
+BACKWARD = torch.ops.epsa_fused.spc_conv_backward
 KERNELS, GROUPS = (3, 5, 7, 9), (1, 4, 8, 16)
 PADDING = [k // 2 for k in KERNELS]
 NUMBERS = (float("inf"), -float("inf"), float("nan"))
@@ -23,6 +24,45 @@ def operands(batch: int, channels: int, size: int, layout) -> tuple[torch.Tensor
     shapes = [(channels // 4, channels // g, k, k) for k, g in zip(KERNELS, GROUPS, strict=True)]
     weights = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     return x.contiguous(memory_format=layout.out_format), weights
+
+
+def gradients(x, weights, grads, mask=(True,) * 5) -> list:
+    """Of x and of the weights."""
+    settings = (GROUPS, 1, PADDING, [1] * 4)
+    grad_x, grad_weights = BACKWARD(grads, x, weights, *settings, list(mask))
+    return [grad_x, *grad_weights]
+
+
+def maps(x, layout) -> list[torch.Tensor]:
+    """The gradients of the branches' maps."""
+    generator = torch.Generator().manual_seed(1)
+    n, channels, *sizes = x.shape
+    drawn = [torch.randn(n, channels // 4, *sizes, generator=generator) for _ in range(4)]
+    return [t.bfloat16().contiguous(memory_format=layout.out_format) for t in drawn]
+
+
+def exact_gradients(x, weights, grads) -> list:
+    sums, of_weights = torch.zeros_like(x, dtype=torch.float64), []
+    for grad, w, p, g in zip(grads, weights, PADDING, GROUPS, strict=True):
+        one, other, _ = torch.ops.aten.convolution_backward(
+            grad.double(), x.double(), w.double(), None,
+            [1, 1], [p, p], [1, 1], False, [0, 0], g, [True, True, False],
+        )  # fmt: skip
+        sums += one
+        of_weights.append(other)
+    return [sums, *of_weights]
+
+
+def assert_same_numbers(given: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal infinities and NaN, and near where both are finite."""
+    finite = expected.isfinite()
+    assert finite.any()
+    assert torch.equal(given.isfinite(), finite)
+    assert torch.equal(given.isnan(), expected.isnan())
+    infinite = expected.isinf()
+    assert torch.equal(given[infinite].double(), expected[infinite])
+    allowed = 2.0**-8 * expected[finite].abs() + 1e-4 * expected[finite].abs().max()
+    assert ((given[finite] - expected[finite]).abs() <= allowed).all()
 
 
 def reference(x, weights):
@@ -43,15 +83,89 @@ def test_infinities_and_nan_of_x_stay_where_they_are_in_pairs(batch, channels, s
     feats, pooled = spc_conv(x, weights, GROUPS, padding=PADDING)
     results = zip(feats, reference(x, weights), pooled.unbind(1), strict=True)
     for feat, expected, means in results:
+        assert_same_numbers(feat, expected)
         finite = expected.isfinite()
-        assert 0 < finite.sum() < finite.numel()
-        assert torch.equal(feat.isfinite(), finite)
-        assert torch.equal(feat.isnan(), expected.isnan())
-        infinite = expected.isinf()
-        assert torch.equal(feat[infinite].double(), expected[infinite])
-        allowed = 2.0**-8 * expected[finite].abs() + 1e-4 * expected[finite].abs().max()
-        assert ((feat[finite] - expected[finite]).abs() <= allowed).all()
+        assert not finite.all()
         assert torch.equal(means.isfinite(), finite.all(dim=(2, 3)))
+
+
+# x in a place that every tap meets, or in a corner; the last branch's gradient
+@pytest.mark.parametrize("which", ("x", "grad"))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_infinities_and_nan_of_the_gradients_stay_where_they_are_in_pairs(which, layout):
+    x, weights = operands(3, 64, 9, layout)
+    grads = maps(x, layout)
+    t = x if which == "x" else grads[3]
+    for number, place in itertools.product(NUMBERS, ((0, 0, 0), (-1, -1, -1), (7, 2, 1))):
+        t[-1][place] = number
+    results = gradients(x, weights, grads)
+    exact = exact_gradients(x, weights, grads)
+    assert_same_numbers(results[0], exact[0])
+    spoiled = exact[1:] if which == "x" else exact[4:]
+    assert not any(t.isfinite().all() for t in spoiled)
+    for given, expected in zip(results[1:], exact[1:], strict=True):
+        finite = given.isfinite()
+        # torch multiplies the numbers by the padding's zeros too
+        assert (finite | ~expected.isfinite()).all()
+        assert_same_numbers(given[expected.isfinite()], expected[expected.isfinite()])
+        middle = given.shape[-1] // 2
+        at = (..., middle, middle)
+        assert torch.equal(finite[at], expected.isfinite()[at])
+
+
+# one wave of samples, and several
+@pytest.mark.parametrize("batch, channels, size", ((1, 64, 9), (5, 64, 14), (2, 512, 7)))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_the_same_gradients_for_any_number_of_threads_in_pairs(batch, channels, size, layout):
+    x, weights = operands(batch, channels, size, layout)
+    grads = maps(x, layout)
+    exact = exact_gradients(x, weights, grads)
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(gradients(x, weights, grads))
+    for expected, first, *others in zip(exact, *results, strict=True):
+        assert_same_numbers(first, expected)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_samples_in_several_waves_give_the_same_gradients_in_pairs():
+    """The first samples, whose sums others add to, fill more memory than a wave takes."""
+    layout = PLAIN_LAYOUTS[1]
+    x, weights = operands(9, 64, 40, layout)
+    grads = maps(x, layout)
+    exact = exact_gradients(x, weights, grads)
+    results = []
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        results.append(gradients(x, weights, grads))
+    for expected, one, four in zip(exact, *results, strict=True):
+        assert_same_numbers(one, expected)
+        assert torch.equal(one, four)
+
+
+@pytest.mark.parametrize("wanted", ((0,), (1, 2, 3, 4), (3,), (0, 2)))
+def test_some_of_the_gradients_are_those_of_all_in_pairs(wanted):
+    x, weights = operands(3, 64, 9, PLAIN_LAYOUTS[1])
+    grads = maps(x, PLAIN_LAYOUTS[1])
+    everything = gradients(x, weights, grads)
+    some = gradients(x, weights, grads, [i in wanted for i in range(5)])
+    for i in wanted:
+        assert torch.equal(some[i], everything[i])
+    grads[2][0, 0, 0, 0] = float("nan")
+    everything = gradients(x, weights, grads)
+    for i, some in enumerate(gradients(x, weights, grads, [i in wanted for i in range(5)])):
+        if i in wanted:
+            torch.testing.assert_close(some, everything[i], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_image_that_no_tap_meets_gets_zeros_in_bfloat16():
+    """Both outputs' taps lie in the padding, so there is no phase to choose kernels for."""
+    x, grads = torch.ones(2, 16, 1, 1).bfloat16(), [torch.ones(2, 16, 2, 2).bfloat16()] * 2
+    weights = [torch.ones(16, 16, 1, 1).bfloat16()] * 2
+    results = BACKWARD(grads, x, weights, [1, 1], 2, [1, 1], [1, 1], [True] * 3)
+    for result in (results[0], *results[1]):
+        assert (result == 0).all()
 
 
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
@@ -100,7 +214,9 @@ def test_an_odd_number_of_channels_of_a_group_runs_without_pairs():
 def test_operands_at_odd_places_of_memory_in_pairs(odd):
     """A pair of channels need not begin at a multiple of four bytes."""
     x, weights = operands(2, 64, 7, PLAIN_LAYOUTS[1])
+    grads = maps(x, PLAIN_LAYOUTS[1])
     expected, _ = spc_conv(x, weights, GROUPS, padding=PADDING)
+    expected_gradients = gradients(x, weights, grads)
 
     def moved(t: torch.Tensor) -> torch.Tensor:
         wide = torch.zeros(t.shape[0], t.shape[2], t.shape[3], t.shape[1] + 3, dtype=t.dtype)
@@ -113,8 +229,9 @@ def test_operands_at_odd_places_of_memory_in_pairs(odd):
     if odd != "x":
         weights = [moved(w) for w in weights]
     feats, _ = spc_conv(x, weights, GROUPS, padding=PADDING)
-    for feat, same in zip(feats, expected, strict=True):
-        assert torch.equal(feat, same)
+    results = feats + gradients(x, weights, list(map(moved, grads)))
+    for result, same in zip(results, expected + expected_gradients, strict=True):
+        assert torch.equal(result, same)
 
 
 @pytest.mark.parametrize("groups, outputs", ((1, 32), (4, 16), (8, 8)))

@@ -300,6 +300,62 @@ void check_weight_grad(const Case& k, Isa isa) {
   report(k, {}, "gradient of the weights", result.worst_error(expected));
 }
 
+// The gradient of the weights by matrix, from some samples of x and the output's gradient.
+void check_matrix_grad(const Case& k, int64_t samples, Isa isa) {
+  const Conv& c = k.conv;
+  const WeightGradPlan plan = plan_matrix_grad(c, isa);
+  if (plan.library) {
+    return;
+  }
+  ++cases;
+  Conv other = c;  // a branch with more padding
+  other.padding_h += k.more_border;
+  other.padding_w += k.more_border;
+  const PixelRuns runs({c, other}, kMatrixLanes);
+  const int64_t moved = MatrixGradRows(c, kMatrixLanes).moved;
+  const MatrixGradKernels& kernels = matrix_grad_kernels(isa);
+  const int64_t x_floats = runs.x_floats(c.in_channels, kMatrixLanes);
+  const int64_t grad_floats = c.out_channels * moved * runs.plane_floats();
+  const auto packed_x = filled<float>(samples * x_floats, kNan);
+  const auto packed_grad = filled<float>(samples * grad_floats, kNan);
+  uint64_t state = 4;
+  Expected expected(c.out_channels * c.ic() * c.taps());
+  // Packs the blocks of a sample in two calls.
+  const auto pack = [&](const auto& t, const auto& blocks_of) {
+    const int64_t blocks = (t.sizes[0] + kMatrixLanes - 1) / kMatrixLanes, some = blocks / 2;
+    if (!blocks_of(0, some) || !blocks_of(some, blocks)) {
+      std::abort();
+    }
+  };
+  for (int64_t n = 0; n < samples; ++n) {
+    const auto x = drawn<Bfloat16>(k.from, input_axes(c), state);
+    const auto grad = drawn<Bfloat16>(k.to, output_axes(c), state);
+    pack(x, [&](int64_t begin, int64_t end) {
+      return kernels.pack_x(
+          x.image(), c.in_channels, c.height, c.width, runs, begin, end,
+          packed_x.get() + n * x_floats);
+    });
+    pack(grad, [&](int64_t begin, int64_t end) {
+      return kernels.pack_grad(
+          grad.image(), c.out_channels, c.out_height, c.out_width, runs, moved, begin, end,
+          packed_grad.get() + n * grad_floats);
+    });
+    const auto inputs = x.values(), grads = grad.values();
+    each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+      expected[weight].add(inputs[input] * grads[output]);
+    });
+  }
+  const Stored<Bfloat16> result(k.weights, weight_axes(c));
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    const auto sums = filled<float>(plan.unit_sums, 0.0f);
+    kernels.multiply(
+        c, runs, packed_x.get(), x_floats, packed_grad.get(), grad_floats, samples, unit,
+        sums.get());
+    kernels.unpack(c, unit, sums.get(), result.weights(c));
+  }
+  report(k, {}, "gradient of the weights by matrix", result.worst_error(expected));
+}
+
 // The gradient of x for stride 1. Its one phase is a convolution with the weights turned
 // around.
 template <class T>
@@ -429,6 +485,7 @@ constexpr int64_t kTurnedChannels[][3] = {
 
 // Runs a case where it has kernels of pairs. Counts the others.
 void run_where_paired(const Case& k, Isa isa, int& others) {
+  check_matrix_grad(k, 1 + k.conv.width % 3, isa);
   if (in_pairs(grad_input_phase(k.conv, 0, 0).conv, isa)) {
     check_input_grad<Bfloat16>(k, isa, /*pairs=*/true);
   }

@@ -53,6 +53,13 @@ const ConvKernels& pair_kernels(Isa) {
   std::abort();
 #endif
 }
+const MatrixGradKernels& matrix_grad_kernels(Isa) {
+#ifdef __AVX512BF16__
+  return one_isa::kMatrixGrad;
+#else
+  std::abort();
+#endif
+}
 #endif
 
 }  // namespace epsa::cpu

@@ -78,14 +78,35 @@ struct ConvKernels {
       const ConvWeights& destination);
 };
 
+// The gradients of the weights by matrix. pack_x and pack_grad pack blocks [begin, end) of
+// L channels of one sample: x to `to`, the output's gradient to planes from `to` on, of
+// which each channel has `moved`. They return what pack_image does.
+struct MatrixGradKernels {
+  bool (*pack_x)(
+      const Image& source, int64_t channels, int64_t height, int64_t width, const PixelRuns&,
+      int64_t begin, int64_t end, float* to);
+  bool (*pack_grad)(
+      const Image& source, int64_t channels, int64_t height, int64_t width, const PixelRuns&,
+      int64_t moved, int64_t begin, int64_t end, float* to);
+  // Adds the samples' contributions to one unit's sums [tiles][columns][L rows][L inputs]. x_step
+  // and grad_step: floats from sample to sample.
+  void (*multiply)(
+      const Conv&, const PixelRuns&, const float* x, int64_t x_step, const float* grad,
+      int64_t grad_step, int64_t samples, int64_t unit, float* sums);
+  void (*unpack)(const Conv&, int64_t unit, const float* sums, const ConvWeights& destination);
+};
+
 // The kernels of one dtype in memory (f32, bf16 or f16); sums are float. Throws
 // std::runtime_error for another dtype, and where `isa` is not built.
 const ConvKernels& conv_kernels(Dtype dtype, Isa isa);
 
 // The kernels of bfloat16 pairs. Where the others have a float of an input channel or
-// weight, these have two bfloat16 channels; sums are float. They have no gradient of the
-// weights. Their products flush denormal numbers to zero. Throws std::runtime_error where
-// `isa` has none.
+// weight, these have two bfloat16 channels; sums are float. They have no gradients of the
+// weights: matrix_grad_kernels have them. Their products flush denormal numbers to zero.
+// Throws std::runtime_error where `isa` has none.
 const ConvKernels& pair_kernels(Isa isa);
+
+// For amx_bf16 alone. Throws std::runtime_error for others.
+const MatrixGradKernels& matrix_grad_kernels(Isa isa);
 
 }  // namespace epsa::cpu

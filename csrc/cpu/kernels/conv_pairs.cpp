@@ -33,4 +33,13 @@ const ConvKernels& pair_kernels(Isa isa) {
   throw std::runtime_error("no kernels of pairs were built for " + name(isa));
 }
 
+const MatrixGradKernels& matrix_grad_kernels(Isa isa) {
+#if EPSA_MULTI_ISA
+  if (isa >= Isa::amx_bf16) {
+    return conv_pairs::kMatrixGrad;
+  }
+#endif
+  throw std::runtime_error("no kernels of matrices were built for " + name(isa));
+}
+
 }  // namespace epsa::cpu
