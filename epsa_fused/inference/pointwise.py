@@ -67,7 +67,8 @@ class PointwiseConv2d(nn.Module):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if other is None:
             return cast(Tensor, self._alone(x, *self._arguments))
-        if other.shape == self._shape_of_output(x):
+        # torch before 2.13 has no sum of maps of one pixel.
+        if other.shape == self._shape_of_output(x) and other.shape[2:].numel() > 1:
             return cast(Tensor, self._with_sum(x, other, *self._arguments_with_sum))
         # Other sizes than the example's may broadcast, which oneDNN's sum leaves out.
         total = self._alone(x, *self._arguments_of_conv) + other
