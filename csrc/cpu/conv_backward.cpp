@@ -44,8 +44,12 @@ class Backward {
         x_size_.include(conv, p.out_w);
       }
     }
-    if ((!weight_tasks_.empty() && !matrix_) || (input_ && !in_pairs())) {
+    const bool weight_reads_floats = !weight_tasks_.empty() && !matrix_ && !pixels_;
+    if (weight_reads_floats || (input_ && !in_pairs())) {
       grads_ = GradLayout(p, k_, /*pairs=*/false);
+    }
+    if (pixels_) {
+      pixel_grads_ = GradLayout(p, *pixels_);
     }
     if (in_pairs()) {
       pairs_ = input_grad_.layout();
@@ -94,7 +98,8 @@ class Backward {
   bool in_pairs() const { return input_ && input_grad_.pairs(); }
 
   // By matrix if it can compute all gradients of weights that are wanted: they share x.
-  void plan_weights(const c10::List<bool>& output_mask, bool may_matrix) {
+  // Where there is no AMX, pairs of pixels compute those that have kernels.
+  void plan_weights(const c10::List<bool>& output_mask, bool may_pair) {
     const auto plan_all = [&](auto plan) {
       weight_plans_.assign(convs_.size(), {});
       for (size_t s = 0; s < convs_.size(); ++s) {
@@ -104,7 +109,7 @@ class Backward {
       }
     };
     plan_all(
-        [&](const Conv& c) { return may_matrix ? plan_matrix_grad(c, isa_) : WeightGradPlan(); });
+        [&](const Conv& c) { return may_pair ? plan_matrix_grad(c, isa_) : WeightGradPlan(); });
     std::vector<int64_t> branches;
     bool all = true;
     for (size_t s = 0; s < convs_.size(); ++s) {
@@ -118,6 +123,12 @@ class Backward {
       planes_ = GradPlanes(p_, matrix_grad_kernels(isa_), convs_, std::move(branches));
     } else {
       plan_all([&](const Conv& c) { return plan_weight_grad(c, p_.dtype == at::kDouble, isa_); });
+      const bool any = std::any_of(
+          weight_plans_.begin(), weight_plans_.end(),
+          [](const WeightGradPlan& plan) { return !plan.library; });
+      if (any && may_pair && isa_ == Isa::avx512_bf16) {
+        pixels_ = &pixel_pair_kernels(isa_);
+      }
     }
   }
 
@@ -148,6 +159,7 @@ class Backward {
     int64_t threads;
     int64_t x_blocks, x_floats;         // blocks of channels of one image, packed floats
     int64_t grad_floats, pair_floats;   // of one sample's gradients
+    int64_t pixel_floats;               // of those in pairs of pixels
     int64_t plane_floats;               // of those that matrix reads
     int64_t weight_tasks, input_tasks;  // of one wave, of one sample
     // Samples at a time. Each thread has at least one, and the weights' sums are fetched
@@ -158,12 +170,13 @@ class Backward {
     // The weights that a task reads, rather than a sample's gradients, stay in the cache
     // from one of the input's tasks to the next.
     bool task_first;
-    Floats sums, images, grads, pairs, planes;
+    Floats sums, images, grads, pairs, pixels, planes;
 
     Call(const Backward& b, const Tensors& given, int64_t threads_)
         : self(b), p(b.p_), k(b.k_), tensors(given), threads(threads_) {
       grad_floats = self.grads_.floats();
       pair_floats = self.pairs_.floats();
+      pixel_floats = self.pixel_grads_.floats();
       weight_tasks = static_cast<int64_t>(self.weight_tasks_.size());
       x_blocks = weight_tasks ? (p.in_channels + k.lanes - 1) / k.lanes : 0;
       x_floats = !x_blocks ? 0
@@ -173,7 +186,8 @@ class Backward {
       input_tasks = self.input_ ? self.input_grad_.tasks() : 0;
       task_first = self.input_grad_.weight_floats() > kCacheFloats;
       constexpr int64_t kWaveFloats = 1 << 20;  // of packed images
-      const int64_t sample_floats = x_floats + grad_floats + pair_floats + plane_floats;
+      const int64_t sample_floats =
+          x_floats + grad_floats + pair_floats + pixel_floats + plane_floats;
       const int64_t each = std::max<int64_t>(1, kWaveFloats / (threads * sample_floats));
       wave = std::min(p.N, each * threads);
       at_once = wave == p.N;
@@ -181,6 +195,7 @@ class Backward {
       images = Floats(wave * x_floats);
       grads = Floats(wave * grad_floats);
       pairs = Floats(wave * pair_floats);
+      pixels = Floats(wave * pixel_floats);
       planes = Floats(wave * plane_floats);
     }
 
@@ -190,18 +205,22 @@ class Backward {
     Scratch grad(int64_t n, int64_t s) const {
       return self.grads_.scratch(grads.get() + n * grad_floats, s);
     }
+    Scratch weight_grad(int64_t n, int64_t s) const {  // what a weight's gradient reads
+      return self.pixels_ ? self.pixel_grads_.scratch(pixels.get() + n * pixel_floats, s)
+                          : grad(n, s);
+    }
     Scratch input_grad(int64_t n, int64_t s) const {  // what the gradient of x reads
       return self.in_pairs() ? self.pairs_.scratch(pairs.get() + n * pair_floats, s) : grad(n, s);
     }
 
     // Whether the kernels can compute them.
     bool pack_images(int64_t first, int64_t count) const {
-      const int64_t of_grads = self.grads_.blocks(), of_pairs = self.pairs_.blocks();
-      const int64_t blocks = x_blocks + of_grads + of_pairs + self.planes_.blocks();
+      const int64_t blocks = x_blocks + self.grads_.blocks() + self.pairs_.blocks() +
+          self.pixel_grads_.blocks() + self.planes_.blocks();
       std::atomic<bool> all{true};
       for_each(count * blocks, threads, [&](int64_t i) {
         const int64_t n = i / blocks;
-        if (!pack_block(n, first + n, i % blocks, of_grads, of_pairs)) {
+        if (!pack_block(n, first + n, i % blocks)) {
           all = false;
         }
       });
@@ -209,21 +228,27 @@ class Backward {
     }
 
     // Packs a block of sample n of the wave. Blocks are those of x and of each layout.
-    bool pack_block(
-        int64_t n, int64_t sample, int64_t block, int64_t of_grads, int64_t of_pairs) const {
+    bool pack_block(int64_t n, int64_t sample, int64_t block) const {
       if (block < x_blocks) {
         return pack_x(n, sample, block);
       }
       block -= x_blocks;
-      if (block < of_grads) {
-        return self.grads_.pack(tensors.grad_feats, sample, block, grads.get() + n * grad_floats);
+      const auto pack = [&](const auto& layout, float* to) {
+        return layout.pack(tensors.grad_feats, sample, block, to);
+      };
+      if (block < self.grads_.blocks()) {
+        return pack(self.grads_, grads.get() + n * grad_floats);
       }
-      block -= of_grads;
-      if (block < of_pairs) {
-        return self.pairs_.pack(tensors.grad_feats, sample, block, pairs.get() + n * pair_floats);
+      block -= self.grads_.blocks();
+      if (block < self.pairs_.blocks()) {
+        return pack(self.pairs_, pairs.get() + n * pair_floats);
       }
-      return self.planes_.pack(
-          tensors.grad_feats, sample, block - of_pairs, planes.get() + n * plane_floats);
+      block -= self.pairs_.blocks();
+      if (block < self.pixel_grads_.blocks()) {
+        return pack(self.pixel_grads_, pixels.get() + n * pixel_floats);
+      }
+      block -= self.pixel_grads_.blocks();
+      return pack(self.planes_, planes.get() + n * plane_floats);
     }
 
     bool pack_x(int64_t n, int64_t sample, int64_t block) const {
@@ -232,6 +257,10 @@ class Backward {
         return self.planes_.k->pack_x(
             x, p.in_channels, p.H, p.W, self.planes_.runs, block, block + 1,
             images.get() + n * x_floats);
+      }
+      if (self.pixels_) {
+        const int64_t stride = self.convs_[0].stride;  // of all branches
+        return self.pixels_->pack_x(x, p.in_channels, p.W, stride, image(n), block, block + 1);
       }
       return k.pack_image(x, p.in_channels, p.W, image(n), block, block + 1);
     }
@@ -264,8 +293,9 @@ class Backward {
             self.convs_[s], self.planes_.runs, images.get(), x_floats,
             planes.get() + self.planes_.first_of(s), plane_floats, count, task.unit, unit_sums);
       } else {
+        const auto add = self.pixels_ ? self.pixels_->weight_grad : k.weight_grad;
         for (int64_t n = 0; n < count; ++n) {
-          k.weight_grad(self.convs_[s], plan, image(n), grad(n, s), task.unit, unit_sums);
+          add(self.convs_[s], plan, image(n), weight_grad(n, s), task.unit, unit_sums);
         }
       }
       if (at_once) {
@@ -292,7 +322,8 @@ class Backward {
       if (self.matrix_) {
         self.planes_.k->unpack(self.convs_[s], task.unit, unit_sums, to);
       } else {
-        k.unpack_weight_grad(self.convs_[s], self.weight_plans_[s], task.unit, unit_sums, to);
+        const auto unpack = self.pixels_ ? self.pixels_->unpack_weight_grad : k.unpack_weight_grad;
+        unpack(self.convs_[s], self.weight_plans_[s], task.unit, unit_sums, to);
       }
     }
 
@@ -309,13 +340,14 @@ class Backward {
   const ConvKernels& k_;
   InputGrad input_grad_;
   bool input_;
-  bool matrix_ = false;  // whether the weights' gradients are by matrix
+  bool matrix_ = false;                       // whether the weights' gradients are by matrix
+  const PixelPairKernels* pixels_ = nullptr;  // null: they are not by pairs of pixels
   std::vector<Conv> convs_;
   std::vector<WeightGradPlan> weight_plans_;
   std::vector<Unit> weight_tasks_;
   std::vector<int64_t> first_sums_;  // of each branch's weight gradient
   ScratchSize x_size_;
-  GradLayout grads_, pairs_;
+  GradLayout grads_, pairs_, pixel_grads_;
   GradPlanes planes_;
   int64_t sums_ = 0, most_sums_ = 0;  // floats of all units, of the largest unit
   double flops_ = 0;

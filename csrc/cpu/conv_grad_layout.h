@@ -9,21 +9,18 @@ namespace epsa::cpu {
 
 // How the branches' gradients of a sample lie in scratch memory.
 struct GradLayout {
-  const ConvKernels* k = nullptr;  // null: nobody reads them
-  int64_t channels = 0;            // of a branch, or pairs
-  int64_t height = 0, width = 0;
-  std::vector<int64_t> lanes{};  // of each branch's blocks
+  decltype(ConvKernels::pack_image) pack_image = nullptr;  // null: nobody reads them
+  int64_t channels = 0;                                    // of a branch, or pairs
+  int64_t height = 0, width = 0;                           // of a map
+  int64_t vector = 1;                                      // floats
+  std::vector<int64_t> lanes{};                            // of each branch's blocks
   ScratchSize size{};
 
   GradLayout() = default;
   GradLayout(const ConvProblem& p, const ConvKernels& kernels, bool pairs)
-      : k(&kernels),
-        channels(pairs ? p.C / 2 : p.C),
-        height(p.out_h),
-        width(p.out_w),
-        lanes(p.S, kernels.lanes) {
-    size.width = width;
-  }
+      : GradLayout(p, kernels.pack_image, kernels.lanes, pairs ? p.C / 2 : p.C, p.out_w) {}
+  GradLayout(const ConvProblem& p, const PixelPairKernels& kernels)
+      : GradLayout(p, kernels.pack_grad, kPairLanes, p.C, (p.out_w + 1) / 2) {}
 
   int64_t floats() const { return first(lanes.size()); }
   Scratch scratch(float* sample, int64_t s) const {
@@ -43,16 +40,29 @@ struct GradLayout {
     for (; i >= blocks(lanes[s]); ++s) {
       i -= blocks(lanes[s]);
     }
-    return k->pack_image(image_of(grads[s], n), channels, width, scratch(sample, s), i, i + 1);
+    return pack_image(image_of(grads[s], n), channels, width, scratch(sample, s), i, i + 1);
   }
 
  private:
+  // columns: of a row in the scratch.
+  GradLayout(
+      const ConvProblem& p, decltype(ConvKernels::pack_image) pack, int64_t lanes_,
+      int64_t channels_, int64_t columns)
+      : pack_image(pack),
+        channels(channels_),
+        height(p.out_h),
+        width(p.out_w),
+        vector(lanes_),
+        lanes(p.S, lanes_) {
+    size.width = columns;
+  }
+
   int64_t blocks(int64_t of) const { return (channels + of - 1) / of; }
   int64_t first(size_t branches) const {
     int64_t floats = 0;
     for (size_t s = 0; s < branches; ++s) {
       const int64_t branch = size.floats(channels, height, lanes[s]);
-      floats += (branch + k->lanes - 1) / k->lanes * k->lanes;  // begins at a whole vector
+      floats += (branch + vector - 1) / vector * vector;  // begins at a whole vector
     }
     return floats;
   }

@@ -319,6 +319,7 @@ inline bool is_matrix(const Conv& conv, int64_t lanes) {
       MatrixTiles(conv, lanes).position > 0;
 }
 
+constexpr int kPairLanes = lanes_of(Isa::avx512_bf16);
 constexpr int kMatrixLanes = lanes_of(Isa::amx_bf16);
 constexpr int kMatrixTiles = 6;  // of sums at a time; AMX has two more, for A and B
 

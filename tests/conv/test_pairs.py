@@ -26,27 +26,28 @@ def operands(batch: int, channels: int, size: int, layout) -> tuple[torch.Tensor
     return x.contiguous(memory_format=layout.out_format), weights
 
 
-def gradients(x, weights, grads, mask=(True,) * 5) -> list:
+def gradients(x, weights, grads, mask=(True,) * 5, stride=1) -> list:
     """Of x and of the weights."""
-    settings = (GROUPS, 1, PADDING, [1] * 4)
+    settings = (GROUPS, stride, PADDING, [1] * 4)
     grad_x, grad_weights = BACKWARD(grads, x, weights, *settings, list(mask))
     return [grad_x, *grad_weights]
 
 
-def maps(x, layout) -> list[torch.Tensor]:
+def maps(x, layout, stride=1) -> list[torch.Tensor]:
     """The gradients of the branches' maps."""
     generator = torch.Generator().manual_seed(1)
-    n, channels, *sizes = x.shape
+    n, channels = x.shape[:2]
+    sizes = [(size + stride - 1) // stride for size in x.shape[2:]]
     drawn = [torch.randn(n, channels // 4, *sizes, generator=generator) for _ in range(4)]
     return [t.bfloat16().contiguous(memory_format=layout.out_format) for t in drawn]
 
 
-def exact_gradients(x, weights, grads) -> list:
+def exact_gradients(x, weights, grads, stride=1) -> list:
     sums, of_weights = torch.zeros_like(x, dtype=torch.float64), []
     for grad, w, p, g in zip(grads, weights, PADDING, GROUPS, strict=True):
         one, other, _ = torch.ops.aten.convolution_backward(
             grad.double(), x.double(), w.double(), None,
-            [1, 1], [p, p], [1, 1], False, [0, 0], g, [True, True, False],
+            [stride] * 2, [p, p], [1, 1], False, [0, 0], g, [True, True, False],
         )  # fmt: skip
         sums += one
         of_weights.append(other)
@@ -111,6 +112,40 @@ def test_infinities_and_nan_of_the_gradients_stay_where_they_are_in_pairs(which,
         middle = given.shape[-1] // 2
         at = (..., middle, middle)
         assert torch.equal(finite[at], expected.isfinite()[at])
+
+
+# odd and even numbers of pixels in a row of the gradient, shorter than a vector and longer
+@pytest.mark.parametrize("size", (7, 8, 14, 15, 28, 65, 66))
+@pytest.mark.parametrize("channels", (64, 128))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_gradients_of_stride_2_in_bfloat16(size, channels, layout):
+    x, weights = operands(2, channels, size, layout)
+    grads = maps(x, layout, stride=2)
+    exact = exact_gradients(x, weights, grads, stride=2)
+    for given, expected in zip(gradients(x, weights, grads, stride=2), exact, strict=True):
+        assert_same_numbers(given, expected)
+
+
+@pytest.mark.parametrize("which", ("x", "grad"))
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_infinities_that_only_the_gradients_of_weights_see_in_pairs(which, stride, layout):
+    """Nothing else of the call looks at the numbers, and each number may be in any pair."""
+    mask = [False] + [True] * 4
+    for place in ((0, 0, 0), (5, 1, 2), (9, 2, 3), (-1, -1, -1)):
+        x, weights = operands(2, 64, 9, layout)
+        grads = maps(x, layout, stride)
+        clean = gradients(x, weights, grads, mask, stride)
+        (x if which == "x" else grads[3])[0][place] = float("inf")
+        results = gradients(x, weights, grads, mask, stride)
+        exact = exact_gradients(x, weights, grads, stride)
+        assert not exact[4].isfinite().all()
+        middle = (..., 4, 4)  # of the largest kernel, which padding does not meet
+        assert torch.equal(results[4][middle].isfinite(), exact[4][middle].isfinite())
+        assert torch.equal(results[4][middle].isnan(), exact[4][middle].isnan())
+        if which == "grad":  # the other branches do not read it
+            for given, same in zip(results[1:4], clean[1:4], strict=True):
+                torch.testing.assert_close(given, same, rtol=2**-7, atol=1e-2)
 
 
 # one wave of samples, and several

@@ -300,6 +300,56 @@ void check_weight_grad(const Case& k, Isa isa) {
   report(k, {}, "gradient of the weights", result.worst_error(expected));
 }
 
+// The same by pairs of pixels.
+void check_pixel_pairs(const Case& k, Isa isa) {
+  const Conv& c = k.conv;
+  const WeightGradPlan plan = plan_weight_grad(c, /*in_double=*/false, isa);
+  if (plan.library) {
+    return;
+  }
+  ++cases;
+  const PixelPairKernels& kernels = pixel_pair_kernels(isa);
+  uint64_t state = 5;
+  const auto x = drawn<Bfloat16>(k.from, input_axes(c), state);
+  const auto grad = drawn<Bfloat16>(k.to, output_axes(c), state);
+  Conv other = c;  // a branch with more padding
+  other.padding_w += k.more_border;
+  ScratchSize x_size, grad_size;
+  x_size.include(c, c.out_width);
+  x_size.include(other, c.out_width);
+  grad_size.width = (c.out_width + 1) / 2;
+  // Packs the blocks in two calls.
+  const auto packed = [](const auto& t, const ScratchSize& size, const auto& pack) {
+    auto data = filled<float>(size.floats(t.sizes[0], t.sizes[1], kPairLanes), kNan);
+    const Scratch scratch = size.scratch(data.get(), t.sizes[1], kPairLanes);
+    const int64_t blocks = (t.sizes[0] + kPairLanes - 1) / kPairLanes, some = blocks / 2;
+    if (!pack(scratch, 0, some) || !pack(scratch, some, blocks)) {
+      std::abort();
+    }
+    return std::pair(std::move(data), scratch);
+  };
+  const auto packed_x = packed(x, x_size, [&](const Scratch& s, int64_t begin, int64_t end) {
+    return kernels.pack_x(x.image(), c.in_channels, c.width, c.stride, s, begin, end);
+  });
+  const auto packed_grad =
+      packed(grad, grad_size, [&](const Scratch& s, int64_t begin, int64_t end) {
+        return kernels.pack_grad(grad.image(), c.out_channels, c.out_width, s, begin, end);
+      });
+  const Stored<Bfloat16> result(k.weights, weight_axes(c));
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    const auto sums = filled<float>(plan.unit_sums, 0.0f);
+    kernels.weight_grad(c, plan, packed_x.second, packed_grad.second, unit, sums.get());
+    kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.weights(c));
+  }
+
+  const auto inputs = x.values(), grads = grad.values();
+  Expected expected(c.out_channels * c.ic() * c.taps());
+  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+    expected[weight].add(inputs[input] * grads[output]);
+  });
+  report(k, {}, "gradient of the weights by pairs of pixels", result.worst_error(expected));
+}
+
 // The gradient of the weights by matrix, from some samples of x and the output's gradient.
 void check_matrix_grad(const Case& k, int64_t samples, Isa isa) {
   const Conv& c = k.conv;
@@ -485,6 +535,7 @@ constexpr int64_t kTurnedChannels[][3] = {
 
 // Runs a case where it has kernels of pairs. Counts the others.
 void run_where_paired(const Case& k, Isa isa, int& others) {
+  check_pixel_pairs(k, isa);
   check_matrix_grad(k, 1 + k.conv.width % 3, isa);
   if (in_pairs(grad_input_phase(k.conv, 0, 0).conv, isa)) {
     check_input_grad<Bfloat16>(k, isa, /*pairs=*/true);
@@ -502,10 +553,15 @@ void run_pair_rows(int pixels, int64_t kernel, int64_t stride, int64_t more, Isa
   k.name = "pairs in rows of " + by({pixels}) + " and " + by({more}) + " kernel " + by({kernel}) +
       " stride " + by({stride});
   const int lanes = lanes_of(isa);
-  const auto run = [&](ConvMethod method, int64_t ic, int64_t oc, int block) {
+  const auto set_channels = [&](int64_t ic, int64_t oc) {
     k.conv = make_conv(
         2 * ic, 2 * oc, 2, kernel, kernel, stride, kernel / 2, 1, stride * 6 - 1,
         stride * (pixels + more));
+  };
+  set_channels(2 * lanes, 8);
+  check_pixel_pairs(k, isa);
+  const auto run = [&](ConvMethod method, int64_t ic, int64_t oc, int block) {
+    set_channels(ic, oc);
     run_in_pairs(k, tile_plan(counted_in(k.conv, /*pairs=*/true), method, pixels, block, isa), isa);
   };
   for (int block : {1, 2}) {

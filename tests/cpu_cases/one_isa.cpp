@@ -53,6 +53,13 @@ const ConvKernels& pair_kernels(Isa) {
   std::abort();
 #endif
 }
+const PixelPairKernels& pixel_pair_kernels(Isa) {
+#ifdef __AVX512BF16__
+  return one_isa::kPixelPairs;
+#else
+  std::abort();
+#endif
+}
 const MatrixGradKernels& matrix_grad_kernels(Isa) {
 #ifdef __AVX512BF16__
   return one_isa::kMatrixGrad;

@@ -78,6 +78,20 @@ struct ConvKernels {
       const ConvWeights& destination);
 };
 
+// The gradients of the weights by pairs of bfloat16 pixels. Plans, units and sums are those of
+// ConvKernels. Both packings return what pack_image does.
+struct PixelPairKernels {
+  // As pack_image, for a scratch as wide. A column holds its pixel of x beside the one `stride`
+  // columns further.
+  bool (*pack_x)(
+      const Image& source, int64_t channels, int64_t width, int64_t stride, const Scratch&,
+      int64_t begin, int64_t end);
+  // As pack_image, for the output's gradient. A column holds two pixels, side by side.
+  decltype(ConvKernels::pack_image) pack_grad;
+  decltype(ConvKernels::weight_grad) weight_grad;
+  decltype(ConvKernels::unpack_weight_grad) unpack_weight_grad;
+};
+
 // The gradients of the weights by matrix. pack_x and pack_grad pack blocks [begin, end) of
 // L channels of one sample: x to `to`, the output's gradient to planes from `to` on, of
 // which each channel has `moved`. They return what pack_image does.
@@ -102,9 +116,12 @@ const ConvKernels& conv_kernels(Dtype dtype, Isa isa);
 
 // The kernels of bfloat16 pairs. Where the others have a float of an input channel or
 // weight, these have two bfloat16 channels; sums are float. They have no gradients of the
-// weights: matrix_grad_kernels have them. Their products flush denormal numbers to zero.
+// weights, which pair pixels instead (below). Their products flush denormal numbers to zero.
 // Throws std::runtime_error where `isa` has none.
 const ConvKernels& pair_kernels(Isa isa);
+
+// Throws std::runtime_error where `isa` has none.
+const PixelPairKernels& pixel_pair_kernels(Isa isa);
 
 // For amx_bf16 alone. Throws std::runtime_error for others.
 const MatrixGradKernels& matrix_grad_kernels(Isa isa);

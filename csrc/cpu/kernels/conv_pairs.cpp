@@ -33,6 +33,15 @@ const ConvKernels& pair_kernels(Isa isa) {
   throw std::runtime_error("no kernels of pairs were built for " + name(isa));
 }
 
+const PixelPairKernels& pixel_pair_kernels(Isa isa) {
+#if EPSA_MULTI_ISA
+  if (isa >= Isa::avx512_bf16) {
+    return conv_pairs::kPixelPairs;
+  }
+#endif
+  throw std::runtime_error("no kernels of pairs were built for " + name(isa));
+}
+
 const MatrixGradKernels& matrix_grad_kernels(Isa isa) {
 #if EPSA_MULTI_ISA
   if (isa >= Isa::amx_bf16) {
