@@ -142,7 +142,7 @@ struct ForwardBank::Memory {
 struct ForwardBank::Call {
   const ForwardBank& self;
   const Tensor& x;
-  const std::vector<Tensor>& feats;
+  const std::vector<Images>& feats;
   const std::vector<ConvWeights>& weights;
   float* pooled;
   const Packed* packed = nullptr;  // null: each unit packs its own weights
@@ -207,9 +207,7 @@ struct ForwardBank::Call {
     const ConvProblem& p = self.p_;
     const auto [begin, end] = rows(task);
     const Run run = unit_run(self.convs_[task.branch], self.plans_[task.branch], task.unit);
-    const Tensor& feat = feats[task.branch];
-    Image to = image_of(feat, n, run.first);
-    to.data = static_cast<char*>(to.data) + begin * to.row_stride * feat.element_size();
+    const Image to = feats[task.branch].image(n, run.first, begin);
     const float* bias = self.bias(task.branch);
     self.k_.unpack(
         strip_sums(task, buffer), run.count, end - begin, p.out_w, to,
@@ -260,14 +258,14 @@ void ForwardBank::means(const float* sums, float* pooled) const {
 // ---- orders of work ----
 
 void ForwardBank::run(
-    const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const {
+    const Tensor& x, const std::vector<Images>& feats, float* pooled, const Done& done) const {
   if (!try_run(x, feats, pooled, done)) {
     in_floats().try_run(x, feats, pooled, done);
   }
 }
 
 bool ForwardBank::try_run(
-    const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const {
+    const Tensor& x, const std::vector<Images>& feats, float* pooled, const Done& done) const {
   const int64_t threads = threads_for(flops_);
   const std::vector<ConvWeights> weights = conv_weights();
   Call call{*this, x, feats, weights, pooled};
@@ -451,7 +449,11 @@ ConvForward convolve(
     pooled.select(1, s).copy_(f.mean({2, 3}));
   }
   if (any && p.N > 0) {
-    native.run(x, feats, pooled.mutable_data_ptr<float>(), [](int64_t, int64_t) {});
+    std::vector<Images> maps;
+    for (const Tensor& f : feats) {
+      maps.push_back(images_of(f));
+    }
+    native.run(x, maps, pooled.mutable_data_ptr<float>(), [](int64_t, int64_t) {});
   }
   return {std::move(feats), std::move(pooled)};
 }

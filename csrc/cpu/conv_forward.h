@@ -27,12 +27,12 @@ class ForwardBank {
   // Sample n is complete, and the callee may use so many threads.
   using Done = std::function<void(int64_t n, int64_t threads)>;
 
-  // Convolves all samples of x into `feats`, and writes the means of the maps to
+  // Convolves all samples of x into the branches' `feats`, and writes the means of the maps to
   // `pooled` [N, S, C]. Branches without kernels here are left out. Calls `done` for each
   // sample. Where x has an infinity or NaN, it may start again, and calls `done` again for
   // samples with new maps. The results do not depend on the threads.
   void run(
-      const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
+      const Tensor& x, const std::vector<Images>& feats, float* pooled, const Done& done) const;
 
  private:
   // A piece of work: one unit, one strip of its output rows.
@@ -57,7 +57,7 @@ class ForwardBank {
   // run(), up to the first image that these kernels cannot compute. Returns whether there
   // was none.
   bool try_run(
-      const Tensor& x, const std::vector<Tensor>& feats, float* pooled, const Done& done) const;
+      const Tensor& x, const std::vector<Images>& feats, float* pooled, const Done& done) const;
   std::vector<ConvWeights> conv_weights() const;
   int64_t image_floats() const { return size_.floats(channels_, p_.H, k_.lanes); }
   int64_t blocks() const {  // of an image's channels

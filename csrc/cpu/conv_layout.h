@@ -50,13 +50,34 @@ inline double flops_of(const ConvProblem& p, const Conv& conv) {
 
 // ---- tensors as the kernels read them ----
 
-inline Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
-  const int64_t element = n * t.stride(0) + channel * t.stride(1);
-  return {
-      static_cast<char*>(glue::data_of(t)) + element * t.element_size(),
+// The images of a batch, or the same channels of each.
+struct Images {
+  Image first;
+  int64_t batch_stride;  // elements
+  int64_t element_size;  // bytes
+
+  // Sample n, from a channel and a row on.
+  Image image(int64_t n, int64_t channel = 0, int64_t row = 0) const {
+    const int64_t element =
+        n * batch_stride + channel * first.channel_stride + row * first.row_stride;
+    Image result = first;
+    result.data = static_cast<char*>(first.data) + element * element_size;
+    return result;
+  }
+  Images from(int64_t channel) const { return {image(0, channel), batch_stride, element_size}; }
+};
+
+inline Images images_of(const Tensor& t) {
+  const Image first{
+      glue::data_of(t),
       // The strides of one channel or one pixel mean nothing.
       t.size(1) == 1 ? t.size(2) * t.size(3) : t.stride(1), t.size(3) == 1 ? 1 : t.stride(3),
       t.stride(2)};
+  return {first, t.stride(0), static_cast<int64_t>(t.element_size())};
+}
+
+inline Image image_of(const Tensor& t, int64_t n, int64_t channel = 0) {
+  return images_of(t).image(n, channel);
 }
 
 // Whether the kernels can read t: the pixels of a row are dense, or the channels of a

@@ -20,6 +20,17 @@ std::vector<Tensor> slots_of(const Tensor& out, int64_t branches, bool reversed)
   return of_branches;
 }
 
+// The slots, without a view of each, which would cost small calls time.
+std::vector<Images> slot_images(const Tensor& out, int64_t branches, bool reversed) {
+  const Images all = images_of(out);
+  const int64_t channels = out.size(1) / branches;
+  std::vector<Images> of_branches;
+  for (int64_t s = 0; s < branches; ++s) {
+    of_branches.push_back(all.from(channels * glue::slot_of_branch(s, branches, reversed)));
+  }
+  return of_branches;
+}
+
 // The convolutions write into the output's slots, their epilogue has the means,
 // and each sample is reweighted in place while it is in the cache. A branch
 // without a kernel here makes a map of its own.
@@ -49,7 +60,7 @@ epsa::Forward forward(
     float* means = pooled.mutable_data_ptr<float>();
     float* a = attention.mutable_data_ptr<float>();
     native.run(
-        is_image(x) ? x : x.contiguous(format), slots_of(out, p.S, reversed), means,
+        is_image(x) ? x : x.contiguous(format), slot_images(out, p.S, reversed), means,
         [&](int64_t n, int64_t threads) {
           step.run(n, means + n * p.S * p.C, a + n * p.S * p.C, threads);
         });

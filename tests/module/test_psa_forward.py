@@ -45,6 +45,17 @@ def test_it_is_the_reference(name):
     assert_no_worse(OP(*args), eager, exact, terms=weights[0][0].numel())
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_it_makes_no_views(memory_format):
+    """The convolutions need addresses of the output alone."""
+    _, args = make("stage1", memory_format=memory_format)
+    with torch.autograd.profiler.profile() as profiled:
+        OP(*args)
+    names = {event.name for event in profiled.function_events}
+    assert "epsa_fused::psa_forward" in names
+    assert not names & {"aten::chunk", "aten::split", "aten::slice", "aten::narrow", "aten::select"}
+
+
 def test_epsanets_modules_are_computed_in_place():
     for name in ("stage1", "stage2", "stage2_first", "stage3", "stage4", "large"):
         assert CASES[name].computed_in_place(), name
