@@ -180,8 +180,9 @@ namespace {
 constexpr int64_t kSerialElements = 16384;
 
 // reduce(n, begin, end), then gate(n), then scale(n, begin, end), over all samples
-// and units. Each thread takes whole samples, which stay in its cache between the
-// passes. The remaining samples are split into units. The results are the same.
+// and units. Each free thread takes the next whole sample, which stays in its cache
+// between the passes. The remaining samples are split into units. The results are the
+// same.
 template <class Reduce, class GateStep, class Scale>
 void for_samples(
     const Geometry& g, int64_t samples, const Reduce& reduce, const GateStep& gate,
@@ -190,18 +191,11 @@ void for_samples(
   const int64_t elements = g.branches * g.channels * g.pixels;
   const int64_t threads = samples * elements < kSerialElements ? 1 : usable_threads();
   const int64_t whole = samples - samples % threads;
-  const auto whole_samples = [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      reduce(n, 0, units);
-      gate(n);
-      scale(n, 0, units);
-    }
-  };
-  if (threads == 1) {
-    whole_samples(0, samples);
-    return;
-  }
-  parallel_for(0, whole, 1, whole_samples);
+  for_each(whole, threads, [&](int64_t n) {
+    reduce(n, 0, units);
+    gate(n);
+    scale(n, 0, units);
+  });
   if (whole == samples) {
     return;
   }

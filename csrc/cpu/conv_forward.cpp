@@ -288,24 +288,28 @@ bool ForwardBank::try_run(
   return by_sample(call, whole, threads, done) && shared(call, whole, threads, done);
 }
 
-// Each thread takes its own samples, up to `count`, so that x stays in its cache.
+// Each free thread takes the next sample, up to `count`, so that x stays in its cache.
 bool ForwardBank::by_sample(
     const Call& call, int64_t count, int64_t threads, const Done& done) const {
+  if (count == 0) {
+    return true;
+  }
+  struct Own {
+    Floats image, sums;
+    Memory memory;
+  };
+  const auto own = [&] { return Own{Floats(image_floats()), Floats(sums_), Memory(*this)}; };
   std::atomic<bool> all{true};
-  for_parts(count, threads, [&](int64_t begin, int64_t end) {
-    const Floats image(image_floats()), sums(sums_);
-    const Memory memory(*this);
-    for (int64_t n = begin; n < end && all; ++n) {
-      if (!call.pack(n, image.get(), 0, blocks())) {
-        all = false;
-        return;
-      }
-      for (const Task& task : tasks_) {
-        call.task(task, n, image.get(), sums.get(), memory);
-      }
-      call.finish(n, sums.get());
-      done(n, 1);
+  for_each_with(count, threads, own, [&](int64_t n, const Own& own) {
+    if (!all || !call.pack(n, own.image.get(), 0, blocks())) {
+      all = false;
+      return;
     }
+    for (const Task& task : tasks_) {
+      call.task(task, n, own.image.get(), own.sums.get(), own.memory);
+    }
+    call.finish(n, own.sums.get());
+    done(n, 1);
   });
   return all;
 }

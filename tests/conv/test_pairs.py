@@ -297,6 +297,22 @@ def test_an_infinity_times_a_denormal_number_in_pairs():
     assert not feats[0].isnan().any()
 
 
+@pytest.mark.parametrize("which", ("x", "grad"))
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS, ids=name_of)
+def test_an_infinity_times_a_denormal_number_in_the_gradients_of_weights(which, layout):
+    """Instructions that take the denormal number as zero would make NaN of the product."""
+    x, weights = operands(1, 64, 9, layout)
+    grads = maps(x, layout)
+    infinite, others = (x, grads) if which == "x" else (grads[3], [x])
+    for t in others:
+        t.fill_(2.0**-130)
+    infinite.fill_(1)[0, 5, 4, 4] = float("inf")
+    result = gradients(x, weights, grads, [False] + [True] * 4)[4]
+    own = (1, 1) if which == "x" else 5  # groups of four channels and one output
+    assert result[own][..., 4, 4].isposinf().all()
+    assert not result.isnan().any()
+
+
 def test_torch_and_the_operators_take_turns_with_the_tiles_of_matrices_in_pairs():
     """oneDNN's kernels set AMX's tiles too, and may remember how."""
     x, weights = operands(2, 64, 12, PLAIN_LAYOUTS[1])
