@@ -72,7 +72,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
     parser.add_argument("--name", default="serving", help="file name of the results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print tables, measure nothing")
-    return parser.parse_args(arguments)  # fmt: skip
+    options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds: expected more than 0, got {options.seconds}")
+    if options.table and not options.table.is_file():
+        parser.error(f"--table: expected a result's CSV, found no file {options.table}")
+    return options
 
 
 @dataclass(frozen=True)

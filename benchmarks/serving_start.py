@@ -25,7 +25,7 @@ LOGITS = "logits.npy"
 @dataclass(frozen=True)
 class Start:
     seconds: float  # from the start of the process to the first logits
-    resident: int  # bytes of the process after that, without Inductor's own processes
+    resident: int  # bytes of the process after that
     logits: Any
 
 

@@ -117,6 +117,8 @@ def test_contenders_that_are_not_installed_are_left_out(monkeypatch, tmp_path, c
     (
         (("--batch", "0"), "--batch: expected at least 1, got 0"),
         (("--threads", "-1"), "--threads: expected at least 1, got -1"),
+        (("--seconds", "0"), "--seconds: expected more than 0, got 0.0"),
+        (("--table", "none.csv"), "--table: expected a result's CSV, found no file none.csv"),
         (("--part", "load"), "--part: invalid choice: 'load'"),
         (("--contender", "TVM"), "--contender: invalid choice: 'TVM'"),
         (("--dtype", "float16"), "--dtype: invalid choice: 'float16'"),
