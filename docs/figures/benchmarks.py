@@ -1,4 +1,5 @@
-"""Draws benchmarks/results as the pictures of docs/benchmarks.md, in a light and a dark version.
+"""Draws benchmarks/results as the pictures of docs/benchmarks.md and docs/serving.md, in a light
+and a dark version.
 
     python docs/figures/benchmarks.py [FOLDER]
 
@@ -18,6 +19,7 @@ from style import THEMES, TIMES, Theme, main, plain_axes, save
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MACHINE = "intel-xeon-2.5ghz"
+MACHINES = {"serving": "intel-xeon-amx"}  # of results that are of another one
 OPPONENTS = ("published eager", "published compiled", "rewrite eager", "rewrite compiled")
 # Which results each picture shows.
 SOURCES = {
@@ -25,17 +27,22 @@ SOURCES = {
     "module-speed": ("module",),
     "network-speed": ("network", "network-train"),
     "convolution-rates": ("branches",),
+    "serving-speed": ("serving",),
 }
 
 
+def path_of(name: str) -> Path:
+    return RESULTS / f"{MACHINES.get(name, MACHINE)}-{name}.csv"
+
+
 def rows(name: str, **wanted: str) -> list[dict[str, str]]:
-    with (RESULTS / f"{MACHINE}-{name}.csv").open(newline="") as file:
+    with path_of(name).open(newline="") as file:
         return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
 
 
 def digest(picture: str) -> str:
     """Names the contents of a picture's results."""
-    paths = [RESULTS / f"{MACHINE}-{name}.csv" for name in SOURCES[picture]]
+    paths = map(path_of, SOURCES[picture])
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
@@ -199,11 +206,45 @@ def convolution_rates(theme: Theme) -> plt.Figure:
     return figure
 
 
+def serving_speed(theme: Theme) -> plt.Figure:
+    """Images a second with all threads, one panel for each batch size."""
+    found = rows("serving", part="speed")
+    threads = max((row["threads"] for row in found), key=int)
+    here = {
+        (row["contender"], row["dtype"], row["batch"]): float(row["images_per_s"])
+        for row in found
+        if row["threads"] == threads
+    }
+    names = list(dict.fromkeys(name for name, _, _ in here))
+    batches = sorted({batch for _, _, batch in here}, key=int)
+    titles = ["One image" if batch == "1" else f"{batch} images" for batch in batches]
+    figure, axes = panels(theme, titles, 4.2)
+    for axis, batch in zip(axes, batches, strict=True):
+        groups = {
+            f"{dtype}: images a second": (
+                color,
+                [here.get((name, dtype, batch), 0) for name in names],
+            )
+            for dtype, color in (("float32", theme.accent), ("bfloat16", theme.branches[1]))
+        }
+        axis.set_xlim(0, 1.2 * max(max(values) for _, values in groups.values()))
+        bars(
+            axis,
+            names if axis is axes[0] else [""] * len(names),
+            groups,
+            theme,
+            lambda value: f"{value:.0f}" if value else "-",
+        )
+    legend(figure, axes[0], theme)
+    return figure
+
+
 DRAWN = {
     "attention-speed": attention_speed,
     "module-speed": module_speed,
     "network-speed": network_speed,
     "convolution-rates": convolution_rates,
+    "serving-speed": serving_speed,
 }
 
 

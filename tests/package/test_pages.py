@@ -198,6 +198,30 @@ def test_the_network_table_gives_the_committed_results():
         assert_row("benchmarks", f"| **{best / case['fused compiled']:.1f}x** |")
 
 
+def test_the_serving_page_gives_the_committed_results():
+    """Else `python benchmarks/serving.py --table FILE` prints the tables again."""
+    import serving_results
+
+    name = "intel-xeon-amx-serving"
+    rows = serving_results.read(RESULTS / f"{name}.csv")
+    page = PAGES["docs/serving.md"]
+    for table in serving_results.tables(rows).split("\n\n"):
+        assert table in page, f"{name}.csv gives other figures:\n{table}"
+    speed = [row for row in rows if row["part"] == "speed"]
+    spreads = [100 * float(row["iqr_ms"]) / float(row["median_ms"]) for row in speed]
+    text = " ".join(page.split())
+    assert f"spreads were {min(spreads):.0f} to {max(spreads):.0f}% of a median" in text
+    errors = [100 * float(row["error"]) for row in speed if row["dtype"] == "bfloat16"]
+    assert f"error was {min(errors):.1f} to {max(errors):.1f}% of the largest logit" in text
+    medians = {
+        (row["contender"], row["dtype"], row["batch"], row["threads"]): float(row["median_ms"])
+        for row in speed
+    }
+    assert "ONNX Runtime was slower than OpenVINO everywhere" in text
+    for (name, *case), median in medians.items():
+        assert name != "ONNX Runtime" or median > medians[("OpenVINO", *case)], case
+
+
 # ---- pictures ----
 
 

@@ -127,6 +127,7 @@ PREDICT = "tests/train/test_trained.py runs the command on a training of its own
 EVALUATE = "needs such data; tests/train/test_evaluate.py evaluates a training of its own"
 SETS_UP = "sets up .venv by pip, minutes"
 TIMING = "minutes of timing or more; test_the_demo runs the quick setting"
+SERVING = "minutes of timing; test_serving_benchmark.py runs less of it"
 GPU = "needs a GPU"
 NOT_RUN = {
     "make demo": f"{SETS_UP}; test_the_demo runs what it does then",
@@ -141,7 +142,9 @@ NOT_RUN = {
     "python benchmarks/latency.py --level convolutions": TIMING,
     "python benchmarks/latency.py --level network": TIMING,
     "python benchmarks/branches.py": TIMING,
-    "python benchmarks/serving.py --batch 1 8": "test_serving_benchmark.py runs less of it",
+    "python benchmarks/serving.py --part speed --batch 1 8": SERVING,
+    "python benchmarks/serving.py --part start --batch 1": SERVING,
+    "python benchmarks/serving.py --table benchmark_results/serving.csv": SERVING,
     "pip install openvino onnxruntime onnx": "changes the environment",
     "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
     "python docs/figures/gallery.py": "trains for minutes; test_gallery.py runs less of it",
