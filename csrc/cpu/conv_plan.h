@@ -131,7 +131,7 @@ Run unit_run(const Conv& conv, const ConvPlan& plan, int64_t unit);
 
 // An image in blocks of channels, padded to the left and right. Nothing pads it above
 // and below: the kernels skip the rows of taps that lie outside. The padding is zero, and
-// so are the lanes behind the last channel.
+// so are the lanes behind the last channel. (Pairs of pixels begin in the padding.)
 struct Scratch {
   float* data;
   int64_t lanes;          // of a block: L, or the depth of a matrix

@@ -79,7 +79,8 @@ struct ConvKernels {
 };
 
 // The gradients of the weights by pairs of bfloat16 pixels. Plans, units and sums are those of
-// ConvKernels. Both packings return what pack_image does.
+// ConvKernels. Both packings return what pack_image does. Denormal numbers are zeros, as in
+// pair_kernels.
 struct PixelPairKernels {
   // As pack_image, for a scratch as wide. A column holds its pixel of x beside the one `stride`
   // columns further.
