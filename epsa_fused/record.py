@@ -91,7 +91,8 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Modul
         found = {name: module for name, module in found.items() if name in wanted}
     for name, module in found.items():
         for method in ("forward", "attention"):
-            own = getattr(module, method, None)
+            of_class = getattr(type(module), method, None)  # a child may have its name
+            own = vars(module).get(method, of_class)
             if own is not None and "return_attention" not in inspect.signature(own).parameters:
                 raise ValueError(
                     f"record_attention: model: expected modules that take return_attention, got "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import first_line
 from ..modules.adopted import AdoptedPSA, PSALayers, SECall
-from ..modules.layers import Point
+from ..modules.layers import Point, existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
@@ -162,7 +162,7 @@ def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> l
 
 
 def _inplans(twin: nn.Module, layers: PSALayers) -> int:
-    branch = twin.get_submodule(layers.branches[0])
+    branch = existing(twin, layers.branches[0])
     first = next(m for m in branch.modules() if isinstance(m, nn.Conv2d))
     return first.in_channels * (len(layers.branches) if layers.splits_input else 1)
 
@@ -250,9 +250,9 @@ def _compare_settings(
     """Compare with the settings of the convolutions, at large values and without gradients."""
     real = twin_of(module, layers, generator, cheap=False)
     for network in layers.networks:  # no sigmoid saturates
-        for p in real.get_submodule(network.fc2).parameters():
+        for p in existing(real, network.fc2).parameters():
             p.data /= _LARGE
-    branches = [real.get_submodule(name) for name in layers.branches]
+    branches = [existing(real, name) for name in layers.branches]
     reach = [
         d * (k - 1)
         for conv in branches
@@ -288,8 +288,8 @@ class _Calls:
 
     def __init__(self, twin: nn.Module, layers: PSALayers) -> None:
         self._layers = layers
-        self._branches = [twin.get_submodule(name) for name in layers.branches]
-        self._fc1 = {twin.get_submodule(network.fc1) for network in layers.networks}
+        self._branches = [existing(twin, name) for name in layers.branches]
+        self._fc1 = {existing(twin, network.fc1) for network in layers.networks}
         self._inputs: dict[nn.Module, list[Tensor]] = {}
 
     @contextmanager
@@ -394,7 +394,7 @@ def _difference(out: Tensor, fused: Tensor, module: nn.Module, layers: PSALayers
         if out.shape[1:2] == (fused.shape[1] // len(layers.branches),):
             why += ": it may add its branches, which PSA concatenates"
     first: dict[nn.Module, str] = {}
-    names = {name: first.setdefault(module.get_submodule(name), name) for name in layers.branches}
+    names = {name: first.setdefault(existing(module, name), name) for name in layers.branches}
     again = [f"{name} is {other}" for name, other in names.items() if name != other]
     if again:
         why += f"; {', '.join(again)}: each layer needs one name alone, unless it is called twice"
@@ -402,7 +402,7 @@ def _difference(out: Tensor, fused: Tensor, module: nn.Module, layers: PSALayers
         f"{name} is a {type(m).__name__}"
         for network in layers.networks
         if network.network is not None
-        for name, m in module.get_submodule(network.network).named_modules(prefix=network.network)
+        for name, m in existing(module, network.network).named_modules(prefix=network.network)
         if name != network.network and not isinstance(m, _USUAL)
     ]
     return "; ".join([why, *odd])

@@ -79,7 +79,7 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
     try:
         for module, size in sizes.items():
             if frozen or module._may_be_compared():
-                module.prepack(*size, frozen=frozen)
+                type(module).prepack(module, *size, frozen=frozen)  # a child may have its name
     except BaseException:  # an interruption too leaves no module packed; the error goes on
         unpack(model)
         raise
@@ -91,5 +91,5 @@ def unpack(model: _Model) -> _Model:
     check_module("unpack: model", model)
     for module in model.modules():
         if isinstance(module, FusedPSAModule):
-            module.unpack()
+            type(module).unpack(module)
     return model
