@@ -142,12 +142,15 @@ def test_the_operator_computes_it(variant):
 # ---- what is not fused ----
 
 
+WIDER = {"plain_lists": 64, "block": 32, "norms_beside": 32, "per_pixel": 32, "weights_halved": 32}
+
+
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     make, why = NEAR_MISSES[miss]
     model = model_of(make)
     kept, before = type(model[1]), description(model)
-    channels = {"plain_lists": 64, "block": 32, "norms_beside": 32}.get(miss, 16)
+    channels = WIDER.get(miss, 16)
     x = image(channels, 2, 7, 6).to(torch.float32 if miss == "plain_lists" else torch.float64)
     copied = copy.deepcopy(model)
     torch.manual_seed(1)
