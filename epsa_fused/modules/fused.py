@@ -380,8 +380,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
         """As _call_operator, and the attention [N, S, C]."""
         arguments, bias = self._arguments(x, convs)
         winograd = winograd_allowed(self.winograd)
-        tensors = (x, *self.parameters())
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
         if x.device.type == "cpu" and not grad and bias is None:
             operator = torch.ops.epsa_fused.psa_save_output.default
             out, _, attention = operator(*arguments, winograd)
