@@ -98,6 +98,8 @@ def _look(module: nn.Module) -> Candidate | None:
         if not networks and _differ([branch for branch, _ in parts.mixed]):
             return Candidate(None, _mixed(parts), True)
     hidden = [name for name in lists if name in parts.order]
+    if _have_one_network(parts.branches, networks):
+        return Candidate(None, _one_network(parts.branches, networks), True)
     unfit = _why_not(branches, networks)
     if unfit is not None and others:
         unfit += f"; what is more than that: {', '.join(others)}"
@@ -123,6 +125,9 @@ def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
 
     A chain needs convolutions that keep the number of channels, and one SE network is enough.
     """
+    if [b.channels[1] for b in branches] == [n.channels for n in networks]:
+        inputs = {b.channels[0] for b in branches}  # each has its own network
+        return len(branches) > 2 and len(inputs) == 1 and len({b.setting for b in branches}) > 1
     if not networks or not _differ(branches):
         return False
     inplans, channels = branches[0].channels
@@ -134,6 +139,19 @@ def _differ(branches: list[Branch]) -> bool:
     channels = {branch.channels for branch in branches}
     settings = {branch.setting for branch in branches}
     return len(branches) > 2 and len(channels) == 1 and len(settings) > 1
+
+
+def _have_one_network(branches: list[Branch], networks: list[Network]) -> bool:
+    """Whether one SE network takes the channels of all branches together."""
+    channels = sum(branch.channels[1] for branch in branches)
+    return _differ(branches) and [network.channels for network in networks] == [channels]
+
+
+def _one_network(branches: list[Branch], networks: list[Network]) -> str:
+    return (
+        f"its SE network has {networks[0].channels} channels, those of its {len(branches)} "
+        f"branches together; that of PSA weighs the {branches[0].channels[1]} of each by themselves"
+    )
 
 
 def _mixed(parts: Parts) -> str:

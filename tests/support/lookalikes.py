@@ -44,13 +44,13 @@ def with_norm(*more):
     return [nn.Sequential(conv, nn.BatchNorm2d(16), *more) for conv in convolutions()]
 
 
-def squeeze(bias=True):
+def squeeze(bias=True, channels=16):
     """An SE network, all of it in one Sequential."""
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(16, 4, 1, bias=bias),
+        nn.Conv2d(channels, 4, 1, bias=bias),
         nn.ReLU(inplace=True),
-        nn.Conv2d(4, 16, 1, bias=bias),
+        nn.Conv2d(4, channels, 1, bias=bias),
         nn.Sigmoid(),
     )
 
@@ -539,6 +539,27 @@ class MaxPooled(Shared):
         return recalibrated(maps, [self.se_block(m.amax((2, 3), keepdim=True)) for m in maps])
 
 
+class JointNetwork(Shared):
+    """One SE network sees the channels of all branches."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, self.se_block(torch.cat(maps, 1)).chunk(4, 1))
+
+
+class Uneven(nn.Module):
+    """Branches of different channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, k + 1, k, padding=k // 2) for k in (3, 5, 7))
+        self.ses = nn.ModuleList(squeeze(channels=k + 1) for k in (3, 5, 7))
+
+    def forward(self, x):
+        maps = [conv(x) for conv in self.convs]
+        return torch.cat([m * se(m) for m, se in zip(maps, self.ses, strict=True)], 1)
+
+
 class InputChanged(Shared):
     def forward(self, x):
         return super().forward(x.relu())
@@ -830,6 +851,9 @@ NEAR_MISSES = {
         r"4 branches and 3 SE networks"),
     "an_se_of_another_width": (lambda: with_ses(squeeze(), squeeze(), squeeze(), Layers()),
         r"the channels of the SE networks are .*\(16, 5\)"),
+    "one_se_of_all_channels": (lambda: JointNetwork(se=squeeze(channels=64)),
+        r"SE network has 64 channels, those of its 4 branches together; that of PSA weighs the 16"),
+    "uneven": (Uneven, r"the channels of the SE networks are \[\(4, 4\), \(6, 4\), \(8, 4\)\]"),
     "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
         r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
