@@ -98,6 +98,18 @@ def test_the_starts(tmp_path, accuracy, capsys):
         accuracy.parse_arguments(["--start", "--data", "cifar-10-batches-py"])
 
 
+def test_the_docs_give_the_committed_starts(accuracy, capsys):
+    with (ROOT / "benchmarks/results/start-digits.csv").open(newline="") as file:
+        rows = [
+            {name: float(v) if name.startswith("epoch_") else v for name, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    accuracy.summarize_starts(rows)
+    table, ahead = capsys.readouterr().out.strip().split("|\nafter", 1)
+    assert table in (ROOT / "docs/training.md").read_text()
+    assert ahead.count("ahead from 5 of 5 seeds") == len(accuracy.SHOWN)
+
+
 def test_the_few_images_of_each_class_are_not_among_the_others(accuracy):
     data = accuracy.open_data("digits", 0)
     whole = accuracy.of_classes(data.train, data, range(5, 10))
