@@ -284,7 +284,7 @@ def test_an_adopted_module_is_served():
 
 def test_a_module_whose_children_have_names_of_methods_is_packed_compiled_and_exported():
     module = adopted(lambda: Named("prepack", "unpack")).float().eval()
-    model, x = nn.Sequential(module), torch.randn(2, 16, 8, 8)
+    model, x = nn.Sequential(module).eval(), torch.randn(2, 16, 8, 8)
     assert module.prepack is module._modules["prepack"]
     with torch.no_grad():
         expected = model(x)
