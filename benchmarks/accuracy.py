@@ -1,14 +1,19 @@
-"""PSA against SE at equal depth, and fused against reference PSA, by training small networks.
+"""What small networks learn: PSA against SE, fused against reference PSA, and by which start.
 
     python benchmarks/accuracy.py                          scikit-learn's digits, 5 seeds
     python benchmarks/accuracy.py --data cifar-10-batches-py
     python benchmarks/accuracy.py --epochs 1 --seeds 1     a quick look
+    python benchmarks/accuracy.py --start                  does a start from another network help?
 
 epsa_fused.train trains every network from the seeds 0, 1, ... with its recipe for the data. The
 accuracy is that of the last epoch, not of the best. The trained PSA networks are also evaluated by
 the other implementation, and the two that started from one seed are compared image by image. The
 same command continues an interrupted run. It writes a CSV with one row per training, with the
 commit and the date of its end.
+
+With --start a PSA network learns the digits 5 to 9 from 20 images each. It starts at random, or by
+load_backbone from an SE network that learned the digits 0 to 4, without that one's classifier. The
+accuracy is that on all other images of 5 to 9.
 """
 
 from __future__ import annotations
@@ -25,11 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import epsa_fused
 from epsa_fused.models import MODELS
 from epsa_fused.train import Config, InputError, Result, train
-from epsa_fused.train.data import Data, kind_of_data, open_data
+from epsa_fused.train.data import Data, Source, kind_of_data, open_data
 from epsa_fused.train.training import CHECKPOINT
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,6 +50,10 @@ NETWORKS = {
 EVALUATED_AT_ONCE = 256
 MEASURED = "measured.json"  # beside a training's checkpoint
 
+STARTS = ("random", "another network")
+SHOTS = 20  # images of each class
+SHOWN = (3, 10, 30)  # epochs of which a row has the accuracy
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -54,8 +64,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of each [those of the recipe]")
     parser.add_argument("--runs", default="build/accuracy", help="folder of checkpoints and logs")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV")
-    parser.add_argument("--name", help="of the CSV [accuracy-DATA]")
+    parser.add_argument("--name", help="of the CSV [accuracy-DATA, or start-DATA]")
+    parser.add_argument("--start", action="store_true", help="compare two starts, on digits")
     options = parser.parse_args(arguments)
+    if options.start and options.data != "digits":
+        parser.error(f"--start: expected --data digits, got {options.data}")
     if options.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {options.seeds}")
     return options
@@ -85,9 +98,7 @@ def logits(config: Config, data: Data, psa: str) -> Tensor:
     ).eval()
     network.load_state_dict(weights)
     images = np.stack([data.held_out.image(i, None) for i in range(len(data.held_out.labels))])
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    shape = (1, -1, 1, 1)
-    x = (x - torch.tensor(data.mean).view(shape)) / torch.tensor(data.std).view(shape)
+    x = prepared(torch.from_numpy(images), data)
     return torch.cat([network(part) for part in x.split(EVALUATED_AT_ONCE)])
 
 
@@ -125,6 +136,70 @@ def run(options: argparse.Namespace) -> list[dict] | None:
     return rows
 
 
+def run_starts(options: argparse.Namespace) -> list[dict] | None:
+    """One row per training from each start; None after an interrupt."""
+    data = open_data("digits", 0)
+    folder = Path(options.runs, "start")
+    given = {} if options.epochs is None else {"epochs": options.epochs}
+    given |= {"channels_last": True, "resume": "auto", "batch": 25}
+    low, high = range(5), range(5, 10)
+
+    parts = [of_classes(source, data, low) for source in (data.train, data.held_out)]
+    out = folder / "another-network"
+    config = Config.of("digits", model="small_senet", out=str(out), **given)
+    if train(config, *parts, classes=list(map(str, low))).interrupted:
+        return None
+    weights = torch.load(out / CHECKPOINT, weights_only=True)["state_dict"]
+    backbone = out / "backbone.pt"
+    torch.save({n: t for n, t in weights.items() if not n.startswith("fc.")}, backbone)
+
+    few, others = few_of_each(of_classes(data.train, data, high))
+    held_out = of_classes(data.held_out, data, high)
+    others = TensorDataset(*map(torch.cat, zip(others.tensors, held_out.tensors, strict=True)))
+    rows = []
+    for seed in range(options.seeds):
+        for start in STARTS:
+            print(f"\n{start}, seed {seed}", flush=True)
+            config = Config.of(
+                "digits",
+                seed=seed,
+                out=str(folder / f"{start.replace(' ', '-')}-start-{seed}"),
+                weights=str(backbone) if start == STARTS[1] else "",
+                **given,
+            )
+            if train(config, few, others, classes=list(map(str, high))).interrupted:
+                return None
+            row = {"start": start, "seed": seed, "images": len(few), "tested": len(others)}
+            with (config.folder / "epochs.csv").open(newline="") as file:
+                top1 = [float(epoch["top1"]) for epoch in csv.DictReader(file)]
+            row |= {f"epoch_{n}": top1[min(n, len(top1)) - 1] for n in SHOWN}
+            rows.append(row | provenance())
+    return rows
+
+
+def of_classes(source: Source, data: Data, classes: range) -> TensorDataset:
+    """The images of these classes, as the network takes them, with labels from 0."""
+    chosen = [i for i, label in enumerate(source.labels) if label in classes]
+    images = torch.from_numpy(np.stack([source.image(i, None) for i in chosen]))
+    labels = torch.tensor([int(source.labels[i]) - classes[0] for i in chosen])
+    return TensorDataset(prepared(images, data), labels)
+
+
+def few_of_each(dataset: TensorDataset) -> tuple[TensorDataset, TensorDataset]:
+    """The first SHOTS images of each class, and the others."""
+    images, labels = dataset.tensors
+    before = torch.stack([(labels == k).cumsum(0) for k in labels.unique()], 1)
+    few = before.gather(1, labels[:, None]).squeeze(1) <= SHOTS
+    return TensorDataset(images[few], labels[few]), TensorDataset(images[~few], labels[~few])
+
+
+def prepared(images: Tensor, data: Data) -> Tensor:
+    """Images [N, H, W, C] as the network takes them."""
+    shape = (1, -1, 1, 1)
+    x = images.permute(0, 3, 1, 2).float()
+    return (x - torch.tensor(data.mean).view(shape)) / torch.tensor(data.std).view(shape)
+
+
 def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
     """The row of a finished training, and its network's answer to each held-out image."""
     row = row | {"top1": result.accuracy.top1, "loss": result.accuracy.loss}
@@ -136,7 +211,11 @@ def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
         others = logits(config, data, "reference" if config.psa == "fused" else "fused")
         row["top1_in_other"] = (others.argmax(1) == labels).double().mean().item()
         row["logits_error"] = ((own - others).abs().max() / own.abs().max()).item()
-    row |= {
+    return {"row": row | provenance(), "answers": own.argmax(1).tolist()}
+
+
+def provenance() -> dict:
+    return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -144,7 +223,6 @@ def measure(config: Config, data: Data, row: dict, result: Result) -> dict:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return {"row": row, "answers": own.argmax(1).tolist()}
 
 
 def images_per_second(config: Config) -> float:
@@ -168,12 +246,27 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
+
+
+def summarize_starts(rows: list[dict]) -> None:
+    """Print the table of the docs."""
+    print("\n| start | " + " | ".join(f"after {n} epochs" for n in SHOWN) + " |")
+    print("|---" * (1 + len(SHOWN)) + "|")
+    for start in STARTS:
+        own = [row for row in rows if row["start"] == start]
+        cells = [spread([row[f"epoch_{n}"] for row in own]) for n in SHOWN]
+        print(f"| {start} | " + " | ".join(cells) + " |")
+    for n in SHOWN:
+        by_start = [[r[f"epoch_{n}"] for r in rows if r["start"] == start] for start in STARTS]
+        ahead = sum(b > a for a, b in zip(*by_start, strict=True))
+        print(f"after {n}: {STARTS[1]} ahead from {ahead} of {len(by_start[0])} seeds")
+
+
 def summarize(rows: list[dict]) -> None:
     """Print the table of the docs."""
-
-    def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
 
     print(
         "\n| network | parameters | held-out top-1, %: mean ± deviation | worst "
@@ -203,16 +296,17 @@ def summarize(rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        rows = run(options)
+        rows = run_starts(options) if options.start else run(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if rows is None:
         print("run the same command again to continue")
         return 130
-    name = options.name or f"accuracy-{Path(options.data).name}"
+    kind = "start" if options.start else "accuracy"
+    name = options.name or f"{kind}-{Path(options.data).name}"
     write(Path(options.out, f"{name}.csv"), rows)
-    summarize(rows)
+    (summarize_starts if options.start else summarize)(rows)
     return 0
 
 

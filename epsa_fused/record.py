@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,13 +92,26 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Modul
         found = {name: module for name, module in found.items() if name in wanted}
     for name, module in found.items():
         for method in ("forward", "attention"):
-            own = getattr(module, method, None)
-            if own is not None and "return_attention" not in inspect.signature(own).parameters:
+            own = vars(module).get(method)  # not getattr: a child may have its name
+            takes = (
+                _of_class_takes_return_attention(getattr(type(module), method, None))
+                if own is None
+                else _takes_return_attention(own)
+            )
+            if not takes:
                 raise ValueError(
                     f"record_attention: model: expected modules that take return_attention, got "
                     f"{name!r}, a {type(module).__name__} with {_article(method)} of its own"
                 )
     return found
+
+
+def _takes_return_attention(method: Callable[..., Any] | None) -> bool:
+    return method is None or "return_attention" in inspect.signature(method).parameters
+
+
+# A look costs some microseconds, and a model has a few classes.
+_of_class_takes_return_attention = lru_cache(maxsize=64)(_takes_return_attention)
 
 
 def _article(method: str) -> str:

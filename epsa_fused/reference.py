@@ -8,7 +8,7 @@ reversed order.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, cast, overload
 
 import torch
@@ -303,9 +303,9 @@ class PSAModule(nn.Module):
         check_tensor(f"{name}: x", x)
         asked = asks_for_attention(name, return_attention)
         feats = self._feats(x)
-        if asked:
-            return self.attention(feats, return_attention=True)
-        return self.attention(feats)  # that of a subclass may know no other
+        attention = self._own_attention()
+        # that of a subclass may know no other argument
+        return attention(feats, return_attention=True) if asked else attention(feats)
 
     @overload
     def attention(self, feats: list[Tensor], return_attention: Literal[False] = ...) -> Tensor: ...
@@ -328,6 +328,9 @@ class PSAModule(nn.Module):
         return (out, accumulated(attention)) if return_attention else out
 
     # Where the layers are; AdoptedPSA has them elsewhere.
+
+    def _own_attention(self) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+        return self.attention
 
     def _convs(self) -> list[nn.Module]:
         """What makes each branch's map."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA
-from ..modules.layers import why_se_called
+from ..modules.layers import existing, why_se_called
 from ..reference import PSAModule, SEWeight
 from .back import unfuse
 from .build import build
@@ -202,7 +202,7 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
         raise MisfitError(
             f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
         )
-    refuse_hooks(name, module, new, map(module.get_submodule, verdict.layers.branches))
+    refuse_hooks(name, module, new, (existing(module, name) for name in verdict.layers.branches))
     new.training = module.training
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it

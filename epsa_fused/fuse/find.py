@@ -19,7 +19,7 @@ from ..modules.adopted import PSALayers
 from ..modules.layers import has_bias
 from ..modules.split import SplitPSA
 from ..reference import PSAModule
-from .parts import Branch, Network, channels_of, matched, parts_of
+from .parts import Branch, Network, Parts, channels_of, matched, parts_of
 
 # The names by which the best known classes are recognised even where layers are missing.
 _KNOWN = ({"conv_1", "conv_2", "se"}, {"convs", "se_blocks"})
@@ -92,7 +92,14 @@ def _look(module: nn.Module) -> Candidate | None:
         return compiled if known else None
     parts = parts_of({**children, **lists})
     branches, networks, others = matched(parts)
+    if not networks:
+        parts = parts_of({**children, **lists}, opened=True)
+        branches, networks, others = matched(parts)
+        if not networks and _differ([branch for branch, _ in parts.mixed]):
+            return Candidate(None, _mixed(parts), True)
     hidden = [name for name in lists if name in parts.order]
+    if _have_one_network(parts.branches, networks):
+        return Candidate(None, _one_network(parts.branches, networks), True)
     unfit = _why_not(branches, networks)
     if unfit is not None and others:
         unfit += f"; what is more than that: {', '.join(others)}"
@@ -104,12 +111,12 @@ def _look(module: nn.Module) -> Candidate | None:
         )
     elif why is None and others:
         why = (
-            f"it has other children too: {', '.join(others)}; it fuses without them, or with each "
-            "in one nn.Sequential with a branch's convolution"
+            f"it has other children too: {', '.join(others)}; it fuses without them, or, where "
+            "they change a branch's map, with each in one nn.Sequential with its convolution"
         )
     if unfit is None and why is None:
         layers = PSALayers(tuple(b.name for b in branches), tuple(n.layers for n in networks))
-        return Candidate(layers, None, known)
+        return Candidate(layers, None, known or _is_pyramid(branches, networks))
     return Candidate(None, why, True) if known or _is_pyramid(branches, networks) else None
 
 
@@ -118,11 +125,41 @@ def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
 
     A chain needs convolutions that keep the number of channels, and one SE network is enough.
     """
-    if len(branches) < 3 or not networks or len({branch.channels for branch in branches}) > 1:
+    if [b.channels[1] for b in branches] == [n.channels for n in networks]:
+        inputs = {b.channels[0] for b in branches}  # each has its own network
+        return len(branches) > 2 and len(inputs) == 1 and len({b.setting for b in branches}) > 1
+    if not networks or not _differ(branches):
         return False
     inplans, channels = branches[0].channels
-    parallel = inplans != channels or len(networks) > 1
-    return parallel and len({branch.setting for branch in branches}) > 1
+    return inplans != channels or len(networks) > 1
+
+
+def _differ(branches: list[Branch]) -> bool:
+    """Whether these are at least three branches of the same channels, and not of one kind."""
+    channels = {branch.channels for branch in branches}
+    settings = {branch.setting for branch in branches}
+    return len(branches) > 2 and len(channels) == 1 and len(settings) > 1
+
+
+def _have_one_network(branches: list[Branch], networks: list[Network]) -> bool:
+    """Whether one SE network takes the channels of all branches together."""
+    channels = sum(branch.channels[1] for branch in branches)
+    return _differ(branches) and [network.channels for network in networks] == [channels]
+
+
+def _one_network(branches: list[Branch], networks: list[Network]) -> str:
+    return (
+        f"its SE network has {networks[0].channels} channels, those of its {len(branches)} "
+        f"branches together; that of PSA weighs the {branches[0].channels[1]} of each by themselves"
+    )
+
+
+def _mixed(parts: Parts) -> str:
+    more = [name for _, others in parts.mixed for name in others]
+    return (
+        f"its branches hold their SE networks beside other layers: {', '.join(more)}; it fuses "
+        "with each of these in one nn.Sequential with the branch's convolution"
+    )
 
 
 def _why_not_now(module: nn.Module) -> str | None:

@@ -11,8 +11,6 @@ from torch import nn
 from ..modules.adopted import SELayers
 from ..modules.layers import Point
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -47,6 +45,17 @@ class Parts:
     points: list[tuple[str, Point]] = field(default_factory=list)  # in no network
     others: list[str] = field(default_factory=list)
     order: list[str] = field(default_factory=list)  # all names, as they were registered
+    # branches in modules that hold an SE network and more: with the names of what is more
+    mixed: list[tuple[Branch, list[str]]] = field(default_factory=list)
+
+    def weighed_branch(self) -> Branch | None:
+        """The branch, if these are one branch and one SE network of its channels."""
+        pairs, single = _paired(self.points)
+        networks = self.networks + pairs
+        branches = self.branches + [b for b in (_branch(n, p, [p]) for n, p in single) if b]
+        if len(networks) != 1 or len(branches) != 1:
+            return None
+        return branches[0] if branches[0].channels[1] == networks[0].channels else None
 
     def of_one_kind(self) -> bool:
         pairs, single = _paired(self.points)
@@ -58,12 +67,16 @@ class Parts:
         self.points += more.points
         self.others += more.others
         self.order += more.order
+        self.mixed += more.mixed
 
 
-def parts_of(children: Mapping[str, nn.Module | None], prefix: str = "") -> Parts:
+def parts_of(
+    children: Mapping[str, nn.Module | None], prefix: str = "", *, opened: bool = False
+) -> Parts:
     """The parts of a module with these children.
 
     A list of modules is looked into, and a module that holds branches alone, or SE networks alone.
+    Where `opened`, so is a module that holds one branch and its SE network.
     """
     parts = Parts()
     for key, child in children.items():
@@ -80,16 +93,36 @@ def parts_of(children: Mapping[str, nn.Module | None], prefix: str = "") -> Part
             fc1, fc2 = weighted
             points = cast(tuple[Point, Point], tuple(layers))
             parts.networks.append(Network(SELayers(fc1, fc2, name), points))
-        elif branch is not None and not isinstance(child, _LISTS):
+        elif opened and _extended_by_weighed_branch(parts, cast(nn.Module, child), name):
+            continue
+        elif branch is not None and not _only_holds(cast(nn.Module, child)):
             parts.branches.append(branch)
         else:
-            inner = parts_of(cast(nn.Module, child)._modules, name + ".")
-            if isinstance(child, _LISTS) or inner.of_one_kind():
+            inner = parts_of(cast(nn.Module, child)._modules, name + ".", opened=opened)
+            if _only_holds(cast(nn.Module, child)) or inner.of_one_kind():
                 parts.extend(inner)
             else:  # it is called as a whole: what makes it more than an SE or a branch
                 odd = [n for n, m in weighted.items() if not isinstance(m, Point)]
                 parts.others += odd or [name]
     return parts
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether nobody can call it: a list or dict of modules, say."""
+    return getattr(type(module), "forward", None) is nn.Module.forward
+
+
+def _extended_by_weighed_branch(parts: Parts, child: nn.Module, name: str) -> bool:
+    """Whether `child` held one branch and its SE network, which `parts` has now."""
+    inner = parts_of(child._modules, name + ".")
+    branch = inner.weighed_branch()
+    if _only_holds(child) or branch is None:
+        return False
+    if inner.others:
+        parts.mixed.append((branch, inner.others))
+        return False
+    parts.extend(inner)
+    return True
 
 
 def _weighted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import first_line
 from ..modules.adopted import AdoptedPSA, PSALayers, SECall
-from ..modules.layers import Point
+from ..modules.layers import Point, existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
@@ -32,6 +32,8 @@ _ROUNDING = {
 _INPUTS = ((4, 3, 2, 0.0), (2, 7, 5, 1.0), (1, 4, 9, -2.0))
 # How much larger the maps and hidden units of one run are: a ReLU6 or a clamp shows then.
 _LARGE = 100
+# What multiplies the last layers of SE networks in one run; a power of two is undone exactly.
+_SATURATING = 2**12
 # What SE networks are made of.
 _USUAL = (
     *(nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.AdaptiveAvgPool2d),
@@ -142,6 +144,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                     if changed:
                         kept = sorted({key for _, key in changed})
                         raise MisfitError(f"its forward keeps {', '.join(kept)} on the module")
+                    _compare_saturated(twin, fused, layers, inputs[0])
                     _compare_settings(module, layers, order, generator)
                     called = _with_calls(twin, layers, order, inputs[0], first.out)
                     _compare_dtypes(module, twin, fused, inputs[0])
@@ -149,7 +152,8 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
             named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
             if any(_agree([out], [first.out], torch.float32) for out in outs):
                 raise MisfitError(_NEARLY, named)
-            raise MisfitError(_difference(first.out, outs[0], module, layers), named)
+            why = [_difference(first.out, outs[0], module, layers), *calls.differences(inputs[0])]
+            raise MisfitError("; ".join(why), named)
     raise next((failure for failure in failures if failure.named), failures[0])
 
 
@@ -162,7 +166,7 @@ def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> l
 
 
 def _inplans(twin: nn.Module, layers: PSALayers) -> int:
-    branch = twin.get_submodule(layers.branches[0])
+    branch = existing(twin, layers.branches[0])
     first = next(m for m in branch.modules() if isinstance(m, nn.Conv2d))
     return first.in_channels * (len(layers.branches) if layers.splits_input else 1)
 
@@ -223,13 +227,16 @@ def _compare(
         for x in inputs:
             expected = _attempt(twin.train(training), x, backward)
             actual = _attempt(fused.train(training), x, backward)
+            if expected.draws:  # one seed shows one of the things that it does
+                raise MisfitError(
+                    f"its forward draws random numbers{' in training' if training else ''}, as a "
+                    "dropout does; it fuses without that, which may go before or behind it"
+                )
             if not _agree([actual.out], [expected.out], x.dtype):
                 where = "in training" if training else f"for an input {list(x.shape)}"
                 if x.dtype != torch.float64:
                     where += f" of {x.dtype}"
                 raise MisfitError(f"its forward computes something else than PSA {where}")
-            if expected.draws:  # one seed shows one of the things that it does
-                raise MisfitError("its forward draws random numbers")
             if expected.grads != {} and not _same_grads(actual.grads, expected.grads):
                 raise MisfitError("its gradients are not those of PSA: a tensor is detached, say")
             overwrites |= expected.overwrites_input
@@ -244,15 +251,26 @@ def _same_grads(actual: dict[str, Tensor] | None, expected: dict[str, Tensor] | 
     return _agree([actual[name] for name in expected], list(expected.values()))
 
 
+def _compare_saturated(twin: nn.Module, fused: nn.Module, layers: PSALayers, x: Tensor) -> None:
+    """Compare where each sigmoid is 0 or 1: one whose results are clamped shows then."""
+    last = {p for n in layers.networks for p in existing(twin, n.fc2).parameters()}
+    for p in last:
+        p.data *= _SATURATING
+    with torch.no_grad():
+        _compare(twin, fused, [x], backward=False)
+    for p in last:
+        p.data /= _SATURATING
+
+
 def _compare_settings(
     module: nn.Module, layers: PSALayers, order: str, generator: torch.Generator
 ) -> None:
     """Compare with the settings of the convolutions, at large values and without gradients."""
     real = twin_of(module, layers, generator, cheap=False)
     for network in layers.networks:  # no sigmoid saturates
-        for p in real.get_submodule(network.fc2).parameters():
+        for p in existing(real, network.fc2).parameters():
             p.data /= _LARGE
-    branches = [real.get_submodule(name) for name in layers.branches]
+    branches = [existing(real, name) for name in layers.branches]
     reach = [
         d * (k - 1)
         for conv in branches
@@ -288,9 +306,10 @@ class _Calls:
 
     def __init__(self, twin: nn.Module, layers: PSALayers) -> None:
         self._layers = layers
-        self._branches = [twin.get_submodule(name) for name in layers.branches]
-        self._fc1 = {twin.get_submodule(network.fc1) for network in layers.networks}
+        self._branches = [existing(twin, name) for name in layers.branches]
+        self._fc1 = {existing(twin, network.fc1) for network in layers.networks}
         self._inputs: dict[nn.Module, list[Tensor]] = {}
+        self._maps: list[Tensor] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -298,8 +317,13 @@ class _Calls:
             x = only_input(args, options)
             self._inputs.setdefault(layer, []).append(x.detach().clone())
 
-        layers = {*self._branches, *self._fc1}
+        def keep_map(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self._maps.append(out.detach().clone())
+
+        branches = set(self._branches)
+        layers = {*branches, *self._fc1}
         handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        handles += [branch.register_forward_hook(keep_map) for branch in branches]
         try:
             yield
         finally:
@@ -321,11 +345,29 @@ class _Calls:
         return sum(map(len, self._inputs.values()))
 
     def are_parallel(self, x: Tensor) -> bool:
-        """Whether each branch was called on x, or on its part of x."""
+        """Whether each branch was called on x, or on its part of x, or all on another input."""
+        first = self._inputs.get(self._branches[0], ())
+        return self._were_called_on(x) or any(map(self._were_called_on, first))
+
+    def _were_called_on(self, x: Tensor) -> bool:
         return all(
             any(torch.equal(part, given) for given in self._inputs.get(branch, ()))
             for branch, part in self._parts(x)
         )
+
+    def differences(self, x: Tensor) -> list[str]:
+        """What the branches and SE networks were given in place of what PSA gives them."""
+        if any(branch not in self._inputs for branch in self._branches):
+            return ["it does not call all of its branches"]
+        found = []
+        if not self._were_called_on(x):
+            found.append("its branches are not called on its input itself")
+        means = [m.mean((2, 3)) for m in self._maps]
+        seen = [given for fc1 in self._fc1 for given in self._inputs.get(fc1, ())]
+        vectors = [t.flatten(1) if t.dim() > 1 else t[None] for t in seen]
+        if not _hold_the_same_rows(means, vectors):
+            found.append("its SE networks are not given the mean of each map")
+        return found
 
     def may_be_parallel(self, x: Tensor) -> bool:
         """Whether each call of a branch, before the module failed, was on x or on its part of x.
@@ -350,6 +392,17 @@ class _Calls:
         channels, _ = channels_of(cast(Point, next(iter(self._fc1))))
         maps = sum(len(self._inputs[branch]) for branch in set(self._branches))
         return sum(t.numel() for t in inputs) == maps * len(x) * channels
+
+
+def _hold_the_same_rows(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether the rows [*, C] of both are the same in any order, as float32 rounds."""
+    shapes = {t.shape[1:] for t in (*some, *others)}
+    if not some or not others or len(shapes) > 1:
+        return False
+    rows, other_rows = torch.cat(list(some)), torch.cat(list(others))
+    distances = torch.cdist(rows, other_rows, p=float("inf"))
+    near = distances <= _ROUNDING[torch.float32] * rows.abs().max()
+    return rows.shape == other_rows.shape and bool(near.any(1).all() and near.any(0).all())
 
 
 def _with_calls(
@@ -394,7 +447,7 @@ def _difference(out: Tensor, fused: Tensor, module: nn.Module, layers: PSALayers
         if out.shape[1:2] == (fused.shape[1] // len(layers.branches),):
             why += ": it may add its branches, which PSA concatenates"
     first: dict[nn.Module, str] = {}
-    names = {name: first.setdefault(module.get_submodule(name), name) for name in layers.branches}
+    names = {name: first.setdefault(existing(module, name), name) for name in layers.branches}
     again = [f"{name} is {other}" for name, other in names.items() if name != other]
     if again:
         why += f"; {', '.join(again)}: each layer needs one name alone, unless it is called twice"
@@ -402,7 +455,7 @@ def _difference(out: Tensor, fused: Tensor, module: nn.Module, layers: PSALayers
         f"{name} is a {type(m).__name__}"
         for network in layers.networks
         if network.network is not None
-        for name, m in module.get_submodule(network.network).named_modules(prefix=network.network)
+        for name, m in existing(module, network.network).named_modules(prefix=network.network)
         if name != network.network and not isinstance(m, _USUAL)
     ]
     return "; ".join([why, *odd])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.adopted import PSALayers
-from ..modules.layers import has_bias
+from ..modules.layers import existing, has_bias
 from .find import MisfitError
 from .hooks import CALL_HOOKS
 from .tree import copied
@@ -31,7 +31,7 @@ def twin_of(
     memo: dict[int, Any] = {}
     try:
         for name in layers.branches:
-            branch = module.get_submodule(name)
+            branch = existing(module, name)
             memo[id(branch)] = _stand_in(branch, generator, cheap)
         twin = copied(module, memo)
     except Exception as error:  # for example, it keeps a result with an autograd graph

@@ -3,8 +3,9 @@ fused."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .._arguments import SEArguments
 from ..reference import PSAModule
 from .fused import FusedPSAModule
-from .layers import Point, has_bias, read_se, submodule, why_layer_called
+from .layers import Point, existing, has_bias, read_se, submodule, why_layer_called
 
 # What the plain module calls: the SE network on a map [N, C, 1, 1], the network on [N, C], or its
 # layers one after the other.
@@ -57,6 +58,23 @@ class _Seen(NamedTuple):
     settings: object
 
 
+class _ChildFirst:
+    """A method that a child of its name hides, as attributes of an object hide methods.
+
+    People name their layers `attention`. torch.compile, torch.export and others read a child as
+    an attribute.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Any:
+        if module is None:
+            return self._method
+        child = module._modules.get(self._method.__name__)
+        return self._method.__get__(module) if child is None else child
+
+
 class AdoptedPSA(PSAModule):
     """Pyramid Squeeze Attention in plain PyTorch, over the layers of a module of another class.
 
@@ -70,24 +88,28 @@ class AdoptedPSA(PSAModule):
         branch_order: as of :class:`PSAModule`.
     """
 
+    _layers: PSALayers
+    _seen: dict[str, _Seen]
+    attention = _ChildFirst(PSAModule.attention)
+
     def __init__(self, module: nn.Module, layers: PSALayers, *, branch_order: str) -> None:
         nn.Module.__init__(self)
         networks = [n.fc1 for n in layers.networks] + [n.fc2 for n in layers.networks]
         if layers.networks[0].call != "layers":
             networks = [cast(str, n.network) for n in layers.networks]
-        used = {module.get_submodule(name) for name in (*layers.branches, *networks)}
+        used = {existing(module, name) for name in (*layers.branches, *networks)}
         for name, child in module._modules.items():
             kept = None if child is None else _kept(child, used)
             if kept is not None:
                 self._modules[name] = kept
-        self.branches = len(layers.branches)
         fc1 = _point(module, layers.networks[0].fc1)
-        self.split_channel = fc1.in_channels if isinstance(fc1, nn.Conv2d) else fc1.in_features
-        self.branch_order = branch_order
-        self._layers = layers
-        self._seen: dict[str, _Seen] = {}
+        channels = fc1.in_channels if isinstance(fc1, nn.Conv2d) else fc1.in_features
+        for name, value in (("branches", len(layers.branches)), ("split_channel", channels)):
+            if name not in self._modules:  # nothing here reads these, and a child goes before
+                setattr(self, name, value)
+        vars(self).update(branch_order=branch_order, _layers=layers, _seen={})
         for root in networks:
-            for name, m in module.get_submodule(root).named_modules(prefix=root):
+            for name, m in existing(module, root).named_modules(prefix=root):
                 self._seen.setdefault(name, _Seen(type(m), len(m._modules), _settings(m)))
         for network in layers.networks:
             for fc in (network.fc1, network.fc2):
@@ -99,20 +121,24 @@ class AdoptedPSA(PSAModule):
         split = ", splits_input=True" if self._layers.splits_input else ""
         return super().extra_repr() + split
 
+    def _own_attention(self) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+        own = vars(self).get("attention")
+        return partial(type(self).attention, self) if own is None else own
+
     def _convs(self) -> list[nn.Module]:
-        return [self.get_submodule(name) for name in self._layers.branches]
+        return [existing(self, name) for name in self._layers.branches]
 
     def _feats(self, x: Tensor) -> list[Tensor]:
         convs = self._convs()
         if not self._layers.splits_input:
             return [conv(x) for conv in convs]
-        parts = x.chunk(self.branches, dim=1)
+        parts = x.chunk(len(self._layers.branches), dim=1)
         return [conv(parts[i]) for i, conv in enumerate(convs)]  # torch.fx traces an index
 
     def _weights(self, feats: Sequence[Tensor]) -> list[Tensor]:
         networks = self._layers.networks
         if len(networks) == 1:
-            networks *= self.branches
+            networks *= len(self._layers.branches)
         return [self._weigh(se, feat) for se, feat in zip(networks, feats, strict=True)]
 
     def _weigh(self, se: SELayers, feat: Tensor) -> Tensor:
@@ -120,13 +146,13 @@ class AdoptedPSA(PSAModule):
         if se.call == "layers":
             hidden = torch.relu(self._call_point(se.fc1, pooled))
             return torch.sigmoid(self._call_point(se.fc2, hidden))
-        network = self.get_submodule(cast(str, se.network))
+        network = existing(self, cast(str, se.network))
         weights = cast(Tensor, network(pooled if se.call == "map" else pooled.flatten(1)))
         return weights.reshape(pooled.shape)
 
     def _call_point(self, name: str, pooled: Tensor) -> Tensor:
         """A layer of the SE on [N, C, 1, 1], which a Linear takes as [N, C]."""
-        layer = self.get_submodule(name)
+        layer = existing(self, name)
         if self._seen[name].kind is nn.Conv2d:
             return cast(Tensor, layer(pooled))
         return cast(Tensor, layer(pooled.flatten(1)))[:, :, None, None]
@@ -139,6 +165,18 @@ class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
     called: with a BatchNorm, say, in training as in evaluation. The attention step is fused in
     any case.
     """
+
+    attention = _ChildFirst(FusedPSAModule.attention)
+    prepack = _ChildFirst(FusedPSAModule.prepack)
+    unpack = _ChildFirst(FusedPSAModule.unpack)
+    _overridden = False  # noted here, since torch.compile cannot read a _ChildFirst of a class
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._overridden = cls._overridden or "attention" in vars(cls)
+
+    def _overrides_attention(self) -> bool:
+        return self._overridden
 
     def _conv_names(self) -> Sequence[str]:
         return self._layers.branches
@@ -191,7 +229,7 @@ def _settings(layer: nn.Module) -> object:
 
 
 def _point(module: nn.Module, name: str) -> Point:
-    return cast(Point, module.get_submodule(name))
+    return cast(Point, existing(module, name))
 
 
 def _kept(module: nn.Module, used: Collection[nn.Module]) -> nn.Module | None:

@@ -264,15 +264,15 @@ class FusedPSAModule(NotScriptable, PSAModule):
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            self.unpack()
+            type(self).unpack(self)  # a child of AdoptedPSA may have its name
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
+        type(self).unpack(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.unpack()
+        type(self).unpack(self)
         super()._apply(*args, **kwargs)
         return self
 
@@ -336,9 +336,12 @@ class FusedPSAModule(NotScriptable, PSAModule):
         why = self._why_attention_called() or self._why_convs_called()
         if why is not None:
             return why
-        if type(self).attention is not FusedPSAModule.attention or "attention" in self.__dict__:
+        if self._overrides_attention() or "attention" in self.__dict__:
             return "it has an attention of its own"
         return None
+
+    def _overrides_attention(self) -> bool:
+        return type(self).attention is not FusedPSAModule.attention
 
     def _why_not_fused(self) -> str | None:
         return self._why_called() or self._why_not_taken()
@@ -377,8 +380,9 @@ class FusedPSAModule(NotScriptable, PSAModule):
         """As _call_operator, and the attention [N, S, C]."""
         arguments, bias = self._arguments(x, convs)
         winograd = winograd_allowed(self.winograd)
-        tensors = (x, *self.parameters())
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
         if x.device.type == "cpu" and not grad and bias is None:
             operator = torch.ops.epsa_fused.psa_save_output.default
             out, _, attention = operator(*arguments, winograd)

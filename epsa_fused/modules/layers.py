@@ -40,12 +40,23 @@ _CONV_FORWARD = nn.Conv2d._conv_forward
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:
-    """The module of a dotted name, or None."""
+    """The module of a dotted name, or None.
+
+    Unlike `get_submodule` it reads no attribute, so a child may have the name of a method.
+    """
     if "." not in name:
         return module._modules.get(name)
     found: nn.Module | None = module
     for part in name.split("."):
         found = None if found is None else found._modules.get(part)
+    return found
+
+
+def existing(module: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name that is known to be there."""
+    found = submodule(module, name)
+    if found is None:
+        raise AttributeError(f"{type(module).__name__} has no module {name}")
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -79,7 +81,7 @@ def prepack(model: _Model, *args: object, frozen: bool = False, **kwargs: object
     try:
         for module, size in sizes.items():
             if frozen or module._may_be_compared():
-                module.prepack(*size, frozen=frozen)
+                _method(module, "prepack")(*size, frozen=frozen)
     except BaseException:  # an interruption too leaves no module packed; the error goes on
         unpack(model)
         raise
@@ -91,5 +93,11 @@ def unpack(model: _Model) -> _Model:
     check_module("unpack: model", model)
     for module in model.modules():
         if isinstance(module, FusedPSAModule):
-            module.unpack()
+            _method(module, "unpack")()
     return model
+
+
+def _method(module: FusedPSAModule, name: str) -> Callable[..., FusedPSAModule]:
+    """The module's method, where a child has its name, too."""
+    own = vars(module).get(name)
+    return partial(getattr(type(module), name), module) if own is None else own

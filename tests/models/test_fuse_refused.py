@@ -182,7 +182,7 @@ MISFITS = {
     "no_relu": (lambda: published_psa(WithoutReLU), r"something else than PSA"),
     "another_shape": (lambda: published_psa(Sum), r"something else than PSA"),
     "failing": (lambda: published_psa(Failing), r"a trial on \[4, 16, 3, 2\] failed: of no use"),
-    "dropout": (lambda: published_psa(WithDropout).eval(), r"something else than PSA"),
+    "dropout": (lambda: published_psa(WithDropout).eval(), r"draws random numbers in training"),
     "patched": (lambda: changed(published_psa(), set_forward), r"forward was replaced"),
     "patched_reference": (lambda: changed(PSAModule(64, 64), set_forward), r"forward was replaced"),
     "patched_attention_of_the_reference": (

@@ -19,6 +19,7 @@ from support.lookalikes import (
     LooksAtAttributes,
     LooksAtBuffers,
     LooksAtDtypes,
+    Named,
     Own,
     Parts,
     Shared,
@@ -142,12 +143,15 @@ def test_the_operator_computes_it(variant):
 # ---- what is not fused ----
 
 
+WIDER = {"plain_lists": 64, "block": 32, "norms_beside": 32, "per_pixel": 32, "weights_halved": 32}
+
+
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     make, why = NEAR_MISSES[miss]
     model = model_of(make)
     kept, before = type(model[1]), description(model)
-    channels = {"plain_lists": 64, "block": 32, "norms_beside": 32}.get(miss, 16)
+    channels = WIDER.get(miss, 16)
     x = image(channels, 2, 7, 6).to(torch.float32 if miss == "plain_lists" else torch.float64)
     copied = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -276,6 +280,28 @@ def test_an_adopted_module_is_served():
         served = optimize_for_inference(model, x, compile=False)
         assert served.report.folded == ["1"] and served.report.packed == 1
         assert relative_error(served(x), expected) < 1e-5
+
+
+def test_a_module_whose_children_have_names_of_methods_is_packed_compiled_and_exported():
+    module = adopted(lambda: Named("prepack", "unpack")).float().eval()
+    model, x = nn.Sequential(module).eval(), torch.randn(2, 16, 8, 8)
+    assert module.prepack is module._modules["prepack"]
+    with torch.no_grad():
+        expected = model(x)
+        prepack(model, x, frozen=True)
+        assert "prepacked" in repr(model)
+        assert relative_error(model(x), expected) < 1e-6
+        assert "prepacked" not in repr(model.train())
+        model.eval()
+        for make in (Named, lambda: Named("attention", "branches")):
+            module = adopted(make).float().eval()
+            expected = module(x)
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), expected)
+            assert torch.equal(torch.export.export(module, (x,)).module()(x), expected)
+            with record_attention(module) as scales:
+                assert torch.equal(module(x), expected)
+            assert len(scales[""]) == 1
 
 
 def test_modules_that_cannot_be_packed_are_passed_over():

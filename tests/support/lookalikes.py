@@ -44,13 +44,13 @@ def with_norm(*more):
     return [nn.Sequential(conv, nn.BatchNorm2d(16), *more) for conv in convolutions()]
 
 
-def squeeze(bias=True):
+def squeeze(bias=True, channels=16):
     """An SE network, all of it in one Sequential."""
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(16, 4, 1, bias=bias),
+        nn.Conv2d(channels, 4, 1, bias=bias),
         nn.ReLU(inplace=True),
-        nn.Conv2d(4, 16, 1, bias=bias),
+        nn.Conv2d(4, channels, 1, bias=bias),
         nn.Sigmoid(),
     )
 
@@ -172,6 +172,95 @@ class Pyramid(nn.Module):
 
     def forward(self, x):
         return self.small(x), self.wide(x), self.pixel(x)
+
+
+class Weighed(nn.Module):
+    """A branch that holds its SE network, and gives its map and its weights."""
+
+    def __init__(self, conv, norm=None):
+        super().__init__()
+        self.conv, self.norm, self.se = conv, norm or nn.Identity(), squeeze()
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        return out, self.se(out)
+
+
+class OfWeighed(nn.Module):
+    def __init__(self, branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return recalibrated(*zip(*(branch(x) for branch in self.branches), strict=True))
+
+
+def weighed(**options):
+    return [Weighed(conv) for conv in convolutions(**options)]
+
+
+class Named(nn.Module):
+    """Its children have the names of an attribute and of a method of the fused module."""
+
+    def __init__(self, branches="branches", se="attention"):
+        super().__init__()
+        self.names = branches, se
+        setattr(self, branches, nn.ModuleList(convolutions()))
+        setattr(self, se, squeeze())
+
+    def forward(self, x):
+        branches, se = (self._modules[name] for name in self.names)
+        maps = [branch(x) for branch in branches]
+        return recalibrated(maps, [se(m) for m in maps])
+
+
+class AtOnce(nn.Module):
+    """One call of the SE network for all maps, and the output written in slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many = convolution(3, bias=True), convolution(5, 4)  # one bias
+        self.excite = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU(True), nn.Linear(8, 16))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        maps = torch.stack((self.few(x), self.many(x)), 1)
+        n, s, c, h, w = maps.shape
+        weights = torch.sigmoid(self.excite(maps.mean(dim=[3, 4]).view(n * s, c)))
+        weights = self.softmax(weights.view(n, s, c).permute(0, 2, 1)).permute(0, 2, 1)
+        out = x.new_empty(n, s * c, h, w)
+        for i in range(s):
+            out[:, i * c : (i + 1) * c] = maps[:, i] * weights[:, i, :, None, None]
+        return out
+
+
+def squeeze_and_flatten():
+    ends = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()), nn.Unflatten(1, (16, 1, 1))
+    layers = (nn.Linear(16, 4), nn.ReLU(inplace=True), nn.Linear(4, 16), nn.Sigmoid())
+    return nn.Sequential(ends[0], *layers, ends[1])
+
+
+class Joined(nn.Module):
+    """The maps come as one tensor; the softmax is written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.spc = JoinedPyramid()
+        self.weighting = nn.ModuleList(squeeze() for _ in range(4))
+
+    def forward(self, x):
+        maps = self.spc(x).chunk(4, 1)
+        powers = [se(m).exp() for se, m in zip(self.weighting, maps, strict=True)]
+        return torch.cat([m * (p / sum(powers)) for m, p in zip(maps, powers, strict=True)], 1)
+
+
+class JoinedPyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(convolutions(inplans=32))
+
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self.layers], 1)
 
 
 class Held(nn.Module):
@@ -301,6 +390,14 @@ VARIANTS = {
     "se_of_linear_layers": Variant(lambda: Flat(nn.Linear)),
     "se_in_two_lists": Variant(TwoLists),
     "branches_in_a_module": Variant(Held),
+    "branches_hold_their_se": Variant(lambda: OfWeighed(weighed())),
+    "branches_hold_their_se_and_norms": Variant(lambda: OfWeighed(map(Weighed, with_norm())),
+        in_part=True),
+    "names_of_ours": Variant(Named),
+    "names_of_methods": Variant(lambda: Named("unpack", "prepack")),
+    "at_once": Variant(AtOnce),
+    "se_between_flatten_and_unflatten": Variant(lambda: Shared(se=squeeze_and_flatten())),
+    "joined_maps": Variant(Joined, channels=32),
     "external": Variant(external_psa, "FusedSplitPSA", channels=64),
     "parts": Variant(Parts, in_part=True, channels=64),
     "parts_in_a_sequential": Variant(lambda: in_a_sequential(external_psa()),
@@ -440,6 +537,55 @@ class MaxPooled(Shared):
     def forward(self, x):
         maps = [branch(x) for branch in self.conv_branches]
         return recalibrated(maps, [self.se_block(m.amax((2, 3), keepdim=True)) for m in maps])
+
+
+class JointNetwork(Shared):
+    """One SE network sees the channels of all branches."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, self.se_block(torch.cat(maps, 1)).chunk(4, 1))
+
+
+class Uneven(nn.Module):
+    """Branches of different channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, k + 1, k, padding=k // 2) for k in (3, 5, 7))
+        self.ses = nn.ModuleList(squeeze(channels=k + 1) for k in (3, 5, 7))
+
+    def forward(self, x):
+        maps = [conv(x) for conv in self.convs]
+        return torch.cat([m * se(m) for m, se in zip(maps, self.ses, strict=True)], 1)
+
+
+class InputChanged(Shared):
+    def forward(self, x):
+        return super().forward(x.relu())
+
+
+class ClampedWeights(Shared):
+    """It differs where a sigmoid is nearly 0 or 1."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m).clamp(1e-3, 1 - 1e-3) for m in maps])
+
+
+class PerPixel(Shared):
+    """No pooling: its layers alone look like those of PSA."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block[1:](m) for m in maps])
+
+
+class HalvedWeights(Shared):
+    def forward(self, x):
+        convs = self.conv_branches
+        maps = [F.conv2d(x, c.weight / 2, c.bias, 1, c.padding, 1, c.groups) for c in convs]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
 
 
 class ReadWeights(Shared):
@@ -680,20 +826,34 @@ NEAR_MISSES = {
     "added": (AddedUp, r"something else than PSA.*may add its branches, which PSA concatenates"),
     "weights_of_another": (OthersWeights, SOMETHING_ELSE),
     "called_twice": (TwiceCalled, r"calls conv_branches\.0 2 times, expected once"),
-    "dropout": (DropoutBetween, r"something else than PSA in training"),
+    "dropout": (DropoutBetween, r"draws random numbers in training, as a dropout does"),
     "detached": (Detached, r"its gradients are not those of PSA"),
     "values": (LooksAtValues, SOMETHING_ELSE),
     "sizes": (LooksAtSizes, SOMETHING_ELSE),
     "kernels": (LooksAtKernels, SOMETHING_ELSE),
     "another_order": (AnotherOrder, SOMETHING_ELSE),
     "interleaved": (Interleaved, SOMETHING_ELSE),
-    "max": (MaxPooled, SOMETHING_ELSE),
+    "max": (MaxPooled, rf"{SOMETHING_ELSE}.*SE networks are not given the mean of each map"),
+    "input_changed": (InputChanged, rf"{SOMETHING_ELSE}.*not called on its input itself"),
+    "sigmoid_clamped": (ClampedWeights, rf"{SOMETHING_ELSE} for an input"),
+    "per_pixel": (lambda: PerPixel(convolutions(inplans=32)),
+        rf"{SOMETHING_ELSE}.*not given the mean of each map"),
+    "weights_halved": (lambda: HalvedWeights(convolutions(inplans=32)),
+        rf"{SOMETHING_ELSE}.*does not call all of its branches"),
+    "norms_beside_their_se": (
+        lambda: OfWeighed(Weighed(c, nn.BatchNorm2d(16)) for c in convolutions()),
+        r"beside other layers: branches\.0\.norm.*; it fuses with each of these in one nn\.Seq"),
+    "names_of_attributes": (lambda: Named("winograd", "branch_order"),
+        r"attribute by the name of its child winograd, branch_order; it fuses with another name"),
     "weights_read": (ReadWeights, r"calls conv_branches\.0 0 times, expected once"),
     "plain_lists": (PlainLists, r"in plain Python lists \(convs, se_blocks\).*nn\.ModuleList"),
     "an_se_too_few": (lambda: with_ses(squeeze(), squeeze(), squeeze()),
         r"4 branches and 3 SE networks"),
     "an_se_of_another_width": (lambda: with_ses(squeeze(), squeeze(), squeeze(), Layers()),
         r"the channels of the SE networks are .*\(16, 5\)"),
+    "one_se_of_all_channels": (lambda: JointNetwork(se=squeeze(channels=64)),
+        r"SE network has 64 channels, those of its 4 branches together; that of PSA weighs the 16"),
+    "uneven": (Uneven, r"the channels of the SE networks are \[\(4, 4\), \(6, 4\), \(8, 4\)\]"),
     "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
         r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),

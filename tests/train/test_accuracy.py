@@ -81,3 +81,40 @@ def test_the_answers_are_those_of_the_trained_weights(tmp_path, accuracy):
     with torch.no_grad():
         exact = exact((x - data.mean[0]) / data.std[0])
     assert_no_worse(fused.float(), reference.float(), exact, terms=9 * 128)
+
+
+def test_the_starts(tmp_path, accuracy, capsys):
+    arguments = ["--start", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    assert accuracy.main([*arguments, "--runs", str(tmp_path / "runs")]) == 0
+    with (tmp_path / "start-digits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["start"] for row in rows] == list(accuracy.STARTS)
+    assert {row["images"] for row in rows} == {"100"}
+    assert all(0 <= float(row["epoch_30"]) <= 1 and row["commit"] for row in rows)
+    output = capsys.readouterr().out
+    assert output.count("load_backbone: 52 of 70 tensors taken") == 1
+    assert output.index("another network, seed 0") < output.index("load_backbone")
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments(["--start", "--data", "cifar-10-batches-py"])
+
+
+def test_the_docs_give_the_committed_starts(accuracy, capsys):
+    with (ROOT / "benchmarks/results/start-digits.csv").open(newline="") as file:
+        rows = [
+            {name: float(v) if name.startswith("epoch_") else v for name, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    accuracy.summarize_starts(rows)
+    table, ahead = capsys.readouterr().out.strip().split("|\nafter", 1)
+    assert table in (ROOT / "docs/training.md").read_text()
+    assert ahead.count("ahead from 5 of 5 seeds") == len(accuracy.SHOWN)
+
+
+def test_the_few_images_of_each_class_are_not_among_the_others(accuracy):
+    data = accuracy.open_data("digits", 0)
+    whole = accuracy.of_classes(data.train, data, range(5, 10))
+    few, others = accuracy.few_of_each(whole)
+    assert few.tensors[1].bincount().tolist() == [accuracy.SHOTS] * 5
+    assert len(few) + len(others) == len(whole) == sum(label > 4 for label in data.train.labels)
+    seen, unseen = ({i.numpy().tobytes() for i in part.tensors[0]} for part in (few, others))
+    assert len(seen) == len(few) and not seen & unseen
