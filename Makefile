@@ -133,7 +133,7 @@ $(VENV)/packages-%: pyproject.toml | $(VENV)/created
 # In place, by ninja in a folder that stays: another build compiles only what changed. pip's
 # editable installation would compile everything again.
 $(VENV)/built: $(VENV)/torch $(VENV)/packages-build $(SOURCES)
-	@echo "compiling: about four minutes of processor time in all, shared by $$(nproc) cores"
+	@echo "compiling: two to four minutes of processor time in all, shared by $$(nproc) cores"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PROGRESS) --compile build/log \
 	  $(PY) setup.py egg_info build_ext --inplace --build-temp build/temp
 	@$(PY) -c "import pathlib, sysconfig; \

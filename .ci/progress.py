@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 SILENCE = 10.0  # seconds until the next sign of life
@@ -22,8 +21,8 @@ TAIL = 50  # lines of the log that a failed build shows
 COMPILED = re.compile(r"(\[\d+/\d+\]).* -c (?:-c )?(\S+\.(?:cpp|cu))\b")
 
 
-def lines_of(process: subprocess.Popen) -> Iterator[str | None]:
-    """The lines of its output; None each time that it was silent for SILENCE seconds."""
+def lines_of(process: subprocess.Popen) -> queue.Queue[str | None]:
+    """The lines of its output as they come; None is the end."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -32,24 +31,26 @@ def lines_of(process: subprocess.Popen) -> Iterator[str | None]:
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=SILENCE)
-        except queue.Empty:
-            yield None
-            continue
-        if line is None:
-            return
-        yield line
+    return lines
 
 
 def show(process: subprocess.Popen, log: Path | None) -> None:
-    start, counter = time.monotonic(), ""
+    lines, counter = lines_of(process), ""
+    start = shown = time.monotonic()
     with open(log or os.devnull, "w") as file:
-        for line in lines_of(process):
-            if line is None:
-                print(f"  ... {time.monotonic() - start:.0f} s {counter}", flush=True)
+        while True:
+            # since something was shown: lines that go into the log alone are silence, too
+            rest = shown + SILENCE - time.monotonic()
+            if rest <= 0:
+                shown = time.monotonic()
+                print(f"  ... {shown - start:.0f} s {counter}", flush=True)
                 continue
+            try:
+                line = lines.get(timeout=rest)
+            except queue.Empty:
+                continue
+            if line is None:
+                return
             file.write(line)
             match = COMPILED.match(line)
             if log is None:
@@ -57,6 +58,9 @@ def show(process: subprocess.Popen, log: Path | None) -> None:
             elif match:
                 counter = match[1]
                 print(f"  {counter} {os.path.relpath(match[2])}", flush=True)
+            else:
+                continue
+            shown = time.monotonic()
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _facts, psa_attention, psa_attention_reference, winograd_allowed
+from ._commands import while_read
 
 # Rounding explains errors up to these, relative to a result's largest value. The float64 reference
 # counts as exact.
@@ -105,4 +106,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

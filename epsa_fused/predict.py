@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ._commands import while_read
 from .trained import load_trained
 
 
@@ -45,4 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
+from .._commands import forget_unread
 from .errors import InputError
 
 # The shells' exit code after Ctrl-C: a script stops here.
@@ -30,22 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _forget_unread() -> None:
-    """Drop output that has no reader any more.
-
-    Python would try to write it again at exit, fail, and return 120.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def command() -> int:
     """Train as the command line says; pyproject.toml names this for `epsa-train`."""
-    code = main()
-    _forget_unread()
-    return code
+    try:
+        return main()
+    finally:  # argparse leaves --help by SystemExit
+        forget_unread()
 
 
 if __name__ == "__main__":

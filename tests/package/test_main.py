@@ -109,3 +109,31 @@ def test_a_wrong_instruction_set_is_one_line(arguments):
     assert re.fullmatch(
         r"error: EPSA_CPU_ISA: expected one of \{baseline.*\} .*, got 'sse2'\n", result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "buffered"),
+    (
+        (("epsa_fused",), True),
+        (("epsa_fused",), False),
+        (("epsa_fused", "--help"), True),
+        (("epsa_fused.predict", "--help"), True),
+        (("epsa_fused.train", "--help"), True),
+    ),
+)
+def test_a_reader_that_ends_first_ends_it_quietly(arguments, buffered):
+    """As `| head -1` does. argparse ignores it, so that --help may end with 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    os.close(writer)
+    assert not result.stderr
+    unread = 141  # the shells' code for a pipe without a reader
+    assert result.returncode in ((unread, 0) if "--help" in arguments else (unread,))

@@ -291,12 +291,14 @@ def test_the_demo(tmp_path):
 def test_progress_shows_lines_silence_and_failure(tmp_path):
     """.ci/progress.py, in front of what `make` installs and compiles."""
     command = "echo '[1/2] c++ -MMD -c /x/csrc/a.cpp -o a.o'; sleep 0.5; echo other; exit 3"
+    # that go into the log alone, never as long apart as SILENCE
+    unseen = "for i in 1 2 3 4 5 6 7 8 9; do echo unseen; sleep 0.1; done"
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT / ".ci")!r})
 import progress; progress.SILENCE = 0.2
 sys.exit(progress.main(sys.argv[1:]))"""
 
-    def run(*options: str) -> subprocess.CompletedProcess:
+    def run(*options: str, command: str = command) -> subprocess.CompletedProcess:
         arguments = [sys.executable, "-c", script, *options, "sh", "-c", command]
         return subprocess.run(
             arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
@@ -312,3 +314,5 @@ sys.exit(progress.main(sys.argv[1:]))"""
     assert first.startswith("  [1/2]") and first.endswith("csrc/a.cpp") and "[1/2]" in second
     assert "the build failed" in compiling.stdout
     assert (tmp_path / "build" / "log").read_text().endswith("other\n")
+    unseen_lines = run("--compile", "build/unseen", command=unseen).stdout
+    assert re.search(r"^  \.\.\. \d+ s", unseen_lines) and "unseen" not in unseen_lines
