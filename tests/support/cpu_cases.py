@@ -41,12 +41,10 @@ def isas_of(noun: str) -> list[str]:
     return [isa for isa in ISAS if noun == "conv" or isa not in BFLOAT16_ALONE]
 
 
-def clang() -> str:
-    """The newest clang++ on PATH; skips the test where there is none of version 16 or later."""
-    for name in (f"clang++-{version}" for version in range(30, 15, -1)):
-        if shutil.which(name):
-            return name
-    pytest.skip("no clang++-16 or newer on PATH")
+def clangs() -> list[str]:
+    """The clang++ on PATH, newest first; skips the test where none is of version 16 or later."""
+    names = [f"clang++-{version}" for version in range(30, 15, -1)]
+    return list(filter(shutil.which, names)) or pytest.skip("no clang++-16 or newer on PATH")
 
 
 def programs(noun: str, directory: Path, compiler: str = "g++") -> dict[str, Path]:
