@@ -10,8 +10,8 @@ from collections.abc import Callable
 UNREAD = 141
 
 
-def forget_unread() -> None:
-    """Drop output that has no reader any more.
+def forget_unread() -> bool:
+    """Drop output that has no reader any more. Returns whether there was none.
 
     Python would try to write it again at exit, fail, and return 120.
     """
@@ -19,15 +19,18 @@ def forget_unread() -> None:
         print(end="", flush=True)  # unlike a flush, it does without a stdout
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def while_read(main: Callable[[], int]) -> int:
     """Run main, and end quietly where the reader of its output ends first."""
     try:
-        try:
-            return main()
-        finally:  # argparse leaves --help by SystemExit
-            print(end="", flush=True)
+        code = main()
     except BrokenPipeError:
         forget_unread()
         return UNREAD
+    except BaseException:  # what went wrong counts more; argparse leaves --help by SystemExit
+        forget_unread()
+        raise
+    return code if forget_unread() else UNREAD

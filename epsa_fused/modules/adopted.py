@@ -58,21 +58,28 @@ class _Seen(NamedTuple):
     settings: object
 
 
-class _ChildFirst:
+class _ChildFirst(property):
     """A method that a child of its name hides, as attributes of an object hide methods.
 
     People name their layers `attention`. torch.compile, torch.export and others read a child as
-    an attribute.
+    an attribute. A property is what torch.compile can follow. The class's attribute takes calls
+    as the method does.
     """
 
     def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
+        def child_or_method(module: nn.Module) -> Any:
+            child = module._modules.get(method.__name__)
+            return method.__get__(module) if child is None else child
 
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Any:
-        if module is None:
-            return self._method
-        child = module._modules.get(self._method.__name__)
-        return self._method.__get__(module) if child is None else child
+        super().__init__(child_or_method)
+        self.__wrapped__ = method  # for inspect.signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+_ATTENTION = _ChildFirst(PSAModule.attention)
+_FUSED_ATTENTION = _ChildFirst(FusedPSAModule.attention)
 
 
 class AdoptedPSA(PSAModule):
@@ -90,7 +97,7 @@ class AdoptedPSA(PSAModule):
 
     _layers: PSALayers
     _seen: dict[str, _Seen]
-    attention = _ChildFirst(PSAModule.attention)
+    attention: Any = _ATTENTION
 
     def __init__(self, module: nn.Module, layers: PSALayers, *, branch_order: str) -> None:
         nn.Module.__init__(self)
@@ -122,8 +129,12 @@ class AdoptedPSA(PSAModule):
         return super().extra_repr() + split
 
     def _own_attention(self) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-        own = vars(self).get("attention")
-        return partial(type(self).attention, self) if own is None else own
+        if "attention" not in vars(self):
+            if type(self).attention is _ATTENTION:
+                return partial(PSAModule.attention, self)
+            if type(self).attention is _FUSED_ATTENTION:
+                return partial(FusedPSAModule.attention, cast(FusedPSAModule, self))
+        return cast(Callable[..., Any], self.attention)  # the object's, or a subclass's
 
     def _convs(self) -> list[nn.Module]:
         return [existing(self, name) for name in self._layers.branches]
@@ -166,17 +177,12 @@ class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
     any case.
     """
 
-    attention = _ChildFirst(FusedPSAModule.attention)
-    prepack = _ChildFirst(FusedPSAModule.prepack)
-    unpack = _ChildFirst(FusedPSAModule.unpack)
-    _overridden = False  # noted here, since torch.compile cannot read a _ChildFirst of a class
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._overridden = cls._overridden or "attention" in vars(cls)
+    attention: Any = _FUSED_ATTENTION
+    prepack: Any = _ChildFirst(FusedPSAModule.prepack)
+    unpack: Any = _ChildFirst(FusedPSAModule.unpack)
 
     def _overrides_attention(self) -> bool:
-        return self._overridden
+        return type(self).attention is not _FUSED_ATTENTION
 
     def _conv_names(self) -> Sequence[str]:
         return self._layers.branches

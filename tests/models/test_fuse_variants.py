@@ -43,7 +43,8 @@ from epsa_fused import (
     unfuse,
     why_not_fused,
 )
-from epsa_fused.modules.adopted import FusedAdoptedPSA
+from epsa_fused.modules.adopted import AdoptedPSA, FusedAdoptedPSA
+from epsa_fused.modules.layers import existing
 
 LIMIT = 1e-14
 
@@ -302,6 +303,54 @@ def test_a_module_whose_children_have_names_of_methods_is_packed_compiled_and_ex
             with record_attention(module) as scales:
                 assert torch.equal(module(x), expected)
             assert len(scales[""]) == 1
+
+
+@pytest.mark.parametrize("make", (Shared, lambda: Named("attention", "branches")))
+@pytest.mark.filterwarnings("ignore:FusedAdoptedPSA calls layers")
+def test_a_module_that_calls_its_layers_compiles_and_exports(make):
+    """The plain module, and the fused one with a hook on a layer of the SE."""
+    called = adopted(make).float().eval()
+    plain = unfuse(called)
+    se = existing(called, called._layers.networks[0].fc1)
+    se.register_forward_hook(lambda module, args, result: result * 2)
+    x = torch.randn(2, 16, 6, 6)
+    assert type(plain) is AdoptedPSA and "has hooks" in why_not_fused(called)
+    for module in (plain, called):
+        with torch.no_grad():
+            expected = module(x)
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), expected)
+            assert torch.equal(torch.export.export(module, (x,), strict=True).module()(x), expected)
+
+
+class Zeros:
+    """An attention of one's own."""
+
+    def attention(self, feats, return_attention=False):
+        return torch.cat([0 * feat for feat in feats], 1)
+
+
+class FromMixin(Zeros, FusedAdoptedPSA):
+    pass
+
+
+class Changed(FusedAdoptedPSA):
+    pass
+
+
+Changed.attention = Zeros.attention  # as a patch does, after the class was made
+
+
+@pytest.mark.parametrize("kind", (FromMixin, Changed), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("make", (Shared, lambda: Named("branches", "attention")))
+@pytest.mark.filterwarnings("ignore:FromMixin calls layers", "ignore:Changed calls layers")
+def test_an_attention_of_a_subclass_is_called(kind, make):
+    module = adopted(make).float().eval()
+    module.__class__ = kind
+    x = torch.randn(2, 16, 6, 6)
+    assert why_not_fused(module) == "it has an attention of its own"
+    assert not module(x).any()
+    assert not torch.compile(module, fullgraph=True, backend="aot_eager")(x).any()
 
 
 def test_modules_that_cannot_be_packed_are_passed_over():

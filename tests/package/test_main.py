@@ -137,3 +137,20 @@ def test_a_reader_that_ends_first_ends_it_quietly(arguments, buffered):
     assert not result.stderr
     unread = 141  # the shells' code for a pipe without a reader
     assert result.returncode in ((unread, 0) if "--help" in arguments else (unread,))
+
+
+def test_an_error_is_shown_although_nobody_reads_the_output():
+    code = "from epsa_fused._commands import while_read\nwhile_read(lambda: print() or 1 // 0)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    os.close(writer)
+    assert result.returncode == 1
+    assert result.stderr.endswith("ZeroDivisionError: integer division or modulo by zero\n")
