@@ -135,7 +135,11 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
             outs = []
             for order in BRANCH_ORDERS:
                 fused = build(twin, layers, order).eval()
-                outs.append(_result(fused, inputs[0], backward=False).out)
+                try:
+                    outs.append(_result(fused, inputs[0], backward=False).out)
+                except Exception as error:  # an SE layer of foreign code gives a tuple, say
+                    failed = f"its layers cannot be called as those of PSA: {first_line(error)}"
+                    raise MisfitError(failed, calls.weigh_each_map(inputs[0])) from error
                 if _agree(outs[-1:], [first.out]):
                     calls.check()
                     _check_training(twin, layers, inputs[0])
@@ -178,8 +182,11 @@ def looks_like_psa(
         try:  # all that can go wrong is in foreign code, and a name in a report is not worth it
             with undisturbed(with_lists):
                 twin = twin_of(with_lists, layers, generator).eval()
-                first = next(m for m in twin.modules() if isinstance(m, nn.Conv2d))
-                for channels in {first.in_channels, _inplans(twin, layers)}:
+                for t in twin.buffers():
+                    t.abs_()  # one may be the variance of a BatchNorm
+                # any layer may be the first
+                inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
+                for channels in {*inputs, _inplans(twin, layers)}:
                     calls = _Calls(twin, layers)
                     x = random_values((2, channels, 16, 16), generator)
                     with suppress(MisfitError), calls.watched():
@@ -214,6 +221,8 @@ def _result(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
     draws = random_state() != before
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
+    if not out.is_floating_point() or out.layout is not torch.strided:
+        raise TypeError(f"its forward returns {out.dtype} as {out.layout}, expected a map")
     overwrites = not torch.equal(given, leaf)
     grads = None
     if backward and out.requires_grad:

@@ -148,7 +148,7 @@ def test_the_operator_computes_it(variant):
 
 WIDER = {
     **{"plain_lists": 64, "block": 32, "norms_beside": 32, "weights_halved": 32},
-    "parameters_in_a_list": 32,
+    **{"parameters_in_a_list": 32, "bottleneck": 128},
 }
 
 

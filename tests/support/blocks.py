@@ -357,6 +357,31 @@ class AllIn(Wider):
         return super().forward(x.to(self.dtype)).to(x.dtype)
 
 
+class TupleLinear(nn.Linear):
+    """It gives its bias beside its result, as layers of Megatron do."""
+
+    def forward(self, x):
+        return super().forward(x), self.bias
+
+
+class OfTuples(Wider):
+    def __init__(self):
+        super().__init__(layer=TupleLinear)
+
+    def weigh(self, means):
+        return self.fc2(self.fc1(means)[0].relu())[0].sigmoid()
+
+
+class Mask(Wider):
+    def forward(self, x):
+        return super().forward(x) > 0
+
+
+class Sparse(Wider):
+    def forward(self, x):
+        return super().forward(x).to_sparse()
+
+
 class WeightsRead(Wider):
     """It never calls its SE network."""
 
@@ -384,6 +409,9 @@ ODD_CALLS = {
     "means_in_half": (lambda: MeansIn(torch.half), True),
     "all_in_bfloat16": (lambda: AllIn(torch.bfloat16), True),
     "all_in_half": (lambda: AllIn(torch.half), True),
+    "of_tuples": (OfTuples, True),
+    "mask": (Mask, True),
+    "sparse": (Sparse, True),
     "weights_read": (WeightsRead, False),
     "means_as_rows": (Wider, True),
     "means_in_a_map": (MeansInAMap, True),

@@ -618,6 +618,19 @@ class Block(Shared):
         return self.norm(super().forward(self.before(x)))
 
 
+class Bottleneck(Shared):
+    """A whole block of EPSANet, with all its layers in one class."""
+
+    def __init__(self):
+        super().__init__(convolutions(inplans=64))
+        self.conv1, self.bn1 = nn.Conv2d(128, 64, 1, bias=False), nn.BatchNorm2d(64)
+        self.bn2, self.conv3 = nn.BatchNorm2d(64), nn.Conv2d(64, 128, 1, bias=False)
+
+    def forward(self, x):
+        out = super().forward(self.bn1(self.conv1(x)).relu())
+        return x + self.conv3(self.bn2(out).relu())
+
+
 def with_ses(*ses):
     module = Own()
     module.ses = nn.ModuleList(ses)
@@ -894,6 +907,7 @@ NEAR_MISSES = {
     "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
         r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
+    "bottleneck": (Bottleneck, r"the channels of the SE networks .*; what is more .*: bn1, bn2"),
     "block": (Block, r"other children too: norm"),
     "layer_drop": (LayerDrop, r"its forward draws random numbers"),
     "random_of_python": (DrawsFromPython, r"its forward draws random numbers"),
