@@ -173,28 +173,31 @@ def looks_like_psa(
         layers: its branches, and the SE networks of their channels.
         hidden: its plain Python lists that hold some of them, by attribute.
     """
-    with_lists = object.__new__(type(module))
-    vars(with_lists).update(vars(module))
-    with_lists._modules = {**module._modules, **hidden}
+    try:  # it is foreign code, in a state that forbids to fuse it; a reason is not worth an error
+        with_lists = object.__new__(type(module))
+        vars(with_lists).update(vars(module), _modules={**module._modules, **hidden})
+        with undisturbed(with_lists):
+            return any(_weighs_each_map(with_lists, layers, splits) for splits in (False, True))
+    except Exception:
+        return False
+
+
+def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -> bool:
+    layers = layers._replace(splits_input=splits_input)
     generator = torch.Generator().manual_seed(0)
-    for splits_input in (False, True):
-        layers = layers._replace(splits_input=splits_input)
-        try:  # all that can go wrong is in foreign code, and a name in a report is not worth it
-            with undisturbed(with_lists):
-                twin = twin_of(with_lists, layers, generator).eval()
-                for t in twin.buffers():
-                    t.abs_()  # one may be the variance of a BatchNorm
-                # any layer may be the first
-                inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
-                for channels in {*inputs, _inplans(twin, layers)}:
-                    calls = _Calls(twin, layers)
-                    x = random_values((2, channels, 16, 16), generator)
-                    with suppress(MisfitError), calls.watched():
-                        _attempt(twin, x, backward=False)
-                        if calls.weigh_each_map(x):
-                            return True
-        except Exception:
-            return False
+    twin = twin_of(module, layers, generator).eval()
+    for t in twin.buffers():
+        if t.is_floating_point():
+            t.abs_()  # it may be the variance of a BatchNorm
+    # Any of its convolutions may be the first.
+    inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
+    for channels in {*inputs, _inplans(twin, layers)}:
+        calls = _Calls(twin, layers)
+        x = random_values((2, channels, 16, 16), generator)
+        with suppress(MisfitError), calls.watched():
+            _attempt(twin, x, backward=False)
+            if calls.weigh_each_map(x):
+                return True
     return False
 
 
@@ -358,7 +361,8 @@ class _Calls:
     def __init__(self, twin: nn.Module, layers: PSALayers) -> None:
         self._layers = layers
         self._branches = [existing(twin, name) for name in layers.branches]
-        self._fc1 = {existing(twin, network.fc1) for network in layers.networks}
+        first = {existing(twin, network.fc1): None for network in layers.networks}
+        self._fc1 = {fc1: channels_of(cast(Point, fc1))[0] for fc1 in first}  # its inputs
         self._inputs: dict[nn.Module, list[Tensor]] = {}
         self._maps: list[Tensor] = []
 
@@ -423,8 +427,8 @@ class _Calls:
         if not self._were_called_on(x):
             found.append("its branches are not called on its input itself")
         vectors = [
-            (given.movedim(-3, -1) if isinstance(fc1, nn.Conv2d) else given).flatten(0, -2)
-            for fc1 in self._fc1
+            (given.movedim(-3, -1) if isinstance(fc1, nn.Conv2d) else given).reshape(-1, channels)
+            for fc1, channels in self._fc1.items()
             for given in self._inputs.get(fc1, ())
         ]
         means = [m.mean((-2, -1)).reshape(-1, m.shape[-3]) for m in self._maps]
@@ -450,7 +454,8 @@ class _Calls:
 
     def _parts(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         count = len(self._branches)
-        parts = x.chunk(count, 1) if self._layers.splits_input else [x] * count
+        # tensor_split gives as many parts of a few channels, too
+        parts = x.tensor_split(count, 1) if self._layers.splits_input else [x] * count
         return zip(self._branches, parts, strict=True)
 
     def weigh_each_map(self, x: Tensor) -> bool:
@@ -462,8 +467,8 @@ class _Calls:
         if maps > 0 and not self._are_parallel(x):
             return False
         vectors = sum(
-            given.numel() / channels_of(cast(Point, fc1))[0]
-            for fc1 in self._fc1
+            given.numel() / channels
+            for fc1, channels in self._fc1.items()
             for given in self._inputs.get(fc1, ())
         )
         return vectors == (maps or len(self._branches)) * len(x)

@@ -357,6 +357,22 @@ class AllIn(Wider):
         return super().forward(x.to(self.dtype)).to(x.dtype)
 
 
+class FewChannels(nn.Module):
+    """A chain of branches that take one channel each: fewer than there are branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(1, 8, k, padding=k // 2) for k in (3, 5, 7))
+        self.se = SE(8)
+
+    def forward(self, x):
+        first, *parts = x.tensor_split(3, 1)
+        out = self.convs[0](first)
+        for conv, part in zip(self.convs[1:], parts, strict=True):
+            out = conv(part + out.mean(1, keepdim=True))
+        return self.se(out)
+
+
 class TupleLinear(nn.Linear):
     """It gives its bias beside its result, as layers of Megatron do."""
 
@@ -411,6 +427,7 @@ ODD_CALLS = {
     "all_in_half": (lambda: AllIn(torch.half), True),
     "of_tuples": (OfTuples, True),
     "mask": (Mask, True),
+    "few_channels": (FewChannels, False),
     "sparse": (Sparse, True),
     "weights_read": (WeightsRead, False),
     "means_as_rows": (Wider, True),
