@@ -214,6 +214,14 @@ class Named(nn.Module):
         return recalibrated(maps, [se(m) for m in maps])
 
 
+class AndUnused(Shared):
+    """A norm without tensors, whose class in torch loads old files in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(16)
+
+
 class AtOnce(nn.Module):
     """One call of the SE network for all maps, and the output written in slices."""
 
@@ -395,6 +403,7 @@ VARIANTS = {
         in_part=True),
     "names_of_ours": Variant(Named),
     "names_of_methods": Variant(lambda: Named("unpack", "prepack")),
+    "an_unused_norm": Variant(AndUnused),
     "at_once": Variant(AtOnce),
     "se_between_flatten_and_unflatten": Variant(lambda: Shared(se=squeeze_and_flatten())),
     "joined_maps": Variant(Joined, channels=32),
@@ -795,6 +804,11 @@ class WeighedWithKeys(Weighed):
         destination[prefix + "version"] = torch.ones(1)
 
 
+class WithOwnStateDict(Shared):
+    def state_dict(self, *args, **options):
+        return {**super().state_dict(*args, **options), "version": torch.ones(1)}
+
+
 class PyramidWithExtraState(ExtraState, Pyramid):
     pass
 
@@ -889,6 +903,7 @@ NEAR_MISSES = {
     "plain_list_of_branches_and_norms": (PlainList,
         r"in plain Python lists \(branches\).*; it has other children too: branches\.0\.norm"),
     "parameters_in_a_list": (WithParameters, r"other children too: factors"),
+    "own_state_dict": (WithOwnStateDict, r"saves or loads its state_dict in a way of its own"),
     "extra_state_of_a_branch": (lambda: OfWeighed(map(WeighedWithExtraState, convolutions())),
         r"branches\.0, .*branches\.3 saves or loads its state_dict in a way of its own"),
     "keys_of_a_branch": (lambda: OfWeighed(map(WeighedWithKeys, convolutions())),
