@@ -17,7 +17,7 @@ from .build import build
 from .find import MisfitError
 from .parts import channels_of
 from .quiet import random_state, undisturbed
-from .twin import only_input, random_values, twin_of
+from .twin import random_values, twin_of
 
 # Every module has these attributes; the others are settings of its class.
 _STATE = vars(nn.Module()).keys()
@@ -129,7 +129,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                 with calls.watched():
                     first = _attempt(twin, inputs[0], backward=False)
             except MisfitError as failure:
-                failure.named = calls.may_be_parallel(inputs[0])
+                failure.named = calls.weigh_each_map(inputs[0])
                 failures.append(failure)
                 continue
             outs = []
@@ -158,15 +158,15 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                 raise MisfitError(_NEARLY, named)
             why = [_difference(first.out, outs[0], module, layers), *calls.differences(inputs[0])]
             raise MisfitError("; ".join(why), named)
-    raise next((failure for failure in failures if failure.named), failures[0])
+    why_not = next((failure for failure in failures if failure.named), failures[0])
+    why_not.named = why_not.named or looks_like_psa(module, layers, {})  # it may refuse small maps
+    raise why_not
 
 
 def looks_like_psa(
     module: nn.Module, layers: PSALayers, hidden: Mapping[str, nn.ModuleList]
 ) -> bool:
     """Whether a module that cannot be fused weighs the maps of parallel branches, in one call.
-
-    A call that fails shows nothing.
 
     Args:
         module: it stays as it is.
@@ -196,8 +196,8 @@ def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -
         x = random_values((2, channels, 16, 16), generator)
         with suppress(MisfitError), calls.watched():
             _attempt(twin, x, backward=False)
-            if calls.weigh_each_map(x):
-                return True
+        if calls.weigh_each_map(x):  # it may fail after that
+            return True
     return False
 
 
@@ -365,12 +365,14 @@ class _Calls:
         self._fc1 = {fc1: channels_of(cast(Point, fc1))[0] for fc1 in first}  # its inputs
         self._inputs: dict[nn.Module, list[Tensor]] = {}
         self._maps: list[Tensor] = []
+        self._most = 0  # inputs of one call of a layer
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            x = only_input(args, options)
+            x, *more = (*args, *options.values())
             self._inputs.setdefault(layer, []).append(x.detach().clone())
+            self._most = max(self._most, 1 + len(more))
 
         def keep_map(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             self._maps.append(out.detach().clone())
@@ -386,7 +388,7 @@ class _Calls:
                 handle.remove()
 
     def check(self) -> None:
-        """Raise MisfitError unless each branch is called once.
+        """Raise MisfitError unless each branch is called once, and with one map.
 
         It may hold a BatchNorm or a dropout. The weights of one that is not called are read, with
         settings that nothing tells.
@@ -395,14 +397,16 @@ class _Calls:
             calls = len(self._inputs.get(branch, ()))
             if calls != self._branches.count(branch):
                 raise MisfitError(f"it calls {name} {calls} times, expected once")
+        if self._most > 1:
+            raise MisfitError(f"it calls a branch with {self._most} inputs, expected one map")
 
     def count(self) -> int:
         return sum(map(len, self._inputs.values()))
 
     def _are_parallel(self, x: Tensor) -> bool:
         """Whether each branch was called on x, or on its part of x, or all on another input."""
-        first = self._inputs.get(self._branches[0], ())
-        return self._were_called_on(x) or any(map(self._were_called_on, first))
+        others = () if self._layers.splits_input else self._inputs.get(self._branches[0], ())
+        return any(map(self._were_called_on, (x, *others)))
 
     def _were_called_on(self, x: Tensor) -> bool:
         return all(
@@ -437,20 +441,6 @@ class _Calls:
         elif not _hold_the_same_rows(means, vectors):
             found.append("its SE networks are not given the mean of each map")
         return found
-
-    def may_be_parallel(self, x: Tensor) -> bool:
-        """Whether each call of a branch, before the module failed, was on x or on its part of x.
-
-        One call may be the first of a chain. Without a call, two branches may be anything, and so
-        may blocks with an SE network each.
-        """
-        called = sum(branch in self._inputs for branch in self._branches)
-        shared = len(self._branches) > 2 and len(self._fc1) == 1
-        return (called > 1 or (called == 0 and shared)) and all(
-            torch.equal(part, given)
-            for branch, part in self._parts(x)
-            for given in self._inputs.get(branch, ())
-        )
 
     def _parts(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         count = len(self._branches)

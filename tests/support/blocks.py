@@ -208,6 +208,35 @@ class SumOfBranchesWithNorm(SumOfBranches):
         return self.norm(super().forward(x))
 
 
+class SumOfTwoInputs(SumOfBranches):
+    def forward(self, x, other):
+        return super().forward(x) + other
+
+
+class SumOfALevelEach(SumOfBranches):
+    """Its input is a list of maps."""
+
+    def forward(self, x):
+        first, second, third = x
+        a, b, c = self.branches
+        return self.se(a(first) + b(second) + c(third))
+
+
+class SumOfRows(SumOfBranches):
+    """A branch is called on something that is no map, and fails."""
+
+    def __init__(self):
+        super().__init__(norm=True)
+
+    def forward(self, x):
+        return super().forward(x[0, 0, 0])
+
+
+class SumAndFail(SumOfBranches):
+    def forward(self, x):
+        raise RuntimeError(f"no use of {super().forward(x)}")
+
+
 class BranchesBesideOne(nn.Module):
     """An SE weighs each of three branches, and none the fourth."""
 
@@ -275,6 +304,10 @@ BLOCKS = {
     "sum_of_branches": SumOfBranches,
     "sum_of_branches_with_norms": lambda: SumOfBranches(norm=True),
     "sum_of_branches_with_a_norm": SumOfBranchesWithNorm,
+    "sum_of_two_inputs": SumOfTwoInputs,
+    "sum_of_a_level_each": SumOfALevelEach,
+    "sum_of_rows": SumOfRows,
+    "sum_and_fail": SumAndFail,
     "branches_beside_one": BranchesBesideOne,
     "private_convs": Private,
     "private_layers": lambda: Private("_layers"),
