@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,11 +22,17 @@ from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .hooks import hand_on, refuse_hooks
 from .tree import replace, same_tensors_in_another_tree
-from .trial import Verdict, key_of, run
+from .trial import Verdict, key_of, looks_like_psa, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+# What a class overrides that saves more than its parameters and buffers.
+_STATE_METHODS = (
+    *("get_extra_state", "set_extra_state", "state_dict"),
+    *("_save_to_state_dict", "_load_from_state_dict"),
+)
 
 
 @dataclass
@@ -135,7 +141,7 @@ def _planned(model: nn.Module) -> _Plan:
                 f"for {old.__module__}.{old.__qualname__}" + _in_part(new)
             )
         except MisfitError as why:
-            if candidate.named or why.named:
+            if candidate.known or why.named:
                 plan.report.left[name] = str(why)
     return plan
 
@@ -144,18 +150,20 @@ def _verdict(
     module: nn.Module, candidate: Candidate, verdicts: dict[tuple[Any, ...], Verdict | MisfitError]
 ) -> Verdict:
     """What the module computes, by one trial for each kind."""
-    if candidate.layers is None:
-        raise MisfitError(cast(str, candidate.why_not))
+    layers = candidate.layers
+    if candidate.why_not is not None:
+        named = candidate.known or looks_like_psa(module, layers, candidate.hidden)
+        raise MisfitError(candidate.why_not, named)
     if (
         type(module) is PSAModule
         and "attention" not in module.__dict__
         and why_se_called("se", module.se, SEWeight) is None
     ):
-        return Verdict(candidate.layers, module.branch_order)
-    key = key_of(module, candidate.layers)
+        return Verdict(layers, module.branch_order)
+    key = key_of(module, layers)
     if key not in verdicts:
         try:
-            verdicts[key] = run(module, candidate.layers)
+            verdicts[key] = run(module, layers)
         except MisfitError as why:
             verdicts[key] = why
     verdict = verdicts[key]
@@ -202,11 +210,30 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
         raise MisfitError(
             f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
         )
+    kept = set(new.modules())
+    own = [
+        child or "it"
+        for child, m in module.named_modules()
+        if m not in kept and any(_overrides(m, method) for method in _STATE_METHODS)
+    ]
+    if own:
+        raise MisfitError(f"{', '.join(own)} saves or loads its state_dict in a way of its own")
+    hidden = [n for n, child in new._modules.items() if getattr(new, n) is not child]
+    if hidden:
+        raise MisfitError(
+            f"the fused module has an attribute by the name of its child {', '.join(hidden)}; it "
+            "fuses with another name for that"
+        )
     refuse_hooks(name, module, new, (existing(module, name) for name in verdict.layers.branches))
     new.training = module.training
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new
+
+
+def _overrides(module: nn.Module, method: str) -> bool:
+    """Whether a class outside torch has this method of its own."""
+    return not getattr(type(module), method).__module__.startswith("torch.")
 
 
 def _names_of_tensors(module: nn.Module) -> set[str]:

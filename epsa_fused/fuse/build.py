@@ -11,7 +11,6 @@ from ..modules import FusedPSAModule, FusedSplitPSA
 from ..modules.adopted import FusedAdoptedPSA, PSALayers
 from ..modules.layers import why_se_called
 from ..modules.split import why_not_split_psa
-from .find import MisfitError
 
 Fused: TypeAlias = FusedPSAModule | FusedSplitPSA
 
@@ -20,9 +19,6 @@ def build(module: nn.Module, layers: PSALayers, branch_order: str) -> Fused:
     """The fused module over these layers of `module`, which stays as it is.
 
     Layers by the names of a class of this package give that class.
-
-    Raises:
-        MisfitError: a child has a name that the fused module needs for something else.
     """
     if _has_names_of_psa_module(module, layers):
         return _psa_module(module, layers, branch_order)
@@ -31,14 +27,7 @@ def build(module: nn.Module, layers: PSALayers, branch_order: str) -> Fused:
         split = FusedSplitPSA(convs, se_blocks, branch_order=branch_order)
         split.convs, split.se_blocks = convs, se_blocks
         return split
-    adopted = FusedAdoptedPSA(module, layers, branch_order=branch_order)
-    hidden = [n for n, child in adopted._modules.items() if getattr(adopted, n) is not child]
-    if hidden:
-        raise MisfitError(
-            f"the fused module has an attribute by the name of its child {', '.join(hidden)}; it "
-            "fuses with another name for that"
-        )
-    return adopted
+    return FusedAdoptedPSA(module, layers, branch_order=branch_order)
 
 
 def _has_names_of_psa_module(module: nn.Module, layers: PSALayers) -> bool:

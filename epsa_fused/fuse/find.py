@@ -7,6 +7,7 @@ seen here: trial.py tries it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,10 @@ from ..modules.adopted import PSALayers
 from ..modules.layers import has_bias
 from ..modules.split import SplitPSA
 from ..reference import PSAModule
-from .parts import Branch, Network, Parts, channels_of, matched, parts_of
+from .parts import Branch, Network, channels_of, matched, parts_of
 
 # The names by which the best known classes are recognised even where layers are missing.
 _KNOWN = ({"conv_1", "conv_2", "se"}, {"convs", "se_blocks"})
-
-
-# What a class overrides that saves more than its parameters and buffers.
-_STATE_METHODS = (
-    *("get_extra_state", "set_extra_state"),
-    *("_save_to_state_dict", "_load_from_state_dict"),
-)
 
 
 class MisfitError(Exception):
@@ -50,14 +44,16 @@ class Candidate:
     """A module that may be a PSA module.
 
     Attributes:
-        layers: its layers; None where it cannot be fused.
-        why_not: the reason then.
-        named: whether it has the names of a class that is known for PSA.
+        layers: its layers; without any where it was compiled.
+        hidden: the plain Python lists that hold some of them, by attribute.
+        why_not: the reason why it cannot be fused, or None.
+        known: whether it has the names of a class that is known for PSA.
     """
 
-    layers: PSALayers | None
+    layers: PSALayers
+    hidden: Mapping[str, nn.ModuleList]
     why_not: str | None
-    named: bool
+    known: bool
 
 
 def candidates(model: nn.Module) -> dict[nn.Module, Candidate]:
@@ -88,42 +84,48 @@ def _look(module: nn.Module) -> Candidate | None:
     children = {name: child for name, child in module._modules.items() if child is not None}
     known = any(names <= children.keys() | lists.keys() for names in _KNOWN)
     if isinstance(module, torch.jit.ScriptModule):
-        compiled = Candidate(None, "it was compiled by torch.jit; fuse before that", True)
-        return compiled if known else None
+        compiled = "it was compiled by torch.jit; fuse before that"
+        return Candidate(PSALayers((), ()), {}, compiled, known) if known else None
     parts = parts_of({**children, **lists})
     branches, networks, others = matched(parts)
     if not networks:
         parts = parts_of({**children, **lists}, opened=True)
         branches, networks, others = matched(parts)
-        if not networks and _differ([branch for branch, _ in parts.mixed]):
-            return Candidate(None, _mixed(parts), True)
-    hidden = [name for name in lists if name in parts.order]
-    if _have_one_network(parts.branches, networks):
-        return Candidate(None, _one_network(parts.branches, networks), True)
     unfit = _why_not(branches, networks)
     if unfit is not None and others:
         unfit += f"; what is more than that: {', '.join(others)}"
-    why = _why_not_now(module) or unfit
-    if why is None and hidden:
-        why = (
+    hidden = {name: held for name, held in lists.items() if name in parts.order}
+    more = [] if unfit is not None else _why_not_alone(list(hidden), others)
+    why = _why_not_now(module) or unfit or "; ".join(more) or None
+    if why is not None and not known and not _is_pyramid(branches, networks):
+        return None
+    channels = {branch.channels[1] for branch in branches}
+    used = tuple(n.layers for n in networks if n.channels in channels)
+    layers = PSALayers(tuple(branch.name for branch in branches), used)
+    return Candidate(layers, hidden, why, known)
+
+
+def _why_not_alone(hidden: list[str], others: list[str]) -> list[str]:
+    """The reasons why a module with all the layers of a PSA module cannot be fused."""
+    why = []
+    if hidden:
+        why.append(
             f"its layers are in plain Python lists ({', '.join(hidden)}), which PyTorch neither "
             "trains nor moves nor saves; make each an nn.ModuleList"
         )
-    elif why is None and others:
-        why = (
-            f"it has other children too: {', '.join(others)}; it fuses without them, or, where "
+    if others:
+        why.append(
+            f"it has other children too: {', '.join(others)}; it may fuse without them, or, where "
             "they change a branch's map, with each in one nn.Sequential with its convolution"
         )
-    if unfit is None and why is None:
-        layers = PSALayers(tuple(b.name for b in branches), tuple(n.layers for n in networks))
-        return Candidate(layers, None, known or _is_pyramid(branches, networks))
-    return Candidate(None, why, True) if known or _is_pyramid(branches, networks) else None
+    return why
 
 
 def _is_pyramid(branches: list[Branch], networks: list[Network]) -> bool:
-    """Whether the layers alone tell a PSA module from a chain of layers with an SE.
+    """Whether the layers may be those of a PSA module that cannot be fused.
 
-    A chain needs convolutions that keep the number of channels, and one SE network is enough.
+    One call of it decides. A chain with an SE needs convolutions that keep the number of channels,
+    and one SE network is enough.
     """
     if [b.channels[1] for b in branches] == [n.channels for n in networks]:
         inputs = {b.channels[0] for b in branches}  # each has its own network
@@ -139,27 +141,6 @@ def _differ(branches: list[Branch]) -> bool:
     channels = {branch.channels for branch in branches}
     settings = {branch.setting for branch in branches}
     return len(branches) > 2 and len(channels) == 1 and len(settings) > 1
-
-
-def _have_one_network(branches: list[Branch], networks: list[Network]) -> bool:
-    """Whether one SE network takes the channels of all branches together."""
-    channels = sum(branch.channels[1] for branch in branches)
-    return _differ(branches) and [network.channels for network in networks] == [channels]
-
-
-def _one_network(branches: list[Branch], networks: list[Network]) -> str:
-    return (
-        f"its SE network has {networks[0].channels} channels, those of its {len(branches)} "
-        f"branches together; that of PSA weighs the {branches[0].channels[1]} of each by themselves"
-    )
-
-
-def _mixed(parts: Parts) -> str:
-    more = [name for _, others in parts.mixed for name in others]
-    return (
-        f"its branches hold their SE networks beside other layers: {', '.join(more)}; it fuses "
-        "with each of these in one nn.Sequential with the branch's convolution"
-    )
 
 
 def _why_not_now(module: nn.Module) -> str | None:
@@ -178,7 +159,6 @@ def _why_not_now(module: nn.Module) -> str | None:
 
 def why_not_replaced(module: nn.Module) -> str | None:
     """What a PSA module has that a fused one would lose, or None."""
-    kind = type(module)
     more = [
         p.name
         for p in list(inspect.signature(module.forward).parameters.values())[1:]
@@ -186,8 +166,6 @@ def why_not_replaced(module: nn.Module) -> str | None:
     ]
     if more and not isinstance(module, PSAModule | SplitPSA):  # theirs are known
         return f"its forward takes more than the input: {', '.join(more)}"
-    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in _STATE_METHODS):
-        return "it saves or loads its state_dict in a way of its own"
     hidden = [
         key
         for m in module.modules()

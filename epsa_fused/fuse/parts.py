@@ -45,17 +45,15 @@ class Parts:
     points: list[tuple[str, Point]] = field(default_factory=list)  # in no network
     others: list[str] = field(default_factory=list)
     order: list[str] = field(default_factory=list)  # all names, as they were registered
-    # branches in modules that hold an SE network and more: with the names of what is more
-    mixed: list[tuple[Branch, list[str]]] = field(default_factory=list)
 
-    def weighed_branch(self) -> Branch | None:
-        """The branch, if these are one branch and one SE network of its channels."""
+    def are_weighed_branch(self) -> bool:
+        """Whether these are one branch and one SE network of its channels, and maybe others."""
         pairs, single = _paired(self.points)
         networks = self.networks + pairs
         branches = self.branches + [b for b in (_branch(n, p, [p]) for n, p in single) if b]
         if len(networks) != 1 or len(branches) != 1:
-            return None
-        return branches[0] if branches[0].channels[1] == networks[0].channels else None
+            return False
+        return branches[0].channels[1] == networks[0].channels
 
     def of_one_kind(self) -> bool:
         pairs, single = _paired(self.points)
@@ -67,7 +65,6 @@ class Parts:
         self.points += more.points
         self.others += more.others
         self.order += more.order
-        self.mixed += more.mixed
 
 
 def parts_of(
@@ -83,23 +80,23 @@ def parts_of(
         name = prefix + key
         weighted = {} if child is None else dict(_weighted(child, name))
         layers = list(weighted.values())
-        if not layers:
+        if child is None or not layers:
             continue  # without weights, such as a softmax
         parts.order.append(name)
-        branch = _branch(name, cast(nn.Module, child), layers)
+        branch = _branch(name, child, layers)
         if len(layers) == 1 and _is_point(layers[0]) and layers[0] is child:
             parts.points.append((name, cast(Point, child)))
         elif _is_network(layers):
             fc1, fc2 = weighted
             points = cast(tuple[Point, Point], tuple(layers))
             parts.networks.append(Network(SELayers(fc1, fc2, name), points))
-        elif opened and _extended_by_weighed_branch(parts, cast(nn.Module, child), name):
-            continue
-        elif branch is not None and not _only_holds(cast(nn.Module, child)):
+        elif opened and (inner := parts_of(child._modules, name + ".")).are_weighed_branch():
+            parts.extend(inner)
+        elif branch is not None and not _only_holds(child):
             parts.branches.append(branch)
         else:
-            inner = parts_of(cast(nn.Module, child)._modules, name + ".", opened=opened)
-            if _only_holds(cast(nn.Module, child)) or inner.of_one_kind():
+            inner = parts_of(child._modules, name + ".", opened=opened)
+            if _only_holds(child) or inner.of_one_kind():
                 parts.extend(inner)
             else:  # it is called as a whole: what makes it more than an SE or a branch
                 odd = [n for n, m in weighted.items() if not isinstance(m, Point)]
@@ -108,21 +105,9 @@ def parts_of(
 
 
 def _only_holds(module: nn.Module) -> bool:
-    """Whether nobody can call it: a list or dict of modules, say."""
-    return getattr(type(module), "forward", None) is nn.Module.forward
-
-
-def _extended_by_weighed_branch(parts: Parts, child: nn.Module, name: str) -> bool:
-    """Whether `child` held one branch and its SE network, which `parts` has now."""
-    inner = parts_of(child._modules, name + ".")
-    branch = inner.weighed_branch()
-    if _only_holds(child) or branch is None:
-        return False
-    if inner.others:
-        parts.mixed.append((branch, inner.others))
-        return False
-    parts.extend(inner)
-    return True
+    """Whether nobody can call it, and all it has are modules: a list or dict of them, say."""
+    has_tensors = bool(module._parameters or module._buffers)
+    return getattr(type(module), "forward", None) is nn.Module.forward and not has_tensors
 
 
 def _weighted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

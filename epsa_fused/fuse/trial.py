@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -17,7 +17,7 @@ from .build import build
 from .find import MisfitError
 from .parts import channels_of
 from .quiet import random_state, undisturbed
-from .twin import only_input, random_values, twin_of
+from .twin import random_values, twin_of
 
 # Every module has these attributes; the others are settings of its class.
 _STATE = vars(nn.Module()).keys()
@@ -46,7 +46,7 @@ _RECOMPUTES = (
 _NEARLY = (
     "its forward differs from PSA by less than 1e-5 of the largest output: it computes a part in "
     "float32 also where the input is float64, say, or adds a small number to a denominator; it "
-    "fuses without that, and the operators keep the attention of 16-bit maps in float32 themselves"
+    "may fuse without that; the operators keep the attention of 16-bit maps in float32 themselves"
 )
 
 
@@ -129,13 +129,17 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                 with calls.watched():
                     first = _attempt(twin, inputs[0], backward=False)
             except MisfitError as failure:
-                failure.named = calls.may_be_parallel(inputs[0])
+                failure.named = calls.weigh_each_map(inputs[0])
                 failures.append(failure)
                 continue
             outs = []
             for order in BRANCH_ORDERS:
                 fused = build(twin, layers, order).eval()
-                outs.append(_result(fused, inputs[0], backward=False).out)
+                try:
+                    outs.append(_result(fused, inputs[0], backward=False).out)
+                except Exception as error:  # an SE layer of foreign code gives a tuple, say
+                    failed = f"its layers cannot be called as those of PSA: {first_line(error)}"
+                    raise MisfitError(failed, calls.weigh_each_map(inputs[0])) from error
                 if _agree(outs[-1:], [first.out]):
                     calls.check()
                     _check_training(twin, layers, inputs[0])
@@ -149,12 +153,52 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
                     called = _with_calls(twin, layers, order, inputs[0], first.out)
                     _compare_dtypes(module, twin, fused, inputs[0])
                     return Verdict(called, order, overwrites)
-            named = calls.are_parallel(inputs[0]) and calls.weigh_each_map(inputs[0])
+            named = calls.weigh_each_map(inputs[0])
             if any(_agree([out], [first.out], torch.float32) for out in outs):
                 raise MisfitError(_NEARLY, named)
             why = [_difference(first.out, outs[0], module, layers), *calls.differences(inputs[0])]
             raise MisfitError("; ".join(why), named)
-    raise next((failure for failure in failures if failure.named), failures[0])
+    why_not = next((failure for failure in failures if failure.named), failures[0])
+    why_not.named = why_not.named or looks_like_psa(module, layers, {})  # it may refuse small maps
+    raise why_not
+
+
+def looks_like_psa(
+    module: nn.Module, layers: PSALayers, hidden: Mapping[str, nn.ModuleList]
+) -> bool:
+    """Whether a module that cannot be fused weighs the maps of parallel branches, in one call.
+
+    Args:
+        module: it stays as it is.
+        layers: its branches, and the SE networks of their channels.
+        hidden: its plain Python lists that hold some of them, by attribute.
+    """
+    try:  # it is foreign code, in a state that forbids to fuse it; a reason is not worth an error
+        with_lists = object.__new__(type(module))
+        vars(with_lists).update(vars(module), _modules={**module._modules, **hidden})
+        with undisturbed(with_lists):
+            return any(_weighs_each_map(with_lists, layers, splits) for splits in (False, True))
+    except Exception:
+        return False
+
+
+def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -> bool:
+    layers = layers._replace(splits_input=splits_input)
+    generator = torch.Generator().manual_seed(0)
+    twin = twin_of(module, layers, generator).eval()
+    for t in twin.buffers():
+        if t.is_floating_point():
+            t.abs_()  # it may be the variance of a BatchNorm
+    # Any of its convolutions may be the first.
+    inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
+    for channels in {*inputs, _inplans(twin, layers)}:
+        calls = _Calls(twin, layers)
+        x = random_values((2, channels, 16, 16), generator)
+        with suppress(MisfitError), calls.watched():
+            _attempt(twin, x, backward=False)
+        if calls.weigh_each_map(x):  # it may fail after that
+            return True
+    return False
 
 
 def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> list[Tensor]:
@@ -180,6 +224,8 @@ def _result(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
     draws = random_state() != before
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
+    if not out.is_floating_point() or out.layout is not torch.strided:
+        raise TypeError(f"its forward returns {out.dtype} as {out.layout}, expected a map")
     overwrites = not torch.equal(given, leaf)
     grads = None
     if backward and out.requires_grad:
@@ -215,9 +261,16 @@ def _attempt(module: nn.Module, x: Tensor, backward: bool = True) -> _Result:
 
 
 def _compare(
-    twin: nn.Module, fused: nn.Module, inputs: Sequence[Tensor], backward: bool = True
+    twin: nn.Module,
+    fused: nn.Module,
+    inputs: Sequence[Tensor],
+    backward: bool = True,
+    where: str | None = None,
 ) -> bool:
     """Compare with the fused module of the same layers; whether the other one overwrites its input.
+
+    Args:
+        where: what a reason says of these inputs, in place of their shapes.
 
     Raises:
         MisfitError: they differ, or the other one fails or draws random numbers.
@@ -230,13 +283,13 @@ def _compare(
             if expected.draws:  # one seed shows one of the things that it does
                 raise MisfitError(
                     f"its forward draws random numbers{' in training' if training else ''}, as a "
-                    "dropout does; it fuses without that, which may go before or behind it"
+                    "dropout does; it may fuse without that, which may go before or behind it"
                 )
             if not _agree([actual.out], [expected.out], x.dtype):
-                where = "in training" if training else f"for an input {list(x.shape)}"
+                seen = "in training" if training else f"for an input {list(x.shape)}"
                 if x.dtype != torch.float64:
-                    where += f" of {x.dtype}"
-                raise MisfitError(f"its forward computes something else than PSA {where}")
+                    seen += f" of {x.dtype}"
+                raise MisfitError(f"its forward computes something else than PSA {where or seen}")
             if expected.grads != {} and not _same_grads(actual.grads, expected.grads):
                 raise MisfitError("its gradients are not those of PSA: a tensor is detached, say")
             overwrites |= expected.overwrites_input
@@ -256,8 +309,9 @@ def _compare_saturated(twin: nn.Module, fused: nn.Module, layers: PSALayers, x: 
     last = {p for n in layers.networks for p in existing(twin, n.fc2).parameters()}
     for p in last:
         p.data *= _SATURATING
+    where = "where its sigmoids are 0 or 1: it clamps or overflows there, say"
     with torch.no_grad():
-        _compare(twin, fused, [x], backward=False)
+        _compare(twin, fused, [x], backward=False, where=where)
     for p in last:
         p.data /= _SATURATING
 
@@ -307,15 +361,18 @@ class _Calls:
     def __init__(self, twin: nn.Module, layers: PSALayers) -> None:
         self._layers = layers
         self._branches = [existing(twin, name) for name in layers.branches]
-        self._fc1 = {existing(twin, network.fc1) for network in layers.networks}
+        first = {existing(twin, network.fc1): None for network in layers.networks}
+        self._fc1 = {fc1: channels_of(cast(Point, fc1))[0] for fc1 in first}  # its inputs
         self._inputs: dict[nn.Module, list[Tensor]] = {}
         self._maps: list[Tensor] = []
+        self._most = 0  # inputs of one call of a layer
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            x = only_input(args, options)
+            x, *more = (*args, *options.values())
             self._inputs.setdefault(layer, []).append(x.detach().clone())
+            self._most = max(self._most, 1 + len(more))
 
         def keep_map(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             self._maps.append(out.detach().clone())
@@ -331,7 +388,7 @@ class _Calls:
                 handle.remove()
 
     def check(self) -> None:
-        """Raise MisfitError unless each branch is called once.
+        """Raise MisfitError unless each branch is called once, and with one map.
 
         It may hold a BatchNorm or a dropout. The weights of one that is not called are read, with
         settings that nothing tells.
@@ -340,14 +397,16 @@ class _Calls:
             calls = len(self._inputs.get(branch, ()))
             if calls != self._branches.count(branch):
                 raise MisfitError(f"it calls {name} {calls} times, expected once")
+        if self._most > 1:
+            raise MisfitError(f"it calls a branch with {self._most} inputs, expected one map")
 
     def count(self) -> int:
         return sum(map(len, self._inputs.values()))
 
-    def are_parallel(self, x: Tensor) -> bool:
+    def _are_parallel(self, x: Tensor) -> bool:
         """Whether each branch was called on x, or on its part of x, or all on another input."""
-        first = self._inputs.get(self._branches[0], ())
-        return self._were_called_on(x) or any(map(self._were_called_on, first))
+        others = () if self._layers.splits_input else self._inputs.get(self._branches[0], ())
+        return any(map(self._were_called_on, (x, *others)))
 
     def _were_called_on(self, x: Tensor) -> bool:
         return all(
@@ -356,52 +415,64 @@ class _Calls:
         )
 
     def differences(self, x: Tensor) -> list[str]:
-        """What the branches and SE networks were given in place of what PSA gives them."""
+        """What the branches and SE networks were given in place of what PSA gives them.
+
+        They come from foreign code, in any shape and dtype. Nothing is said of what cannot be read.
+        """
+        try:
+            return self._differences(x)
+        except Exception:
+            return []
+
+    def _differences(self, x: Tensor) -> list[str]:
         if any(branch not in self._inputs for branch in self._branches):
             return ["it does not call all of its branches"]
         found = []
         if not self._were_called_on(x):
             found.append("its branches are not called on its input itself")
-        means = [m.mean((2, 3)) for m in self._maps]
-        seen = [given for fc1 in self._fc1 for given in self._inputs.get(fc1, ())]
-        vectors = [t.flatten(1) if t.dim() > 1 else t[None] for t in seen]
-        if not _hold_the_same_rows(means, vectors):
+        vectors = [
+            (given.movedim(-3, -1) if isinstance(fc1, nn.Conv2d) else given).reshape(-1, channels)
+            for fc1, channels in self._fc1.items()
+            for given in self._inputs.get(fc1, ())
+        ]
+        means = [m.mean((-2, -1)).reshape(-1, m.shape[-3]) for m in self._maps]
+        if not vectors:
+            found.append("it does not call the layers of its SE networks")
+        elif not _hold_the_same_rows(means, vectors):
             found.append("its SE networks are not given the mean of each map")
         return found
 
-    def may_be_parallel(self, x: Tensor) -> bool:
-        """Whether each call of a branch, before the module failed, was on x or on its part of x.
-
-        One call may be the first of a chain. Without a call, two branches may be anything.
-        """
-        called = sum(branch in self._inputs for branch in self._branches)
-        return (called > 1 or (called == 0 and len(self._branches) > 2)) and all(
-            torch.equal(part, given)
-            for branch, part in self._parts(x)
-            for given in self._inputs.get(branch, ())
-        )
-
     def _parts(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         count = len(self._branches)
-        parts = x.chunk(count, 1) if self._layers.splits_input else [x] * count
+        # tensor_split gives as many parts of a few channels, too
+        parts = x.tensor_split(count, 1) if self._layers.splits_input else [x] * count
         return zip(self._branches, parts, strict=True)
 
     def weigh_each_map(self, x: Tensor) -> bool:
-        """Whether the SE networks saw as many vectors as there are maps, of all samples."""
-        inputs = [given for fc1 in self._fc1 for given in self._inputs.get(fc1, ())]
-        channels, _ = channels_of(cast(Point, next(iter(self._fc1))))
-        maps = sum(len(self._inputs[branch]) for branch in set(self._branches))
-        return sum(t.numel() for t in inputs) == maps * len(x) * channels
+        """Whether branches in parallel gave maps, and SE networks saw a vector for each of them.
+
+        The maps of branches that are not called come from their weights.
+        """
+        maps = sum(len(self._inputs.get(branch, ())) for branch in set(self._branches))
+        if maps > 0 and not self._are_parallel(x):
+            return False
+        vectors = sum(
+            given.numel() / channels
+            for fc1, channels in self._fc1.items()
+            for given in self._inputs.get(fc1, ())
+        )
+        return vectors == (maps or len(self._branches)) * len(x)
 
 
 def _hold_the_same_rows(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether the rows [*, C] of both are the same in any order, as float32 rounds."""
+    """Whether the rows [*, C] of both are the same in any order, as their dtypes round."""
     shapes = {t.shape[1:] for t in (*some, *others)}
     if not some or not others or len(shapes) > 1:
         return False
-    rows, other_rows = torch.cat(list(some)), torch.cat(list(others))
+    rounding = max(_ROUNDING[t.dtype] for t in (*some, *others))
+    rows, other_rows = (torch.cat([t.double() for t in rows]) for rows in (some, others))
     distances = torch.cdist(rows, other_rows, p=float("inf"))
-    near = distances <= _ROUNDING[torch.float32] * rows.abs().max()
+    near = distances <= max(rounding, _ROUNDING[torch.float32]) * rows.abs().max()
     return rows.shape == other_rows.shape and bool(near.any(1).all() and near.any(0).all())
 
 

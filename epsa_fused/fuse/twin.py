@@ -59,18 +59,6 @@ def random_values(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return values.uniform_(-(3**0.5) * scale, 3**0.5 * scale, generator=generator)
 
 
-def only_input(args: tuple[Tensor, ...], options: dict[str, Tensor]) -> Tensor:
-    """The input of a branch or of a layer of an SE network.
-
-    Raises:
-        TypeError: there is not one.
-    """
-    inputs = (*args, *options.values())
-    if len(inputs) != 1:
-        raise TypeError(f"it calls a branch with {len(inputs)} inputs, expected one map")
-    return inputs[0]
-
-
 def _stand_in(branch: nn.Module, generator: torch.Generator, cheap: bool) -> nn.Module:
     convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
     channels = (convs[0].in_channels, convs[-1].out_channels)
@@ -101,7 +89,7 @@ def _with_cheap_forward(branch: nn.Module, weight: Tensor) -> nn.Module:
     twin = copied(branch, memo)
 
     def forward(*args: Tensor, **options: Tensor) -> Tensor:
-        x = only_input(args, options)
+        x, *_ = (*args, *options.values())  # more than one is seen elsewhere
         return F.conv2d(x, weight.to(x.dtype))
 
     vars(twin)["forward"] = forward

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import published
+from support.blocks import BLOCKS, ODD_CALLS
 from support.lookalikes import (
     NEAR_MISSES,
     OTHERS,
@@ -22,6 +23,8 @@ from support.lookalikes import (
     Named,
     Own,
     Parts,
+    PlainList,
+    ReadsSE,
     Shared,
     convolution,
     description,
@@ -144,7 +147,10 @@ def test_the_operator_computes_it(variant):
 # ---- what is not fused ----
 
 
-WIDER = {"plain_lists": 64, "block": 32, "norms_beside": 32, "per_pixel": 32, "weights_halved": 32}
+WIDER = {
+    **{"plain_lists": 64, "block": 32, "norms_beside": 32, "weights_halved": 32},
+    **{"parameters_in_a_list": 32, "bottleneck": 128},
+}
 
 
 @pytest.mark.parametrize("miss", NEAR_MISSES)
@@ -153,7 +159,9 @@ def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     model = model_of(make)
     kept, before = type(model[1]), description(model)
     channels = WIDER.get(miss, 16)
-    x = image(channels, 2, 7, 6).to(torch.float32 if miss == "plain_lists" else torch.float64)
+    x = image(channels, 2, 7, 6).to(
+        torch.float32 if miss.startswith("plain_list") else torch.float64
+    )
     copied = copy.deepcopy(model)
     torch.manual_seed(1)
     expected = copied(x)
@@ -166,13 +174,37 @@ def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     assert torch.equal(left(x), expected)
 
 
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", OTHERS | BLOCKS)
 def test_blocks_of_other_kinds_are_passed_over(other):
-    model = model_of(OTHERS[other])
+    model = model_of((OTHERS | BLOCKS)[other])
+    before = description(model)
     with pytest.warns(UserWarning, match=r"nothing to fuse") as warned:
         left = fuse(model)
     assert len(warned) == 1 and not left.fuse_report.left
-    assert type(left[1]) is OTHERS[other]
+    assert type(left[1]) is type(model[1]) and description(model) == before
+
+
+@pytest.mark.parametrize("odd", ODD_CALLS)
+def test_odd_calls_give_a_report_that_is_true(odd):
+    make, named = ODD_CALLS[odd]
+    model = model_of(make)
+    with pytest.warns(UserWarning, match=r"nothing to fuse"):
+        left = fuse(model)
+    assert not left.fuse_report.replaced and list(left.fuse_report.left) == ["1"] * named
+    assert "not given the mean" not in str(left.fuse_report)
+
+
+def test_an_se_network_of_a_known_class_that_is_not_called():
+    with pytest.warns(UserWarning, match=r"does not call the layers of its SE networks"):
+        fuse(nn.Sequential(published_psa(ReadsSE)))
+
+
+def test_lists_and_dicts_of_any_names_are_looked_into():
+    """A call that shows nothing is no error."""
+    module = PlainList()
+    module.branches = dict(zip(("keys", 0, "a.b", None), module.branches, strict=True))
+    with pytest.warns(UserWarning, match=r"nothing to fuse"):
+        assert not fuse(nn.Sequential(module)).fuse_report.left
 
 
 def test_it_fuses_as_its_reason_says():

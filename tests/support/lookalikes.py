@@ -214,6 +214,14 @@ class Named(nn.Module):
         return recalibrated(maps, [se(m) for m in maps])
 
 
+class AndUnused(Shared):
+    """A norm without tensors, whose class in torch loads old files in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(16)
+
+
 class AtOnce(nn.Module):
     """One call of the SE network for all maps, and the output written in slices."""
 
@@ -395,6 +403,7 @@ VARIANTS = {
         in_part=True),
     "names_of_ours": Variant(Named),
     "names_of_methods": Variant(lambda: Named("unpack", "prepack")),
+    "an_unused_norm": Variant(AndUnused),
     "at_once": Variant(AtOnce),
     "se_between_flatten_and_unflatten": Variant(lambda: Shared(se=squeeze_and_flatten())),
     "joined_maps": Variant(Joined, channels=32),
@@ -539,14 +548,6 @@ class MaxPooled(Shared):
         return recalibrated(maps, [self.se_block(m.amax((2, 3), keepdim=True)) for m in maps])
 
 
-class JointNetwork(Shared):
-    """One SE network sees the channels of all branches."""
-
-    def forward(self, x):
-        maps = [branch(x) for branch in self.conv_branches]
-        return recalibrated(maps, self.se_block(torch.cat(maps, 1)).chunk(4, 1))
-
-
 class Uneven(nn.Module):
     """Branches of different channels."""
 
@@ -571,14 +572,6 @@ class ClampedWeights(Shared):
     def forward(self, x):
         maps = [branch(x) for branch in self.conv_branches]
         return recalibrated(maps, [self.se_block(m).clamp(1e-3, 1 - 1e-3) for m in maps])
-
-
-class PerPixel(Shared):
-    """No pooling: its layers alone look like those of PSA."""
-
-    def forward(self, x):
-        maps = [branch(x) for branch in self.conv_branches]
-        return recalibrated(maps, [self.se_block[1:](m) for m in maps])
 
 
 class HalvedWeights(Shared):
@@ -632,6 +625,19 @@ class Block(Shared):
 
     def forward(self, x):
         return self.norm(super().forward(self.before(x)))
+
+
+class Bottleneck(Shared):
+    """A whole block of EPSANet, with all its layers in one class."""
+
+    def __init__(self):
+        super().__init__(convolutions(inplans=64))
+        self.conv1, self.bn1 = nn.Conv2d(128, 64, 1, bias=False), nn.BatchNorm2d(64)
+        self.bn2, self.conv3 = nn.BatchNorm2d(64), nn.Conv2d(64, 128, 1, bias=False)
+
+    def forward(self, x):
+        out = super().forward(self.bn1(self.conv1(x)).relu())
+        return x + self.conv3(self.bn2(out).relu())
 
 
 def with_ses(*ses):
@@ -780,6 +786,59 @@ class WithExtraState(Shared):
         pass
 
 
+class ExtraState(nn.Module):
+    def get_extra_state(self):
+        return 3
+
+    def set_extra_state(self, state):
+        pass
+
+
+class WeighedWithExtraState(ExtraState, Weighed):
+    pass
+
+
+class WeighedWithKeys(Weighed):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "version"] = torch.ones(1)
+
+
+class WithOwnStateDict(Shared):
+    def state_dict(self, *args, **options):
+        return {**super().state_dict(*args, **options), "version": torch.ones(1)}
+
+
+class PyramidWithExtraState(ExtraState, Pyramid):
+    pass
+
+
+class HeldWithExtraState(Held):
+    def __init__(self):
+        super().__init__()
+        self.spc = PyramidWithExtraState()
+
+
+class WithParameters(Shared):
+    def __init__(self):
+        super().__init__(convolutions(inplans=32))
+        self.factors = nn.ParameterList([torch.ones(1)])
+
+    def forward(self, x):
+        return super().forward(x) * self.factors[0]
+
+
+class PlainList(nn.Module):
+    """Its branches hold their SE networks and norms, and PyTorch does not know of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = [Weighed(c, nn.BatchNorm2d(16)) for c in convolutions()]
+
+    def forward(self, x):
+        return recalibrated(*zip(*(branch(x) for branch in self.branches), strict=True))
+
+
 def with_hidden_scale():
     module = Shared()
     module.scale = torch.ones(1, requires_grad=True)
@@ -835,14 +894,22 @@ NEAR_MISSES = {
     "interleaved": (Interleaved, SOMETHING_ELSE),
     "max": (MaxPooled, rf"{SOMETHING_ELSE}.*SE networks are not given the mean of each map"),
     "input_changed": (InputChanged, rf"{SOMETHING_ELSE}.*not called on its input itself"),
-    "sigmoid_clamped": (ClampedWeights, rf"{SOMETHING_ELSE} for an input"),
-    "per_pixel": (lambda: PerPixel(convolutions(inplans=32)),
-        rf"{SOMETHING_ELSE}.*not given the mean of each map"),
+    "sigmoid_clamped": (ClampedWeights, rf"{SOMETHING_ELSE} where its sigmoids are 0 or 1"),
     "weights_halved": (lambda: HalvedWeights(convolutions(inplans=32)),
         rf"{SOMETHING_ELSE}.*does not call all of its branches"),
     "norms_beside_their_se": (
         lambda: OfWeighed(Weighed(c, nn.BatchNorm2d(16)) for c in convolutions()),
-        r"beside other layers: branches\.0\.norm.*; it fuses with each of these in one nn\.Seq"),
+        r"other children too: branches\.0\.norm, .*it may fuse .* in one nn\.Sequential"),
+    "plain_list_of_branches_and_norms": (PlainList,
+        r"in plain Python lists \(branches\).*; it has other children too: branches\.0\.norm"),
+    "parameters_in_a_list": (WithParameters, r"other children too: factors"),
+    "own_state_dict": (WithOwnStateDict, r"saves or loads its state_dict in a way of its own"),
+    "extra_state_of_a_branch": (lambda: OfWeighed(map(WeighedWithExtraState, convolutions())),
+        r"branches\.0, .*branches\.3 saves or loads its state_dict in a way of its own"),
+    "keys_of_a_branch": (lambda: OfWeighed(map(WeighedWithKeys, convolutions())),
+        r"branches\.0, .*branches\.3 saves or loads its state_dict in a way of its own"),
+    "extra_state_of_a_holder": (HeldWithExtraState,
+        r"spc saves or loads its state_dict in a way of its own"),
     "names_of_attributes": (lambda: Named("winograd", "branch_order"),
         r"attribute by the name of its child winograd, branch_order; it fuses with another name"),
     "weights_read": (ReadWeights, r"calls conv_branches\.0 0 times, expected once"),
@@ -851,12 +918,11 @@ NEAR_MISSES = {
         r"4 branches and 3 SE networks"),
     "an_se_of_another_width": (lambda: with_ses(squeeze(), squeeze(), squeeze(), Layers()),
         r"the channels of the SE networks are .*\(16, 5\)"),
-    "one_se_of_all_channels": (lambda: JointNetwork(se=squeeze(channels=64)),
-        r"SE network has 64 channels, those of its 4 branches together; that of PSA weighs the 16"),
     "uneven": (Uneven, r"the channels of the SE networks are \[\(4, 4\), \(6, 4\), \(8, 4\)\]"),
     "an_se_without_bias": (lambda: with_ses(squeeze(), squeeze(), squeeze(), squeeze(bias=False)),
         r"the biases of the SE networks are .*expected equal"),
     "norms_beside": (AndNorms, r"other children too: norms\.0, .*without them"),
+    "bottleneck": (Bottleneck, r"the channels of the SE networks .*; what is more .*: bn1, bn2"),
     "block": (Block, r"other children too: norm"),
     "layer_drop": (LayerDrop, r"its forward draws random numbers"),
     "random_of_python": (DrawsFromPython, r"its forward draws random numbers"),
@@ -875,8 +941,8 @@ NEAR_MISSES = {
         r"it calls a branch with 2 inputs, expected one map"),
     "parametrizations": (LooksAtParametrizations, SOMETHING_ELSE),
     "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
-    "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it fuses without that"),
-    "epsilon": (WithEpsilon, r"or adds a small number to a denominator; it fuses without that"),
+    "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it may fuse without"),
+    "epsilon": (WithEpsilon, r"or adds a small number to a denominator; it may fuse without that"),
     "checkpoint": (Checkpointed, r"as torch\.utils\.checkpoint does.*; fuse it without that"),
     "checkpoint_reentrant": (CheckpointedReentrant,
         r"as torch\.utils\.checkpoint does.*; fuse it without that"),
@@ -938,6 +1004,15 @@ class WithoutSigmoid(published.PSAModule):
         out = super().forward(x)
         del self.se.sigmoid.forward
         return out
+
+
+class ReadsSE(published.PSAModule):
+    """It computes something else with the weights of its SE network, which it does not call."""
+
+    def forward(self, x):
+        maps = [getattr(self, f"conv_{i}")(x) for i in (1, 2, 3, 4)]
+        weights = [F.conv2d(m.mean((2, 3), keepdim=True), self.se.fc1.weight) for m in maps]
+        return torch.cat([m * w for m, w in zip(maps, weights, strict=True)], 1)
 
 
 class WithoutReLU(published.PSAModule):
