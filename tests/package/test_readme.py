@@ -147,7 +147,7 @@ NOT_RUN = {
     "python benchmarks/serving.py --table benchmark_results/serving.csv": SERVING,
     "pip install openvino onnxruntime onnx": "changes the environment",
     "python benchmarks/accuracy.py": "half an hour; test_the_accuracy_benchmark runs less of it",
-    "python benchmarks/accuracy.py --start": "minutes; tests/train/test_accuracy.py runs less of it",
+    "python benchmarks/accuracy.py --start": "tests/train/test_accuracy.py runs less of it",
     "python docs/figures/gallery.py": "trains for minutes; test_gallery.py runs less of it",
     "python benchmarks/roofline.py": "tests/cuda/test_roofline.py runs it",
     "python -m epsa_fused.predict runs/imagenet cat.jpg dog.jpg": PREDICT,
