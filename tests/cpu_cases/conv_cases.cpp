@@ -5,6 +5,10 @@
 #include "cases.h"
 #include "cpu/kernels/conv.h"
 
+namespace epsa::cpu {
+bool tiles_are_emulated();  // one_isa.cpp
+}
+
 namespace {
 
 using namespace epsa::case_program;
@@ -128,6 +132,14 @@ Stored<T> drawn(AnyOrder order, const Axes& axes, uint64_t& state) {
   return result;
 }
 
+// Packs blocks [0, count) in two calls, by pack(begin, end). It must see finite numbers.
+template <class Pack>
+void pack_in_two_calls(int64_t count, const Pack& pack) {
+  if (!pack(0, count / 2) || !pack(count / 2, count)) {
+    std::abort();
+  }
+}
+
 // An image as the kernels read it.
 struct Packed {
   Buffer<float> data;
@@ -141,12 +153,9 @@ struct Packed {
       : data(filled<float>(size.floats(in_channels, x.sizes[1], lanes), kNan)),
         scratch(size.scratch(data.get(), x.sizes[1], lanes)) {
     const int64_t blocks = (in_channels + lanes - 1) / lanes;
-    const bool finite =
-        kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, 0, blocks / 2) &&
-        kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, blocks / 2, blocks);
-    if (!finite) {
-      std::abort();
-    }
+    pack_in_two_calls(blocks, [&](int64_t begin, int64_t end) {
+      return kernels.pack_image(x.image(), in_channels, x.sizes[2], scratch, begin, end);
+    });
   }
 };
 
@@ -266,6 +275,15 @@ void check_forward(
   report(k, plan, "sums", worst_total(c, totals.get(), strips, expected));
 }
 
+// Adds what a sample gives to the gradient of the weights, by the naive loop.
+template <class T>
+void add_weight_grads(const Conv& c, const Stored<T>& x, const Stored<T>& grad, Expected& to) {
+  const auto inputs = x.values(), grads = grad.values();
+  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
+    to[weight].add(inputs[input] * grads[output]);
+  });
+}
+
 // The gradient of the weights, from x and the output's gradient.
 template <class T>
 void check_weight_grad(const Case& k, Isa isa) {
@@ -292,11 +310,8 @@ void check_weight_grad(const Case& k, Isa isa) {
     kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.weights(c));
   }
 
-  const auto inputs = x.values(), grads = grad.values();
   Expected expected(c.out_channels * c.ic() * c.taps());
-  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
-    expected[weight].add(inputs[input] * grads[output]);
-  });
+  add_weight_grads(c, x, grad, expected);
   report(k, {}, "gradient of the weights", result.worst_error(expected));
 }
 
@@ -318,14 +333,12 @@ void check_pixel_pairs(const Case& k, Isa isa) {
   x_size.include(c, c.out_width);
   x_size.include(other, c.out_width);
   grad_size.width = (c.out_width + 1) / 2;
-  // Packs the blocks in two calls.
   const auto packed = [](const auto& t, const ScratchSize& size, const auto& pack) {
     auto data = filled<float>(size.floats(t.sizes[0], t.sizes[1], kPairLanes), kNan);
     const Scratch scratch = size.scratch(data.get(), t.sizes[1], kPairLanes);
-    const int64_t blocks = (t.sizes[0] + kPairLanes - 1) / kPairLanes, some = blocks / 2;
-    if (!pack(scratch, 0, some) || !pack(scratch, some, blocks)) {
-      std::abort();
-    }
+    pack_in_two_calls((t.sizes[0] + kPairLanes - 1) / kPairLanes, [&](int64_t begin, int64_t end) {
+      return pack(scratch, begin, end);
+    });
     return std::pair(std::move(data), scratch);
   };
   const auto packed_x = packed(x, x_size, [&](const Scratch& s, int64_t begin, int64_t end) {
@@ -342,11 +355,8 @@ void check_pixel_pairs(const Case& k, Isa isa) {
     kernels.unpack_weight_grad(c, plan, unit, sums.get(), result.weights(c));
   }
 
-  const auto inputs = x.values(), grads = grad.values();
   Expected expected(c.out_channels * c.ic() * c.taps());
-  each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
-    expected[weight].add(inputs[input] * grads[output]);
-  });
+  add_weight_grads(c, x, grad, expected);
   report(k, {}, "gradient of the weights by pairs of pixels", result.worst_error(expected));
 }
 
@@ -370,12 +380,8 @@ void check_matrix_grad(const Case& k, int64_t samples, Isa isa) {
   const auto packed_grad = filled<float>(samples * grad_floats, kNan);
   uint64_t state = 4;
   Expected expected(c.out_channels * c.ic() * c.taps());
-  // Packs the blocks of a sample in two calls.
   const auto pack = [&](const auto& t, const auto& blocks_of) {
-    const int64_t blocks = (t.sizes[0] + kMatrixLanes - 1) / kMatrixLanes, some = blocks / 2;
-    if (!blocks_of(0, some) || !blocks_of(some, blocks)) {
-      std::abort();
-    }
+    pack_in_two_calls((t.sizes[0] + kMatrixLanes - 1) / kMatrixLanes, blocks_of);
   };
   for (int64_t n = 0; n < samples; ++n) {
     const auto x = drawn<Bfloat16>(k.from, input_axes(c), state);
@@ -390,10 +396,7 @@ void check_matrix_grad(const Case& k, int64_t samples, Isa isa) {
           grad.image(), c.out_channels, c.out_height, c.out_width, runs, moved, begin, end,
           packed_grad.get() + n * grad_floats);
     });
-    const auto inputs = x.values(), grads = grad.values();
-    each_product(c, [&](int64_t output, int64_t input, int64_t weight) {
-      expected[weight].add(inputs[input] * grads[output]);
-    });
+    add_weight_grads(c, x, grad, expected);
   }
   const Stored<Bfloat16> result(k.weights, weight_axes(c));
   for (int64_t unit = 0; unit < plan.units; ++unit) {
@@ -715,7 +718,7 @@ void run_tiles(Isa isa) {
 }  // namespace
 
 int main() {
-  const Isa isa = isa_in_use();
+  const Isa isa = tiles_are_emulated() ? Isa::amx_bf16 : isa_in_use();
   if (isa >= Isa::avx512_bf16) {
     const int others = run_pairs(isa);
     std::printf("%s: %d left to other kernels\n", name(isa).c_str(), others);

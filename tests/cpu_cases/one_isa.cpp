@@ -14,6 +14,12 @@
 #include "cpu/kernels/conv.h"
 #include "cpu/kernels/multi_isa.h"
 
+#ifdef EPSA_TILE_INSTRUCTIONS  // conv_pairs.inc defines it, too
+constexpr bool kTilesAreEmulated = true;
+#else
+constexpr bool kTilesAreEmulated = false;
+#endif
+
 #define EPSA_FN inline __attribute__((always_inline))
 
 namespace epsa::cpu {
@@ -43,6 +49,10 @@ const Kernels& kernels(Dtype dtype, Isa isa) {
   return one_isa::checked_table(dtype, isa);
 }
 #else
+bool tiles_are_emulated() {
+  return kTilesAreEmulated;
+}
+
 const ConvKernels& conv_kernels(Dtype dtype, Isa isa) {
   return one_isa::checked_table(dtype, isa);
 }
