@@ -15,9 +15,9 @@
 #include "cpu/kernels/multi_isa.h"
 
 #ifdef EPSA_TILE_INSTRUCTIONS  // conv_pairs.inc defines it, too
-constexpr bool kTilesAreEmulated = true;
+[[maybe_unused]] constexpr bool kTilesAreEmulated = true;
 #else
-constexpr bool kTilesAreEmulated = false;
+[[maybe_unused]] constexpr bool kTilesAreEmulated = false;
 #endif
 
 #define EPSA_FN inline __attribute__((always_inline))
