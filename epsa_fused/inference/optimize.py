@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
+from .. import _C
 from .._checks import check_flag, check_module, first_line, given
 from ..fuse import fuse
 from ..modules import FusedPSAModule, FusedSplitPSA, prepack
@@ -26,6 +27,8 @@ from .model import ExportableModel, InferenceModel, InferenceReport
 from .pointwise import fuse_pointwise, why_not_available
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Instruction sets whose kernels have products of bfloat16; the others read it as float32.
+_ISAS_OF_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
 def optimize_for_inference(
@@ -54,6 +57,7 @@ def optimize_for_inference(
         model: in eval mode, on the CPU, in float32 or bfloat16.
         example: arguments of one call, as they will be served. The result is checked on them.
         dtype: torch.float32 or torch.bfloat16, for weights and activations. None: the model's.
+            The report's notes tell where bfloat16 gains no speed.
         compile: whether to use `torch.compile`, which needs a C++ compiler.
 
     Returns:
@@ -135,6 +139,8 @@ def _optimized(
     report.psa_modules = len(psa)
     if not psa:
         report.notes.append("no PSA module was found")
+    elif dtype == torch.bfloat16 and not export:  # another machine may run what is exported
+        _tell_whether_bfloat16_pays(own, report)
     _pack(module, inputs, report)
     traced = isinstance(module, GraphModule)
     function: Callable[..., Any] = module
@@ -224,6 +230,15 @@ def _use_pointwise(
         with torch.no_grad():
             ShapeProp(module).propagate(*cloned(inputs))
             report.pointwise = fuse_pointwise(module)
+
+
+def _tell_whether_bfloat16_pays(own: torch.dtype, report: InferenceReport) -> None:
+    isa = _C.cpu_isa()
+    if isa not in _ISAS_OF_BFLOAT16:
+        remedy = "take dtype=torch.float32" if own == torch.bfloat16 else "leave dtype out"
+        report.notes.append(
+            f"bfloat16 gains no speed: the kernels of {isa} compute it in float32; {remedy}"
+        )
 
 
 def _pack(module: nn.Module, inputs: tuple[Any, ...], report: InferenceReport) -> None:

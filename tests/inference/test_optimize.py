@@ -14,11 +14,12 @@ from support.inference import (
     images,
     with_statistics,
 )
+from support.isa import BFLOAT16_ALONE
 from support.networks import narrow
 from torch import nn
 
 import epsa_fused
-from epsa_fused import epsanet50, optimize_for_inference
+from epsa_fused import _C, epsanet50, optimize_for_inference
 from epsa_fused.inference import optimize, pointwise
 from epsa_fused.inference.epilogue import PackedPSA
 
@@ -50,7 +51,10 @@ def test_epsanet(network, dtype):
     inside = {id(conv) for m in psa for conv in m.modules()}
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d) and id(m) not in inside]
     assert report.pointwise == len(convs)
-    assert not report.compiled and not report.notes and not report.fuse.left
+    assert not report.compiled and not report.fuse.left
+    # one line where bfloat16 gains no speed; test_bfloat16.py has its words
+    pays = dtype == torch.float32 or _C.cpu_isa() in BFLOAT16_ALONE
+    assert len(report.notes) == (0 if pays else 1)
     assert f"{MODULES} fused PSA modules" in str(report) == repr(served)
     # the blocks' sums and ReLUs are part of a convolution's call
     nodes = list(served.module.graph.nodes)
