@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ def is_relu(graph_module: GraphModule, node: Node) -> bool:
 
 def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Of the tensor that `node` gives; torch.fx.passes.shape_prop has noted it."""
+    return tuple(cast(Any, node.meta["tensor_meta"]).shape)
 
 
 def put(

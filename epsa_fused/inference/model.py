@@ -26,6 +26,7 @@ class InferenceReport:
         fuse: what :func:`epsa_fused.fuse` replaced and left alone.
         folded: names of the BatchNorms that were folded into the layer before them.
         pointwise: how many convolutions are one call of oneDNN with the sum and ReLU behind them.
+        linear: how many linear layers of bfloat16 are one call of oneDNN with packed weights.
         packed: how many PSA modules hold packed weights.
         compiled: whether `torch.compile` made code of the model, with frozen weights.
         error: of the outputs for the example, relative to the largest; against float64.
@@ -38,6 +39,7 @@ class InferenceReport:
     fuse: FuseReport = field(default_factory=FuseReport)
     folded: list[str] = field(default_factory=list)
     pointwise: int = 0
+    linear: int = 0
     packed: int = 0
     compiled: bool = False
     error: float = 0.0
@@ -52,8 +54,10 @@ class InferenceReport:
         ]
         if self.compiled:
             lines.append("  compiled by torch.compile, weights frozen")
-        elif self.pointwise:
+        if self.pointwise:
             lines.append(f"  {self.pointwise} convolutions fused with sum and ReLU by oneDNN")
+        if self.linear:
+            lines.append(f"  {self.linear} linear layers with weights packed by oneDNN")
         lines += [f"  {name}: left alone, {why}" for name, why in self.fuse.left.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 

@@ -23,6 +23,7 @@ from .arguments import cast_floats, cloned, laid_out, tensors_of
 from .compiled import FrozenModule
 from .epilogue import pack_arguments
 from .folding import fold_batch_norms
+from .linear import pack_linear
 from .model import ExportableModel, InferenceModel, InferenceReport
 from .pointwise import fuse_pointwise, why_not_available
 
@@ -43,7 +44,7 @@ def optimize_for_inference(
     folded into the layers before them, weights and images are in channels_last, and the PSA
     modules' weights are packed. With `compile` it is then compiled by `torch.compile` with frozen
     weights. Without, convolutions run in one call of oneDNN with the sum and the ReLU behind
-    them; this needs no C++ compiler.
+    them, and linear layers of bfloat16 have packed weights; this needs no C++ compiler.
 
     The weights are copied: later changes of `model` have no effect on the result. Other batch and
     image sizes than the example's work too. A compiled model compiles again for each new size,
@@ -134,7 +135,7 @@ def _optimized(
     _lay_out_weights(module, memory_format)
     inputs = laid_out(cast_floats(cloned(example), dtype), memory_format)
     if not compile and not export:
-        _use_pointwise(module, inputs, memory_format, report)
+        _use_onednn(module, inputs, memory_format, report)
     psa = [m for m in module.modules() if isinstance(m, FusedPSAModule | FusedSplitPSA)]
     report.psa_modules = len(psa)
     if not psa:
@@ -213,7 +214,7 @@ def _simplified(model: nn.Module, example: tuple[Any, ...], report: InferenceRep
     return graph_module
 
 
-def _use_pointwise(
+def _use_onednn(
     module: nn.Module,
     inputs: tuple[Any, ...],
     memory_format: torch.memory_format,
@@ -222,14 +223,16 @@ def _use_pointwise(
     why = why_not_available(report.dtype)
     if not isinstance(module, GraphModule):
         why = "the model is not a graph of torch.fx"
-    elif memory_format != torch.channels_last:
-        why = "oneDNN's packed ones give channels_last"
-    if why is not None:
-        report.notes.append(f"convolutions are called one by one: {why}")
-    elif isinstance(module, GraphModule):
+    elif why is None:
         with torch.no_grad():
             ShapeProp(module).propagate(*cloned(inputs))
+        report.linear = pack_linear(module)
+        if memory_format == torch.channels_last:
             report.pointwise = fuse_pointwise(module)
+        else:
+            why = "oneDNN's packed ones give channels_last"
+    if why is not None:
+        report.notes.append(f"convolutions are called one by one: {why}")
 
 
 def _tell_whether_bfloat16_pays(own: torch.dtype, report: InferenceReport) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .graph import called, finish, is_relu, only_user, put
+from .graph import called, finish, is_relu, only_user, put, shape_of
 
 _SUMS = (operator.add, operator.iadd, torch.add)
 _SUM_METHODS = ("add", "add_")
@@ -84,7 +84,7 @@ class PointwiseConv2d(nn.Module):
 
 
 def why_not_available(dtype: torch.dtype) -> str | None:
-    """The reason why there are no fused convolutions of this dtype here, or None."""
+    """The reason why oneDNN has no packed layers of this dtype here, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
     ):
@@ -107,7 +107,7 @@ def fuse_pointwise(graph_module: GraphModule) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         conv = called(graph_module, node, nn.Conv2d)
-        if conv is not None and _is_taken(conv) and len(_shape(node)) == 4:
+        if conv is not None and _is_taken(conv) and len(shape_of(node)) == 4:
             _replace(graph_module, node, conv)
             count += 1
     finish(graph_module)
@@ -136,7 +136,7 @@ def _replace(graph_module: GraphModule, node: Node, conv: nn.Conv2d) -> None:
         chain, has_sum, has_relu = [node], False, False
     if has_sum:
         other = next(arg for arg in cast(Node, total).args if arg is not node)
-    module = PointwiseConv2d(conv, has_relu, list(_shape(cast(Node, node.args[0]))))
+    module = PointwiseConv2d(conv, has_relu, list(shape_of(cast(Node, node.args[0]))))
     call = put(graph_module, f"{node.target}_pointwise", module, chain[-1], chain)
     if other is not None:
         call.args = (*call.args, other)
@@ -163,10 +163,6 @@ def _changes_something_else(graph_module: GraphModule, chain: list[Node]) -> boo
         if in_place and not (node.args and node.args[0] in chain):
             return True
     return False
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(cast(Any, node.meta["tensor_meta"]).shape)
 
 
 def _is_sum(node: Node, conv: Node) -> bool:

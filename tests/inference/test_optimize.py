@@ -50,7 +50,7 @@ def test_epsanet(network, dtype):
     psa = [m for m in network.modules() if isinstance(m, epsa_fused.FusedPSAModule)]
     inside = {id(conv) for m in psa for conv in m.modules()}
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d) and id(m) not in inside]
-    assert report.pointwise == len(convs)
+    assert report.pointwise == len(convs) and report.linear == (dtype == torch.bfloat16)
     assert not report.compiled and not report.fuse.left
     # one line where bfloat16 gains no speed; test_bfloat16.py has its words
     pays = dtype == torch.float32 or _C.cpu_isa() in BFLOAT16_ALONE
