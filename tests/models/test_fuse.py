@@ -7,16 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from support import published
-from support.lookalikes import (
-    GROUPS,
-    InOrder,
-    Overwriting,
-    WithDropout,
-    description,
-    external_psa,
-    published_psa,
-    without_warning,
-)
+from support.fusing import description, without_warning
+from support.lookalikes.parts import GROUPS, external_psa, published_psa
+from support.lookalikes.subclasses import Overwriting, WithDropout
+from support.lookalikes.variants import InOrder
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.utils import parametrizations

@@ -6,23 +6,24 @@ import re
 import pytest
 import torch
 from support import published
-from support.lookalikes import (
-    Failing,
-    Keeping,
+from support.fusing import description, without_warning
+from support.lookalikes.parts import (
     Shared,
-    Sum,
-    WithDropout,
-    WithoutReLU,
-    WithoutSigmoid,
-    WithShortcut,
     convolutions,
-    description,
     external_psa,
     published_psa,
     recalibrated,
     squeeze,
     with_norm,
-    without_warning,
+)
+from support.lookalikes.subclasses import (
+    Failing,
+    Keeping,
+    Sum,
+    WithDropout,
+    WithoutReLU,
+    WithoutSigmoid,
+    WithShortcut,
 )
 from support.tolerance import assert_near
 from torch import nn

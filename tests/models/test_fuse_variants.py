@@ -11,29 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support import published
-from support.blocks import BLOCKS, ODD_CALLS
-from support.lookalikes import (
-    NEAR_MISSES,
-    OTHERS,
-    VARIANTS,
-    Gate,
-    LooksAtAttributes,
-    LooksAtBuffers,
-    LooksAtDtypes,
-    Named,
-    Own,
-    Parts,
-    PlainList,
-    ReadsSE,
-    Shared,
-    convolution,
-    description,
-    published_psa,
-    squeeze,
-    with_norm,
-    with_ses,
-    without_warning,
-)
+from support.fusing import description, without_warning
+from support.lookalikes.blocks import BLOCKS
+from support.lookalikes.children import PlainList, with_ses
+from support.lookalikes.conditions import LooksAtAttributes, LooksAtBuffers, LooksAtDtypes
+from support.lookalikes.near_misses import NEAR_MISSES
+from support.lookalikes.odd_calls import ODD_CALLS
+from support.lookalikes.parts import Shared, convolution, published_psa, squeeze, with_norm
+from support.lookalikes.subclasses import ReadsSE
+from support.lookalikes.variants import VARIANTS, Gate, Named, Own, Parts
 from support.tolerance import assert_near, largest, relative_error
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -174,9 +160,9 @@ def test_a_near_miss_is_named_and_stays_as_it_is(miss):
     assert torch.equal(left(x), expected)
 
 
-@pytest.mark.parametrize("other", OTHERS | BLOCKS)
+@pytest.mark.parametrize("other", BLOCKS)
 def test_blocks_of_other_kinds_are_passed_over(other):
-    model = model_of((OTHERS | BLOCKS)[other])
+    model = model_of(BLOCKS[other])
     before = description(model)
     with pytest.warns(UserWarning, match=r"nothing to fuse") as warned:
         left = fuse(model)

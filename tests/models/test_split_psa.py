@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.lookalikes import external_psa
+from support.lookalikes.parts import external_psa
 from support.tolerance import assert_near
 from torch import nn
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from support.lookalikes import GROUPS, external_psa, published_psa
+from support.lookalikes.parts import GROUPS, external_psa, published_psa
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.utils import parametrizations

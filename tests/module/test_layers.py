@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from support.lookalikes import external_psa
+from support.lookalikes.parts import external_psa
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.modules import module as module_hooks

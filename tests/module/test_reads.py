@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from support.lookalikes import external_psa
+from support.lookalikes.parts import external_psa
 from support.tolerance import assert_near
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize

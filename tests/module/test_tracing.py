@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from support.lookalikes import external_psa
+from support.lookalikes.parts import external_psa
 from support.optional import optional
 from support.tolerance import assert_near
 from torch import fx, nn
