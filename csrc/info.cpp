@@ -95,8 +95,8 @@ py::dict to_dict(const Problem& problem, const Candidate& candidate) {
   space["ticket"] = w.ticket;
   space["arrived"] = w.arrived;
   space["ready"] = w.ready;
-  space["groups_arrived"] = w.groups_arrived;
   space["cleared"] = w.cleared;
+  space["groups_arrived"] = w.groups_arrived;
   space["partial"] = w.partial;
   space["hidden"] = w.hidden;
   space["scratch"] = w.scratch;

@@ -175,4 +175,39 @@ EPSA_DEVICE bool last_to_arrive(unsigned* counter, int expected, Message* messag
   return message->last;
 }
 
+// A counter of arrivals that no memset precedes. Its memory may hold anything before the
+// launch. Its upper bits tell for which launch it counts, see launch_number.h.
+struct LaunchCounter {
+  unsigned long long held;
+
+  EPSA_DEVICE static int arrivals(unsigned long long held) {
+    return static_cast<int>(held & ((1ull << kArrivalBits) - 1));
+  }
+
+  // Makes the counter one of this launch, unless another block has. Each block calls it
+  // before it arrives. Thread 0 alone acts, so its later arrival comes after.
+  EPSA_DEVICE void begin(unsigned long long launch) {
+    if (thread_id() == 0) {
+      const unsigned long long before = simt::peek(&held);
+      if (before >> kArrivalBits != launch) {
+        simt::replace(&held, before, launch << kArrivalBits);
+      }
+    }
+  }
+
+  // The same as last_to_arrive above. The last block leaves a counter of no launch. A CUDA
+  // graph may then launch this kernel with the same number again.
+  EPSA_DEVICE bool last_to_arrive(int expected, Message* message) {
+    barrier();
+    if (thread_id() == 0) {
+      message->last = arrivals(simt::arrive(&held)) == expected - 1;
+      if (message->last) {
+        held = 0;
+      }
+    }
+    barrier();
+    return message->last;
+  }
+};
+
 }  // namespace epsa::cuda

@@ -5,6 +5,8 @@
 
 namespace epsa::cuda {
 
+struct LaunchCounter;  // elements.cuh
+
 // `Acc` is the accumulation type: double for f64, else float.
 struct Params {
   int samples;          // N
@@ -26,7 +28,8 @@ struct Params {
   int lag;
   int group;
   Split split;
-  int64_t partials;  // partial sums of one sample, streaming
+  int64_t partials;           // partial sums of one sample, streaming
+  unsigned long long launch;  // this launch's number, see launch_number.h
 
   // SE weights, B = 1 where shared, else S. A null bias is zero.
   const void* fc1;       // [B, r, C]
@@ -54,7 +57,7 @@ struct Params {
   unsigned long long* ticket;
   unsigned* arrived;
   unsigned* ready;
-  unsigned* groups_arrived;
+  LaunchCounter* groups_arrived;
   void* partial;
   void* hidden_units;
   void* scratch;
@@ -65,7 +68,7 @@ struct Params {
   void* group_sums;
 };
 
-// Fills in the sizes and the pieces of the workspace.
+// Fills in the sizes, the pieces of the workspace and a new launch's number.
 void set_plan(Params& params, const Problem& problem, const Plan& plan, void* workspace);
 
 }  // namespace epsa::cuda

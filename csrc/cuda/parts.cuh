@@ -202,6 +202,19 @@ EPSA_DEVICE void sum_segment(
 
 // ---- the second pass ----
 
+// How results are written. evict_first: they leave the L2 cache before the maps, which
+// streaming reads again.
+enum class Write { normal, evict_first };
+
+template <Write write, int V, class T>
+EPSA_DEVICE void put(T* to, const Pack<T, V>& pack) {
+  if constexpr (write == Write::evict_first && sizeof pack == 16) {
+    simt::store_evict_first(to, pack);
+  } else {
+    store<V>(to, pack);
+  }
+}
+
 // What the maps become.
 enum class Become {
   output,    // out = F * a
@@ -260,7 +273,7 @@ EPSA_DEVICE void scale_pack(
 
 // Scales rows of `pixels` elements by their factors. A null x means zeros. With
 // kWhole, each pack lies in one row.
-template <class T, int V, Become kBecome, bool kWhole>
+template <class T, int V, Become kBecome, Write write, bool kWhole>
 EPSA_DEVICE void scale_rows(
     const T* x, T* to, int rows, int pixels, const Factors<Acc<T>>& factors) {
   constexpr int kTurns = kScaleTurns<V, kBecome>;
@@ -283,7 +296,7 @@ EPSA_DEVICE void scale_rows(
     for (int k = 0; k < kTurns; ++k) {
       if (k < left) {
         scale_pack<kBecome, kWhole>(packs[k], row, m, pixels, factors);
-        store<V>(to + at, packs[k]);
+        put<write>(to + at, packs[k]);
         at += step;
         row += step_rows;
         m += step - step_rows * pixels;
@@ -296,18 +309,18 @@ EPSA_DEVICE void scale_rows(
   }
 }
 
-template <class T, int V, Become kBecome>
+template <class T, int V, Become kBecome, Write write>
 EPSA_DEVICE void scale_segment(
     const T* x, T* to, int rows, int pixels, const Factors<Acc<T>>& factors) {
   if (pixels % V == 0) {
-    scale_rows<T, V, kBecome, true>(x, to, rows, pixels, factors);
+    scale_rows<T, V, kBecome, write, true>(x, to, rows, pixels, factors);
   } else if constexpr (V > 1) {
-    scale_rows<T, V, kBecome, false>(x, to, rows, pixels, factors);
+    scale_rows<T, V, kBecome, write, false>(x, to, rows, pixels, factors);
   }
 }
 
 // Scales a thread's turns down one column, whose channels have the factors `mul`.
-template <Become kBecome, class T, int V, class Step>
+template <Become kBecome, Write write, class T, int V, class Step>
 EPSA_DEVICE void scale_column(
     Pixels<const T, Step> x, Pixels<T, int64_t> to, int turns, const Acc<T> (&mul)[V],
     const Acc<T> (&add)[V], bool relu) {
@@ -327,14 +340,14 @@ EPSA_DEVICE void scale_column(
         transform(pack, [&](Acc<T> value, int v) {
           return scaled<kBecome>(value, mul[v], add[v], relu);
         });
-        store<V>(to.at, pack);
+        put<write>(to.at, pack);
         to.at += to.step;
       }
     }
   }
 }
 
-template <Become kBecome, class T, int V, class Step>
+template <Become kBecome, Write write, class T, int V, class Step>
 EPSA_DEVICE void scale_pixels(
     const Params& p, const Columns<V>& deal, Pixels<const T, Step> x, Pixels<T, int64_t> to,
     int pixels, const Factors<Acc<T>>& factors) {
@@ -350,7 +363,7 @@ EPSA_DEVICE void scale_pixels(
       a[v] = factors.mul[channel];
       d[v] = summand<kBecome>(factors, channel);
     }
-    scale_column<kBecome>(x, to, turns, a, d, factors.relu);
+    scale_column<kBecome, write>(x, to, turns, a, d, factors.relu);
     x.at += x.at ? deal.columns * V : 0;
     to.at += deal.columns * V;
   }

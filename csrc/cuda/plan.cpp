@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 
+#include "cuda/launch_number.h"
 #include "cuda/params.h"
 
 namespace epsa::cuda {
@@ -319,8 +320,8 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   w.ticket = take(streaming, 8);
   w.arrived = take(streaming, int64_t{p.samples} * 4);
   w.ready = take(streaming, int64_t{p.samples} * 4);
-  w.groups_arrived = take(weights && p.samples > 1, (groups + 1) * 4);
   w.cleared = next;
+  w.groups_arrived = take(weights && p.samples > 1, (groups + 1) * 8);
   w.partial = take(streaming, p.samples * partials * acc);
   w.hidden = take(streaming || weights, hidden);
   w.scratch = take(streaming, vectors);
@@ -350,6 +351,7 @@ void set_plan(Params& params, const Problem& p, const Plan& plan, void* memory) 
   params.group = plan.group;
   params.split = plan.split;
   params.partials = partials_of(p, plan.split);
+  params.launch = new_launch_number();
 
   const Workspace w = workspace(p, plan);
   const auto at = [memory](int64_t offset) {
@@ -358,7 +360,7 @@ void set_plan(Params& params, const Problem& p, const Plan& plan, void* memory) 
   params.ticket = static_cast<unsigned long long*>(at(w.ticket));
   params.arrived = static_cast<unsigned*>(at(w.arrived));
   params.ready = static_cast<unsigned*>(at(w.ready));
-  params.groups_arrived = static_cast<unsigned*>(at(w.groups_arrived));
+  params.groups_arrived = static_cast<LaunchCounter*>(at(w.groups_arrived));
   params.partial = at(w.partial);
   params.hidden_units = at(w.hidden);
   params.scratch = at(w.scratch);

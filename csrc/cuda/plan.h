@@ -36,6 +36,10 @@ constexpr int threads_by_registers(Dtype dtype) {
   return dtype == Dtype::f64 ? 512 : 1024;
 }
 
+// The lower bits of a LaunchCounter, which count arrivals. More blocks than that never share a
+// counter: the groups of weight gradients and their samples are about the root of N.
+constexpr int kArrivalBits = 16;
+
 // All that a plan depends on. Sizes are 32-bit numbers (see size_error), offsets into
 // tensors are 64-bit.
 struct Problem {
@@ -129,18 +133,18 @@ int64_t shared_bytes(const Problem& problem, const Plan& plan);
 // Offsets into the workspace in device memory, each a multiple of 16 bytes. The
 // first `cleared` bytes must be zero when the kernel starts.
 struct Workspace {
-  int64_t ticket;          // one 64-bit counter
+  int64_t ticket;          // one 64-bit counter: streaming
   int64_t arrived, ready;  // [N] 32-bit: streaming
-  int64_t groups_arrived;  // [groups + 1] 32-bit: backward
   int64_t cleared;
-  int64_t partial;      // [N, partials]: streaming, sums of the parts
-  int64_t hidden;       // [N, S, r]
-  int64_t scratch;      // [N, S, C]: forward scores and factors, backward gradients da
-  int64_t summands;     // [N, S, C]: epilogue, streaming
-  int64_t grad_v;       // [N, S, C]: backward
-  int64_t grad_u;       // [N, S, r]: backward
-  int64_t grad_pooled;  // [N, S, C]: backward
-  int64_t group_sums;   // [groups, weight elements]: backward
+  int64_t groups_arrived;  // [groups + 1] LaunchCounter: backward
+  int64_t partial;         // [N, partials]: streaming, sums of the parts
+  int64_t hidden;          // [N, S, r]
+  int64_t scratch;         // [N, S, C]: forward scores and factors, backward gradients da
+  int64_t summands;        // [N, S, C]: epilogue, streaming
+  int64_t grad_v;          // [N, S, C]: backward
+  int64_t grad_u;          // [N, S, r]: backward
+  int64_t grad_pooled;     // [N, S, C]: backward
+  int64_t group_sums;      // [groups, weight elements]: backward
   int64_t bytes;
 };
 Workspace workspace(const Problem& problem, const Plan& plan);

@@ -111,13 +111,13 @@ EPSA_DEVICE void scale_piece(
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
-    scale_pixels<kBecome>(
+    scale_pixels<kBecome, Write::normal>(
         p, deal, pixels_of<const T>(piece, deal, pixels, p.channels),
         pixels_of<T>(to, deal, n, first), pixels, factors);
   } else {
     for_segments<false>(p, part, [&](const Segment& g) {
       if (T* dst = segment_of<T>(p, to, n, g)) {
-        scale_segment<T, V, kBecome>(
+        scale_segment<T, V, kBecome, Write::normal>(
             piece, dst, g.rows, g.pixels, factors.from(g.s * p.channels + g.c));
       }
       piece += g.rows * g.pixels;
@@ -226,6 +226,9 @@ backward_resident(EPSA_PARAMETER Params p) {
   A* attention = shared.take<A>(vector);
   A* pooled = shared.take<A>(vector);
   // While the maps are under way:
+  if (rank == 0 && p.weights_wanted) {
+    begin_weight_grads(p, n);
+  }
   copy_vector(row_of<A>(p.pooled, n, vector), pooled, vector);
   copy_vector(row_of<A>(p.attention, n, vector), attention, vector);
   fetched();

@@ -161,8 +161,8 @@ EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 // other threads: one before `arrive` and `publish`, one after `arrive` and
 // `is_published`.
 
-// Adds one and returns how many had arrived before. A block that arrives sees all
-// that earlier ones wrote before they arrived.
+// Adds one and returns what the counter held. A block that arrives sees all that
+// earlier ones wrote before they arrived.
 EPSA_DEVICE unsigned arrive(unsigned* counter) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -170,6 +170,26 @@ EPSA_DEVICE unsigned arrive(unsigned* counter) {
                : "l"(counter), "r"(1u)
                : "memory");
   return before;
+}
+EPSA_DEVICE unsigned long long arrive(unsigned long long* counter) {
+  unsigned long long before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(1ull)
+               : "memory");
+  return before;
+}
+
+// What a counter holds now, and its replacement where it still holds `held`. They
+// order no other access.
+EPSA_DEVICE unsigned long long peek(const unsigned long long* counter) {
+  unsigned long long held;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(held) : "l"(counter) : "memory");
+  return held;
+}
+EPSA_DEVICE void replace(
+    unsigned long long* counter, unsigned long long held, unsigned long long by) {
+  atomicCAS(counter, held, by);
 }
 
 // Sets a flag. A block that sees the flag set sees all that was written before.
@@ -179,6 +199,13 @@ EPSA_DEVICE void publish(unsigned* flag) {
 EPSA_DEVICE bool is_published(const unsigned* flag) {
   unsigned value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value != 0;
+}
+
+// Is the flag set? It orders nothing. So the caches stay valid, and a loop may ask often.
+EPSA_DEVICE bool is_set(const unsigned* flag) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value != 0;
 }
 
@@ -192,7 +219,15 @@ EPSA_DEVICE void pause() {
   __nanosleep(64);
 }
 
-// ---- asynchronous copies ----
+// ---- stores and asynchronous copies ----
+
+// Writes 16 bytes, aligned, that this launch does not read. They leave the L2 cache
+// before what it reads again.
+template <class T, class Pack>
+EPSA_DEVICE void store_evict_first(T* to, const Pack& pack) {
+  static_assert(sizeof(Pack) == 16);
+  __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
+}
 
 // Copies 16 bytes from global to shared memory, both aligned. They have arrived for
 // this thread after copy_async_wait, for the block after the next barrier.

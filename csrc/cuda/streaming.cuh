@@ -42,13 +42,13 @@ EPSA_DEVICE void scale_part(
   if constexpr (kLast) {
     const Columns<V> deal(p);
     const auto [first, pixels] = pixels_of_part(p.split, part);
-    scale_pixels<kBecome>(
+    scale_pixels<kBecome, Write::evict_first>(
         p, deal, pixels_of<const T>(x, deal, n, first), pixels_of<T>(to, deal, n, first), pixels,
         factors);
   } else {
     for_segments<true>(p, part, [&](const Segment& g) {
       if (T* dst = segment_of<T>(p, to, n, g)) {
-        scale_segment<T, V, kBecome>(
+        scale_segment<T, V, kBecome, Write::evict_first>(
             segment_of<const T>(p, x, n, g), dst, g.rows, g.pixels,
             factors.from(g.s * p.channels + g.c));
       }
@@ -61,6 +61,8 @@ EPSA_DEVICE void scale_part(
 //   2. sample by sample, the pools of one and the reweights of the sample `lag`
 //      before it;
 //   3. the reweights of the last `lag` samples.
+// The reweights take a sample's parts in reverse: what was read last is most likely
+// still in the L2 cache.
 template <class PoolTicket, class ReweightTicket>
 EPSA_DEVICE void for_tickets(
     const Params& p, int pools, int reweights, Message* message, const PoolTicket& pool,
@@ -95,7 +97,7 @@ EPSA_DEVICE void for_tickets(
     if (j < pools) {
       pool(n, j);
     } else {
-      reweight(n, j - pools);
+      reweight(n, reweights - 1 - (j - pools));
     }
   }
 }
@@ -122,7 +124,9 @@ EPSA_DEVICE void set_ready(const Params& p, int n) {
 EPSA_DEVICE void wait_ready(const Params& p, int n) {
   if (thread_id() == 0) {
     while (!simt::is_published(&p.ready[n])) {
-      simt::pause();
+      do {
+        simt::pause();
+      } while (!simt::is_set(&p.ready[n]));
     }
   }
   barrier();
@@ -210,6 +214,7 @@ backward_streaming(EPSA_PARAMETER Params p) {
             row_of<A>(p.grad_u, n, units), row_of<A>(p.grad_pooled, n, vector));
         set_ready(p, n);
         if (p.weights_wanted) {
+          begin_weight_grads(p, n);
           sum_weight_grads<T, 3>(p, n, message, nullptr, 0);
         }
       },

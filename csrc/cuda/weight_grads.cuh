@@ -221,6 +221,15 @@ EPSA_DEVICE void sum_groups(const Params& p, int groups, const Acc<T>* all, int6
   }
 }
 
+// The block that will call sum_weight_grads for sample n calls this before. Best while other
+// memory is under way: it waits for the counters.
+EPSA_DEVICE void begin_weight_grads(const Params& p, int n) {
+  if (p.samples > 1) {
+    p.groups_arrived[0].begin(p.launch);
+    p.groups_arrived[1 + n / p.group].begin(p.launch);
+  }
+}
+
 // The block that has written sample n's hidden, grad_v and grad_u calls this. The
 // last block of a group of samples sums the group. The last block of all sums the
 // groups. No block waits. `shared` is free memory of the block, of `room` elements.
@@ -235,7 +244,7 @@ EPSA_DEVICE void sum_weight_grads(
   const int samples = (begin + p.group < p.samples ? begin + p.group : p.samples) - begin;
   if (p.samples == 1) {
     barrier();  // nothing else to wait for
-  } else if (!last_to_arrive(&p.groups_arrived[1 + index], samples, message)) {
+  } else if (!p.groups_arrived[1 + index].last_to_arrive(samples, message)) {
     return;
   }
   const int count = WeightGrad::count(p);
@@ -262,7 +271,7 @@ EPSA_DEVICE void sum_weight_grads(
   if (groups > 1 && thread_id() < row - count) {
     own[count + thread_id()] = 0;  // the last vector is read whole
   }
-  if (groups > 1 && last_to_arrive(&p.groups_arrived[0], groups, message)) {
+  if (groups > 1 && p.groups_arrived[0].last_to_arrive(groups, message)) {
     sum_groups<T>(p, groups, all, row);
   }
 }

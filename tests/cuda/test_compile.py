@@ -228,6 +228,19 @@ def test_the_sums_wait_for_several_loads_at_once(builds):
 
 
 @needs_nvcc
+def test_results_of_streaming_leave_the_cache_first(builds):
+    """Its maps are read twice. Resident kernels read them once and write as usual."""
+    for build in builds:
+        for kernel, code in build.instructions.items():
+            writes = {name for name in (text.split()[0] for text in code) if "STG" in name}
+            wide = {name for name in writes if name.endswith(".128")}
+            if kernel.vector > 1:
+                first = {name for name in wide if ".EF." in name}
+                expected = wide if "streaming" in kernel.name else set()
+                assert wide and first == expected, f"sm_{build.arch} {kernel}: {wide}"
+
+
+@needs_nvcc
 def test_the_timing_of_the_plans_compiles(tmp_path):
     log = cuda_toolkit.run(
         *(NVCC, "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-Xcompiler=-Wall", "-c"),

@@ -124,7 +124,7 @@ def check_variant(problem: Problem, plan: dict) -> None:
 
 
 def check_workspace(problem: Problem, plan: dict) -> None:
-    """The pieces follow each other inside the workspace. Only counters are cleared."""
+    """The pieces follow each other inside the workspace. Only streaming's counters are cleared."""
     space, split = plan["workspace"], plan["split"]
     streaming, backward = plan["variant"] == "streaming", problem.pass_ == "backward"
     weights = backward and problem.weights_wanted
@@ -139,9 +139,9 @@ def check_workspace(problem: Problem, plan: dict) -> None:
         "ticket": 8 * streaming,
         "arrived": 4 * n * streaming,
         "ready": 4 * n * streaming,
-        "groups_arrived": 4 * (groups + 1) * (weights and n > 1),
     }
     pieces = counters | {
+        "groups_arrived": 8 * (groups + 1) * (weights and n > 1),
         "partial": n * problem.vector * sums * acc * streaming,
         "hidden": hidden * (streaming or weights),
         "scratch": vectors * streaming,
@@ -157,8 +157,8 @@ def check_workspace(problem: Problem, plan: dict) -> None:
         if name == list(counters)[-1]:
             assert end <= space["cleared"] < end + 16
     assert end <= space["bytes"] < end + 16
-    if not streaming and not weights:
-        assert space["cleared"] == 0
+    # A counter of arrivals has 16 bits. It counts a group's samples, or the groups.
+    assert max(groups, plan["group"]) < 2**16
     # a part has few sums beside its elements
     assert not streaming or sums <= ceil(problem.pixels / 16)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from simt import broken, build
+from support.paths import ROOT
 from support.processes import python, run_code
 
 # ---- the operator's tests, against the emulated kernels ----
@@ -318,13 +319,13 @@ HALF = {
 # Program, arguments, the least number of cases. Kernels with sanitizers take long to compile:
 # `make test` has them for float alone.
 TABLES = {
-    "native": (NATIVE, f"--quick {FIXED} --mode pair", 500),
-    "asan": (FLOAT["asan"], f"--quick --dtype f32 {FIXED} --mode pair", 200),
+    "native": (NATIVE, f"--quick {FIXED} --mode pair --mode replay", 650),
+    "asan": (FLOAT["asan"], f"--quick --dtype f32 {FIXED} --mode pair --mode replay", 230),
     "tsan": (FLOAT["tsan"], f"--quick --dtype f32 {FIXED} {FEW}", 40),
-    "tsan-pair": (FLOAT["tsan"], "--quick --dtype f32 --mode pair odd/", 4),
+    "tsan-pair": (FLOAT["tsan"], "--quick --dtype f32 --mode pair --mode replay odd/", 8),
 }
 SLOW_TABLES = {
-    "native-all": (NATIVE, f"{FIXED} --mode pair", 1000),
+    "native-all": (NATIVE, f"{FIXED} --mode pair --mode replay", 1300),
     "native-plans": (NATIVE, "--quick --seed 100 --mode auto --mode plans", 200),
     "asan-all": (
         HALF["asan"],
@@ -385,6 +386,12 @@ def test_a_dtype_without_kernels_is_refused(built):
 
 
 # ---- planted bugs ----
+
+
+@pytest.mark.parametrize("bug", broken.BUGS, ids=lambda bug: bug.name)
+def test_planted_bugs_fit_the_sources(bug):
+    """Most bugs are built by `make test-all` alone. Those must not go stale before."""
+    assert bug.planted(ROOT) != (ROOT / bug.file).read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,15 @@ class Bug:
     count: int = 1
     quick: bool = False
 
-    def plant(self, root: Path) -> None:
-        path = root / self.file
-        text = path.read_text()
+    def planted(self, root: Path) -> str:
+        """The file's text with the bug."""
+        text = (root / self.file).read_text()
         occurs = text.count(self.old)
         assert occurs == self.count, f"{self.name}: {self.file} holds it {occurs} times"
-        path.write_text(text.replace(self.old, self.new))
+        return text.replace(self.old, self.new)
+
+    def plant(self, root: Path) -> None:
+        (root / self.file).write_text(self.planted(root))
 
 
 BUGS = [
@@ -70,6 +73,14 @@ BUGS = [
         "  barrier();\n  if (thread_id() == 0) {\n    message->last",
         "  if (thread_id() == 0) {\n    message->last",
         "--mode streaming per_branch/",
+        {"tsan": RACE},
+    ),
+    Bug(
+        "no_barrier_before_the_arrival_of_a_sample",
+        ELEMENTS,
+        "    barrier();\n    if (thread_id() == 0) {\n      message->last",
+        "    if (thread_id() == 0) {\n      message->last",
+        "--mode streaming per_branch/",
         {"native": APART, "tsan": RACE},
     ),
     Bug(
@@ -91,8 +102,8 @@ BUGS = [
     Bug(
         "relaxed_arrival",
         SIMT,
-        "__atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL)",
-        "__atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED)",
+        "__atomic_fetch_add(counter, Counter(1), __ATOMIC_ACQ_REL)",
+        "__atomic_fetch_add(counter, Counter(1), __ATOMIC_RELAXED)",
         "--mode streaming odd/",
         {"tsan": RACE},
         quick=True,
@@ -100,14 +111,14 @@ BUGS = [
     Bug(
         "groups_arrive_without_release",
         WEIGHT_GRADS,
-        "  if (groups > 1 && last_to_arrive(&p.groups_arrived[0], groups, message)) {\n",
+        "  if (groups > 1 && p.groups_arrived[0].last_to_arrive(groups, message)) {\n",
         """\
   bool last = false;
   if (groups > 1) {
     barrier();
     if (thread_id() == 0) {
-      message->last = __atomic_fetch_add(&p.groups_arrived[0], 1u, __ATOMIC_RELAXED) + 1u ==
-          static_cast<unsigned>(groups);
+      const auto held = __atomic_fetch_add(&p.groups_arrived[0].held, 1ull, __ATOMIC_RELAXED);
+      message->last = LaunchCounter::arrivals(held) == groups - 1;
     }
     barrier();
     last = message->last;
@@ -126,10 +137,18 @@ BUGS = [
         {"tsan": RACE},
     ),
     Bug(
+        "ready_by_the_read_that_orders_nothing",
+        STREAMING,
+        "while (!simt::is_published(&p.ready[n])) {",
+        "while (!simt::is_set(&p.ready[n])) {",
+        "--mode streaming odd/",
+        {"tsan": RACE},
+    ),
+    Bug(
         "ready_before_the_gate",
         STREAMING,
-        "        gate<T>(\n            p, pooled, row_of",
-        "        set_ready(p, n);\n        gate<T>(\n            p, pooled, row_of",
+        "        gate<T>(p, pooled, row_of",
+        "        set_ready(p, n);\n        gate<T>(p, pooled, row_of",
         "--mode streaming odd/",
         {"native": WRONG, "tsan": RACE},
     ),
@@ -205,8 +224,8 @@ BUGS = [
     Bug(
         "one_element_too_many",
         PARTS,
-        "turns_of(thread_id() * V, rows * pixels, step)",
-        "turns_of(thread_id() * V, rows * pixels + 1, step)",
+        "turns_of(at, rows * pixels, step)",
+        "turns_of(at, rows * pixels + 1, step)",
         "--mode streaming odd/",
         {"native": WRONG, "asan": OVERFLOW},
     ),
@@ -304,6 +323,14 @@ BUGS = [
         {"native": WRONG},
     ),
     Bug(
+        "a_part_skipped_by_the_reversed_order",
+        STREAMING,
+        "reweight(n, reweights - 1 - (j - pools));",
+        "reweight(n, reweights - (j - pools));",
+        "--mode streaming odd/",
+        {"native": WRONG},
+    ),
+    Bug(
         "stride_of_the_first_map",
         PARTS,
         "maps.pixel_stride[deal.s]",
@@ -346,12 +373,63 @@ BUGS = [
         {"asan": OVERFLOW},
     ),
     Bug(
-        "counters_of_groups_not_cleared",
+        "counters_of_streaming_not_cleared",
         PLAN,
         "  w.cleared = next;\n",
-        "  w.cleared = w.groups_arrived;\n",
+        "  w.cleared = w.ready;\n",
+        "--mode streaming odd/",
+        {"native": WRONG, "tsan": RACE},
+    ),
+    # ---- counters that nobody clears ----
+    Bug(
+        "counters_that_no_block_begins",
+        WEIGHT_GRADS,
+        "if (p.samples > 1) {\n    p.groups",
+        "if (p.samples > 1 << 20) {\n    p.groups",
         "--mode cluster2 odd/f32/contiguous/backward",
         {"native": WRONG},
+        quick=True,
+    ),
+    Bug(
+        "counter_of_the_groups_not_begun",
+        WEIGHT_GRADS,
+        "    p.groups_arrived[0].begin(p.launch);\n",
+        "",
+        "--mode cluster2 batch_of_17/",
+        {"native": WRONG},
+    ),
+    Bug(
+        "a_counter_begun_by_every_block",
+        ELEMENTS,
+        "if (before >> kArrivalBits != launch) {",
+        "if (before != launch << kArrivalBits) {",
+        "--mode cluster2 odd/f32/contiguous/backward",
+        {"native": WRONG},
+    ),
+    Bug(
+        "a_counter_of_another_launch_goes_on",
+        ELEMENTS,
+        "if (before >> kArrivalBits != launch) {",
+        "if (before >> (kArrivalBits + 1) != launch >> 1) {",
+        "--mode cluster2 odd/f32/contiguous/backward",
+        {"native": WRONG},
+    ),
+    Bug(  # it may lose the arrival of a block that came between
+        "a_counter_replaced_whatever_it_holds",
+        ELEMENTS,
+        "simt::replace(&held, before, launch << kArrivalBits);",
+        "held = launch << kArrivalBits;",
+        "--mode cluster2 odd/",
+        {"tsan": RACE},
+    ),
+    Bug(
+        "counters_left_for_the_next_replay",
+        ELEMENTS,
+        "      if (message->last) {\n        held = 0;\n      }\n",
+        "",
+        "--mode replay odd/f32",
+        {"native": WRONG},
+        quick=True,
     ),
     # ---- the epilogue ----
     Bug(

@@ -3,6 +3,7 @@
 // stderr. emulated_launch.h names the other variables.
 #include "emulated_launch.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -42,15 +43,26 @@ std::string describe(const Plan& plan) {
       ", vectors of " + std::to_string(plan.vector);
 }
 
-void launch_together(const std::vector<Call>& calls) {
+namespace {
+
+// What a launch does before its kernel starts, and memory as hostile as it may be.
+void prepare(const Call& call) {
+  const auto& [problem, plan, params, memory] = call;
+  set_plan(params, problem, plan, memory);
+  const Workspace w = workspace(problem, plan);
+  std::memset(memory, 0xff, w.bytes);  // NaN
+  // The counters of another launch, which was stopped.
+  const unsigned long long counted = (params.launch ^ 1) << kArrivalBits | 1;
+  auto* counter = reinterpret_cast<unsigned long long*>(params.groups_arrived);
+  std::fill(counter, counter + (w.partial - w.groups_arrived) / 8, counted);
+}
+
+void run(const std::vector<Call>& calls) {
   std::vector<std::pair<emulator::LaunchOptions, std::function<void()>>> all;
   std::string plans;
   for (const Call& call : calls) {
     const auto& [problem, plan, params, memory] = call;
-    set_plan(params, problem, plan, memory);
-    const Workspace w = workspace(problem, plan);
-    std::memset(memory, 0xff, w.bytes);  // NaN
-    std::memset(memory, 0, w.cleared);
+    std::memset(memory, 0, workspace(problem, plan).cleared);
     all.push_back(
         {{.blocks = plan.blocks,
           .threads = plan.threads,
@@ -67,6 +79,22 @@ void launch_together(const std::vector<Call>& calls) {
   if (const std::string report = emulator::launch_together(all); !report.empty()) {
     throw std::runtime_error("emulated psa_attention (" + plans + "): " + report);
   }
+}
+
+}  // namespace
+
+void launch_together(const std::vector<Call>& calls) {
+  for (const Call& call : calls) {
+    prepare(call);
+  }
+  run(calls);
+}
+
+void launch_twice(const Call& call, const std::function<void()>& between) {
+  prepare(call);
+  run({call});
+  between();
+  run({call});
 }
 
 void launch(const Problem& problem, const Plan& plan, Params& params, void* memory, void*) {

@@ -1,6 +1,7 @@
 // The part of the emulated launch that csrc/cuda/launch.h does not have.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -19,5 +20,9 @@ struct Call {
 // of blocks and threads (0: first come, first served). EPSA_SIMT_RESIDENT is the
 // most blocks that run at once.
 void launch_together(const std::vector<Call>& calls);
+
+// Two launches as of one CUDA graph: with the same parameters, in the memory that the
+// first one left.
+void launch_twice(const Call& call, const std::function<void()>& between);
 
 }  // namespace epsa::cuda

@@ -162,10 +162,22 @@ EPSA_DEVICE const A* cluster_peer(const A* shared, int rank) {
 
 // ---- the whole device ----
 
-EPSA_DEVICE unsigned arrive(unsigned* counter) {
-  const unsigned before = __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+template <class Counter>
+EPSA_DEVICE Counter arrive(Counter* counter) {
+  const Counter before = __atomic_fetch_add(counter, Counter(1), __ATOMIC_ACQ_REL);
   detail::step(detail::Step::progress);
   return before;
+}
+
+EPSA_DEVICE unsigned long long peek(const unsigned long long* counter) {
+  const unsigned long long held = __atomic_load_n(counter, __ATOMIC_RELAXED);
+  detail::step(detail::Step::neutral);
+  return held;
+}
+EPSA_DEVICE void replace(
+    unsigned long long* counter, unsigned long long held, unsigned long long by) {
+  __atomic_compare_exchange_n(counter, &held, by, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  detail::step(detail::Step::progress);
 }
 
 EPSA_DEVICE void publish(unsigned* flag) {
@@ -174,6 +186,12 @@ EPSA_DEVICE void publish(unsigned* flag) {
 }
 EPSA_DEVICE bool is_published(const unsigned* flag) {
   const bool set = __atomic_load_n(flag, __ATOMIC_ACQUIRE) != 0;
+  detail::step(set ? detail::Step::neutral : detail::Step::polled);
+  return set;
+}
+
+EPSA_DEVICE bool is_set(const unsigned* flag) {
+  const bool set = __atomic_load_n(flag, __ATOMIC_RELAXED) != 0;
   detail::step(set ? detail::Step::neutral : detail::Step::polled);
   return set;
 }
@@ -188,7 +206,15 @@ EPSA_DEVICE void pause() {
   detail::step(detail::Step::polled);
 }
 
-// ---- asynchronous copies: they arrive as late as CUDA allows ----
+// ---- stores, and asynchronous copies: they arrive as late as CUDA allows ----
+
+template <class T, class Pack>
+EPSA_DEVICE void store_evict_first(T* to, const Pack& pack) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) {
+    detail::fail("misaligned store_evict_first");
+  }
+  *reinterpret_cast<Pack*>(to) = pack;
+}
 
 EPSA_DEVICE void copy_async16(void* shared, const void* global) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };

@@ -71,6 +71,26 @@ void launch_together(const std::vector<Call>& calls) {
   }
 }
 
+void launch_twice(const Call& call, const std::function<void()>& between) {
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  const auto& [problem, plan, params, memory] = call;
+  launch(problem, plan, params, memory, stream);
+  cudaGraph_t graph;
+  check(cudaStreamEndCapture(stream, &graph));
+  cudaGraphExec_t again;
+  check(cudaGraphInstantiate(&again, graph, 0));
+  check(cudaGraphLaunch(again, stream));
+  check(cudaStreamSynchronize(stream));
+  between();
+  check(cudaGraphLaunch(again, stream));
+  check(cudaStreamSynchronize(stream));
+  check(cudaGraphExecDestroy(again));
+  check(cudaGraphDestroy(graph));
+  check(cudaStreamDestroy(stream));
+}
+
 #endif
 
 }  // namespace epsa::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <vector>
 
 #ifdef EPSA_EMULATED
@@ -27,6 +28,9 @@ struct Call {
 
 // Several launches at once, each on a stream of its own.
 void launch_together(const std::vector<Call>& calls);
+
+// A CUDA graph of one launch, launched twice.
+void launch_twice(const Call& call, const std::function<void()>& between);
 #endif
 
 }  // namespace epsa::cuda

@@ -63,7 +63,16 @@ void Experiment::set_problem(Pass pass) {
 
 void Experiment::take(const Plan& plan) {
   plan_ = plan;
-  workspace_ = std::make_unique<Buffer>(workspace(problem_, plan).bytes);
+  const Workspace w = workspace(problem_, plan);
+  workspace_ = std::make_unique<Buffer>(w.bytes);
+  // The kernel reads these counters, whatever they hold. No other part of the workspace may be
+  // read before it is written; compute-sanitizer looks for that.
+  const std::vector<unsigned char> anything(w.partial - w.groups_arrived, 0xa5);
+  if (!anything.empty()) {
+    copy(
+        static_cast<unsigned char*>(workspace_->data()) + w.groups_arrived, anything.data(),
+        anything.size());
+  }
   first_.clear();
 }
 

@@ -1,5 +1,6 @@
 // Several blocks: clusters, arrivals, flags, tickets.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "self_test/self_test.h"
@@ -125,6 +126,36 @@ std::string last_blocks(int max_resident) {
   });
 }
 
+// Each block makes a counter of anything one of launch 5, unless another has, and arrives. The
+// bug: a store that does not look at what the counter holds by then.
+template <Bug bug>
+EPSA_KERNEL(kThreads, 1)
+begun_counter(unsigned long long* counter, int64_t blocks, std::atomic<int>* lasts) {
+  if (thread_id() == 0) {
+    const unsigned long long before = peek(counter);
+    if (before >> 8 != 5) {
+      if (bug == Bug::none) {
+        replace(counter, before, 5 << 8);
+      } else {
+        *counter = 5 << 8;
+      }
+    }
+    *lasts += static_cast<int64_t>(arrive(counter) % 256) == blocks - 1;
+  }
+}
+
+template <Bug bug>
+std::string begun_counters() {
+  const LaunchOptions options{.blocks = kBlocks, .threads = kThreads};
+  return over_schedules(options, [](const LaunchOptions& scheduled) {
+    unsigned long long counter = ~0ull;
+    std::atomic<int> lasts{0};
+    const std::string report =
+        launch(scheduled, [&] { begun_counter<bug>(&counter, kBlocks, &lasts); });
+    return report.empty() ? expect(lasts == 1) : report;
+  });
+}
+
 struct Chain {
   std::vector<float> values = std::vector<float>(kBlocks * kThreads);
   std::vector<unsigned> flags = std::vector<unsigned>(kBlocks);
@@ -185,6 +216,7 @@ Cases grid_cases() {
       {"clusters_two_resident", [] { return cluster_sums<Bug::none>(6); }},
       {"clusters_larger_than_the_device", [] { return cluster_sums<Bug::none>(2); }},
       {"last_block", [] { return last_blocks<Bug::none>(0); }},
+      {"begun_counter", [] { return begun_counters<Bug::none>(); }},
       {"tickets", [] { return chains<Bug::none>(0); }},
       {"tickets_two_resident", [] { return chains<Bug::none>(2); }},
       {"tickets_one_resident", [] { return chains<Bug::none>(1); }},
@@ -193,6 +225,7 @@ Cases grid_cases() {
       {"read_after_peers_exit", late_reads},
       {"relaxed_arrival", [] { return last_blocks<Bug::first>(0); }},
       {"relaxed_arrival_one_resident", [] { return last_blocks<Bug::first>(1); }},
+      {"counter_overwritten", [] { return begun_counters<Bug::first>(); }},
       {"wait_for_a_later_block", [] { return chains<Bug::first>(1); }},
   };
 }

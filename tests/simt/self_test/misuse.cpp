@@ -122,6 +122,11 @@ Cases copy_cases() {
          alignas(16) static const float data[8] = {};
          return launches(kBlock, [] { copy_async16(shared_floats(), data + 1); });
        }},
+      {"misaligned_store",
+       [] {
+         alignas(16) static float data[8] = {};
+         return launches(kBlock, [] { store_evict_first(data + 1, Four{}); });
+       }},
       {"copy_out_of_shared",
        [] {
          alignas(16) static const float data[4] = {};
