@@ -73,6 +73,14 @@ class RewriteModule(epsa_fused.PSAModule):
         return rewrite(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
+class LayersModule(epsa_fused.PSAModule):
+    """The PSA module with torch's convolutions before the fused attention step."""
+
+    def attention(self, feats: list[Tensor]) -> Tensor:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return epsa_fused.psa_attention(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
 class Convolutions(epsa_fused.PSAModule):
     """The convolutions of the PSA module alone: its four maps."""
 
