@@ -1,12 +1,13 @@
-"""The attention step and modules on a GPU; resumes where it was stopped.
+"""The attention step, modules and networks on a GPU; resumes where it was stopped.
 
-    python benchmarks/gpu.py                the missing rows, for at most --minutes
-    python benchmarks/gpu.py --part module  those of one part
+    python benchmarks/gpu.py                 the missing rows, for at most --minutes
+    python benchmarks/gpu.py --part network  those of one part
     python benchmarks/gpu.py --help
 
 Each case measures every contender: its time on the device; the wall time of one call; the peak
 memory; the kernels and memsets of a call, from the profiler; the error against float64. A time on
-the device is that of a replayed CUDA graph. Its input sets together exceed the L2 cache.
+the device is that of a replayed CUDA graph. Its input sets together exceed the L2 cache. The parts
+"training" and "network" time nothing whose results differ by more than rounding explains.
 
 The parts, most wanted rows first in each:
 
@@ -14,6 +15,8 @@ The parts, most wanted rows first in each:
     module     whole modules in bfloat16, in inference; cuDNN's four convolutions beside the
                attention step, as they are and merged into fewer groups
     attention  the attention step, forward and backward, beside a copy of the features' bytes
+    training   whole modules' forward and backward pass with every gradient
+    network    EPSANet-50, inference and training steps
 
 A finished row is appended to <out>/<device>-gpu.csv. Rows that the file holds for the same sources
 (csrc) are skipped. A row that cannot be measured is named, and the others go on.
@@ -35,6 +38,8 @@ import gpu_attention
 import gpu_convolutions
 import gpu_epilogue
 import gpu_modules
+import gpu_networks
+import gpu_training
 from gpu_bench import Bench
 from gpu_results import Results, facts
 from gpu_timing import Meter
@@ -46,6 +51,8 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Callable[[], None]]], ...]] = 
     "epilogue": (gpu_epilogue.steps,),
     "module": (gpu_modules.steps, gpu_convolutions.steps),
     "attention": (gpu_attention.steps,),
+    "training": (gpu_training.steps,),
+    "network": (gpu_networks.steps,),
 }
 
 
