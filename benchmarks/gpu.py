@@ -56,7 +56,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Callable[[], None]]], ...]] = 
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +65,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--repeats", type=int, default=15, help="timed replays of each graph [15]")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats: expected at least 2, got {options.repeats}")
