@@ -191,6 +191,8 @@ gpu-sanitize-module: $(GPU_BUILD)/built
 	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	    --error-exitcode 99 $(GPU_PYTHON) benchmarks/sanitize_module.py || exit 1; done
 
+# the attention step, modules and networks, in inference and in training. A part of it:
+#   make gpu-bench BENCH_ARGS="--part network --minutes 7"
 gpu-bench: $(GPU_BUILD)/built
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 

@@ -15,202 +15,24 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import first_hour_verdicts as verdicts
+from first_hour_verdicts import ROOT, Files, Verdict
 from provenance import commit, sources
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 FIELDS = ("step", "status", "seconds", "verdict", "sources", "commit", "date")
-
-Verdict = tuple[bool, str]
-
-
-@dataclass(frozen=True)
-class Files:
-    """The results that other programs write, under the device's name."""
-
-    folder: Path
-    device: str
-
-    def rows(self, kind: str) -> list[dict[str, str]]:
-        path = self.folder / f"{self.device}-{kind}.csv"
-        return list(csv.DictReader(path.open())) if path.exists() else []
-
-    def measured(self, kind: str) -> list[dict[str, str]]:
-        """The rows of gpu.py's table that these kernels gave."""
-        digest = sources()
-        return [r for r in self.rows("gpu") if (r["kind"], r["sources"]) == (kind, digest)]
-
-    def text(self, kind: str) -> str:
-        path = self.folder / f"{self.device}-{kind}.txt"
-        return path.read_text() if path.exists() else ""
-
-
-# ---- verdicts ----
-
-
-def built(output: str, files: Files) -> Verdict:
-    return True, "built"
-
-
-def suite(output: str, files: Files) -> Verdict:
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?)\b", output)}
-    passed = counts.pop("passed", 0)
-    return passed > 0 and not counts, f"{passed} passed, {sum(counts.values())} failed"
-
-
-def cases(output: str, files: Files) -> Verdict:
-    found = re.findall(r"(\d+) cases, (\d+) failed", output)
-    if not found:
-        return False, "no count of cases"
-    total, failed = (int(n) for n in found[-1])
-    return total > 0 and failed == 0, f"{total} cases, {failed} failed"
-
-
-def sanitizers(output: str, files: Files) -> Verdict:
-    lines = re.findall(r"^([a-z]+check: .*)$", files.text("sanitizer"), flags=re.MULTILINE)
-    wrong = [line for line in lines if ": clean" not in line]
-    return bool(lines) and not wrong, "; ".join(wrong or lines) or "no report"
-
-
-def plans(output: str, files: Files) -> Verdict:
-    """Is the plan that is ranked first the fastest?"""
-    shapes: dict[tuple[str, ...], list[tuple[int, float]]] = {}
-    for row in files.rows("plans"):
-        key = tuple(row[k] for k in ("mode", "layout", "dtype", "n", "planes", "size"))
-        shapes.setdefault(key, []).append((int(row["rank"]), float(row["us"])))
-    if not shapes:
-        return False, "no plan was timed"
-    lost = {k: min(times)[1] / min(us for _, us in times) - 1 for k, times in shapes.items()}
-    worst = max(lost, key=lambda k: lost[k])
-    mean = statistics.mean(lost.values())
-    return True, (
-        f"the first plan is {mean:.1%} slower than the best on average, "
-        f"{lost[worst]:.0%} at most, for {' '.join(worst)}"
-    )
-
-
-# The targets of the attention step: the part of a copy's rate at N = 64 and 256 in the first two
-# stages, and the time at N = 1.
-OF_COPY = {"forward": 0.85, "backward": 0.80}
-MICROSECONDS = 10.0
-
-
-def missed_target(row: dict[str, str]) -> str:
-    """What the row falls short of; "" if nothing."""
-    shape = f"{row['mode']} ({row['n']}, {row['planes']}, {row['size']})"
-    if row["n"] == "1":
-        us = float(row["device_us"])
-        return f"{shape} {us:.1f} us" if us > MICROSECONDS else ""
-    wide = int(row["planes"]) > 128
-    short = not wide and float(row["of_copy"]) < OF_COPY[row["mode"]]
-    return f"{shape} {float(row['of_copy']):.0%}" if short else ""
-
-
-def attention(output: str, files: Files) -> Verdict:
-    """One kernel a pass, and how far from the targets and from the opponents."""
-    measured = files.measured("attention")
-    fused = [r for r in measured if r["contender"] == "fused"]
-    if not fused:
-        return False, "nothing was measured"
-    case = ("mode", "layout", "dtype", "n", "planes", "size")
-    ratios = [
-        float(other["device_us"]) / float(row["device_us"])
-        for row in fused
-        for other in measured
-        if other["contender"] not in ("fused", "copy") and all(other[k] == row[k] for k in case)
-    ]
-    several = [r for r in fused if r["kernels"] != "1"]
-    missed = sorted({m for m in map(missed_target, fused) if m})
-    against = f"{min(ratios):.2f}x to {max(ratios):.2f}x the opponents" if ratios else "alone"
-    return not several, (
-        f"{len(fused)} cases, {len(several)} with more than one kernel; {against}; "
-        f"{len(missed)} targets missed{': ' if missed else ''}{', '.join(missed[:4])}"
-    )
-
-
-def epilogue(output: str, files: Files) -> Verdict:
-    """What BatchNorm and ReLU gain in the kernel's own pass."""
-    times: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in files.measured("epilogue"):
-        key = tuple(row[k] for k in ("layout", "dtype", "n", "planes", "size"))
-        times.setdefault(key, {})[row["contender"]] = float(row["device_us"])
-    whole = [t for t in times.values() if len(t) == 3]
-    if not whole:
-        return False, "nothing was measured"
-    words = []
-    for name in ("fused, then layers", "rewrite compiled"):
-        ratios = [t[name] / t["fused"] for t in whole]
-        words.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as {name}")
-    return True, f"{len(whole)} cases: {', '.join(words)}"
-
-
-def module(output: str, files: Files) -> Verdict:
-    """The attention step's part of a module, and whether merged groups pay in cuDNN."""
-    parts: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in files.measured("share"):
-        key = tuple(row[k] for k in ("layout", "dtype", "planes", "size"))
-        parts.setdefault(key, {})[row["contender"]] = float(row["device_us"])
-    shares, gains = [], {}
-    for key, times in parts.items():
-        convs = [v for k, v in times.items() if re.fullmatch(r"conv \d+", k)]
-        if "attention" in times and convs:
-            shares.append(times["attention"] / (times["attention"] + sum(convs)))
-        for name, us in times.items():
-            if match := re.match(r"(conv \d+) in", name):
-                gains[(*key, name)] = times[match[1]] / us
-    if not shares:
-        return False, "nothing was measured"
-    best = max(gains, key=lambda k: gains[k]) if gains else None
-    merged = f"; merged groups gain up to {gains[best]:.1f}x: {' '.join(best)}" if best else ""
-    return True, f"attention is {min(shares):.0%} to {max(shares):.0%} of the module{merged}"
-
-
-def predictions(files: Files) -> list[str]:
-    """What roofline.py predicts of the measured cases, and whether it held."""
-    sys.path.insert(0, str(ROOT))  # these need the extension, which was built in place
-    from devices import BANDWIDTH, DEVICES
-    from roofline import row as predicted
-
-    words = files.device.split("-")
-    names = [*words, *map("".join, itertools.pairwise(words))]  # an rtx-4090 is an rtx4090
-    known = [name for name in DEVICES if name in names]
-    if not known:
-        return [f"roofline.py does not know {files.device}"]
-    name, floors, wrong = known[0], [], []
-    for r in files.measured("attention"):
-        if r["contender"] != "fused":
-            continue
-        numbers = (int(r[k]) for k in ("n", "planes", "size"))
-        p = predicted(DEVICES[name], BANDWIDTH[name], r["mode"], r["layout"], r["dtype"], *numbers)
-        floors.append(float(r["device_us"]) / p["floor_us"])
-        launches = (int(r["kernels"]), int(r["memsets"]))
-        if launches != (p["kernels"], p["memsets"]):
-            wrong.append(
-                f"{r['mode']} {r['layout']} {r['dtype']} ({r['n']}, {r['planes']}, {r['size']}): "
-                f"{launches[0]} kernels and {launches[1]} memsets, predicted {p['kernels']} and "
-                f"{p['memsets']}"
-            )
-    if not floors:
-        return ["roofline.py: nothing was measured"]
-    below = sum(f < 1 for f in floors)
-    return [
-        f"{min(floors):.1f} to {max(floors):.1f} times the floor of the memory's traffic, "
-        f"{below} of {len(floors)} cases below it",
-        *(wrong or ["kernels and memsets as predicted"]),
-    ]
 
 
 # ---- steps ----
@@ -228,26 +50,38 @@ class Step:
 def steps(python: str) -> list[Step]:
     """Most wanted first. Each takes less than eight minutes."""
     make = ["make", f"GPU_PYTHON={python}"]
-    bench = ["env", "PYTHONPATH=.", python, "benchmarks/gpu.py"]
+    bench = ["env", "PYTHONPATH=.", python, "benchmarks/gpu.py", "--part"]
     program = str(BUILD / "cases")
+    compiled = "published compiled"
+    # What begins before the minutes are over may be a compilation, so the limit is later.
     return [
-        Step("build", "Does it compile?", [*make, "build/gpu/built"], 470, built),
+        Step("build", "Does it compile?", [*make, "build/gpu/built"], 470, verdicts.built),
         Step("suite", "Do the operator's tests pass, a capture without warm-up among them?",
-             [*make, "gpu-test"], 470, suite),
+             [*make, "gpu-test"], 470, verdicts.suite),
         Step("cases", "Does every plan pass, without torch?",
-             ["sh", "-c", f"make build/gpu/cases && {program}"], 300, cases),
+             ["sh", "-c", f"make build/gpu/cases && {program}"], 300, verdicts.cases),
         Step("ptx", "Do kernels pass that the driver compiled from PTX of 8.0?",
              ["sh", "-c", f"make build/gpu/cases-ptx && {program}-ptx --quick --part 0/8"], 300,
-             cases),
-        Step("plans", "Is the best plan ranked first?", [*make, "gpu-plans"], 240, plans),
+             verdicts.cases),
+        Step("plans", "Is the best plan ranked first?", [*make, "gpu-plans"], 240, verdicts.plans),
         Step("attention", "How fast is the attention step?",
-             [*bench, "--part", "attention", "--minutes", "7"], 470, attention),
+             [*bench, "attention", "--minutes", "7"], 470, verdicts.attention),
+        Step("network", "How fast is EPSANet-50, in inference and in training?",
+             [*bench, "network", "--minutes", "6.5", "--no-compile"], 470, verdicts.network),
+        Step("training", "How fast is a module's forward and backward pass?",
+             [*bench, "training", "--minutes", "6.5", "--no-compile"], 470, verdicts.training),
         Step("epilogue", "What do BatchNorm and ReLU gain in the same pass?",
-             [*bench, "--part", "epilogue", "--minutes", "5"], 470, epilogue),
+             [*bench, "epilogue", "--minutes", "5"], 470, verdicts.epilogue),
         Step("sanitizers", "Do the sanitizers report anything?",
-             ["bash", "benchmarks/sanitize.sh", program, "440"], 470, sanitizers),
+             ["bash", "benchmarks/sanitize.sh", program, "440"], 470, verdicts.sanitizers),
+        Step("network-compiled", "How fast is EPSANet-50 against the published one, compiled?",
+             [*bench, "network", "--minutes", "5"], 470,
+             partial(verdicts.network, opponent=compiled)),
+        Step("training-compiled", "And a module's forward and backward pass?",
+             [*bench, "training", "--minutes", "6.5"], 470,
+             partial(verdicts.training, opponent=compiled)),
         Step("module", "Which part of a module is the attention step?",
-             [*bench, "--part", "module", "--minutes", "7"], 470, module),
+             [*bench, "module", "--minutes", "7"], 470, verdicts.module),
     ]  # fmt: skip
 
 
@@ -373,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     files = Files(options.out, device_name())
     missing = take_all(todo, files, options.minutes)
     if files.measured("attention"):
-        print(*predictions(files), sep="\n")
+        print(*verdicts.predictions(files), sep="\n")
     print(f"not answered: {', '.join(missing)}" if missing else "every question has its answer")
     return 1 if missing else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,14 @@ class RewriteModule(epsa_fused.PSAModule):
     def attention(self, feats: list[Tensor]) -> Tensor:
         fc1, fc2 = self.se.fc1, self.se.fc2
         return rewrite(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+class LayersModule(epsa_fused.PSAModule):
+    """The PSA module with torch's convolutions before the fused attention step."""
+
+    def attention(self, feats: list[Tensor]) -> Tensor:
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return epsa_fused.psa_attention(feats, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 class Convolutions(epsa_fused.PSAModule):
@@ -212,26 +221,49 @@ def uses(case: Case, parameter: str) -> bool:
     return case.level != "convolutions" or parameter.startswith("conv_")
 
 
-def _make_step(module: torch.nn.Module, target: Callable, images: Tensor) -> Runner:
-    """A training step. The compared tensors are the output and the classifier's gradient.
+class Step:
+    """A training step of a network: forward, cross entropy, backward, SGD.
 
-    Gradients of the first layers differ by percents between any two ways to round: rounding puts
-    some units on the other side of a ReLU.
+    `target` is what is called, the module or its compiled form. `context` makes what the forward
+    pass runs in, such as autocast. It begins and ends in each step. So autocast's copies of the
+    weights end with the step, and one captured in a graph casts the weights again in each replay.
     """
-    optimizer = torch.optim.SGD(module.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
-    labels = torch.arange(len(images), device=images.device)
 
-    def gradients() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        out = target(images)
-        F.cross_entropy(out, labels).backward()
-        return out.detach()
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        target: Callable,
+        images: Tensor,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.module, self.target, self.images, self.context = module, target, images, context
+        self.optimizer = torch.optim.SGD(module.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
+        self.labels = torch.arange(len(images), device=images.device)
 
-    def step() -> None:
-        gradients()
-        optimizer.step()
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        with self.context():
+            out = self.target(self.images)
+            loss = F.cross_entropy(out, self.labels)
+        loss.backward()
+        return loss.detach(), out.detach()
 
-    return Runner(step, lambda: [gradients(), module.fc.weight.grad])
+    def run(self) -> Tensor:
+        """The gradients end with the step, so the memory of a step counts them."""
+        loss, _ = self._backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def results(self) -> dict[str, Tensor]:
+        """The tensors to compare: no other gradient than the classifier's is among them.
+
+        Gradients of the first layers differ by percents between any two ways to round: rounding
+        puts some units on the other side of a ReLU.
+        """
+        loss, out = self._backward()
+        grad = self.module.fc.weight.grad
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss, "logits": out, "classifier's gradient": grad}
 
 
 def make_runner(
@@ -258,7 +290,8 @@ def make_runner(
             epsa_fused.prepack(module, maps[0], frozen=True)
         target = _compiled(module) if name.endswith("compiled") else module
         if of_network and case.mode == "train":
-            return _make_step(module, target, maps[0])
+            step = Step(module, target, maps[0])
+            return Runner(step.run, lambda: [*step.results().values()])
 
         def call() -> Tensor | list[Tensor]:
             return target(maps[0])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exact import allowed_error, distance, largest
 from latency import device_name
 from measure import Timing, ratio, settle_allocator, time_in_turn
 from provenance import commit
@@ -38,7 +39,6 @@ from torch import Tensor
 
 import epsa_fused
 from epsa_fused import _C
-from epsa_fused.inference.accuracy import FACTOR
 
 SIZE = 224
 # So many roundings of the largest logit beside FACTOR times eager PyTorch's error.
@@ -92,17 +92,14 @@ class Reference:
         images = images.contiguous(memory_format=torch.channels_last)
         exact = network(False, torch.float64)(images.to(dtype).double())
         usual = network(False, dtype)(images.to(dtype))
-        rounding = torch.finfo(dtype).eps * exact.abs().max()
-        return Reference(
-            exact, (FACTOR * (usual - exact).abs().max() + ROUNDINGS * rounding).item()
-        )
+        return Reference(exact, allowed_error(exact, usual, ROUNDINGS * torch.finfo(dtype).eps))
 
     def error(self, name: str, logits: Any) -> str:
         """The largest error over the largest logit; exits where rounding does not explain it."""
-        error = (torch.as_tensor(logits).double() - self.exact).abs().max().item()
+        error = distance(torch.as_tensor(logits), self.exact)
         if not error <= self.allowed:
             raise SystemExit(f"{name}: error {error:.3g}, expected at most {self.allowed:.3g}")
-        return f"{error / self.exact.abs().max().item():.2g}"
+        return f"{error / largest(self.exact):.2g}"
 
 
 def measure_speed(

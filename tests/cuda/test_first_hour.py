@@ -10,6 +10,8 @@ import sys
 import time
 
 import first_hour
+import first_hour_verdicts as verdicts
+import gpu
 import pytest
 from first_hour import Files, Step, take_all
 from support.paths import ROOT
@@ -24,7 +26,7 @@ def files(tmp_path, monkeypatch):
     return Files(tmp_path / "results", "a-gpu")
 
 
-def step(name, command, limit=20, verdict=first_hour.cases):
+def step(name, command, limit=20, verdict=verdicts.cases):
     return Step(name, "Does it?", ["sh", "-c", command], limit, verdict)
 
 
@@ -146,7 +148,7 @@ def test_without_a_gpu(monkeypatch):
     ),
 )
 def test_the_suite(output, verdict):
-    assert first_hour.suite(output, H200) == verdict
+    assert verdicts.suite(output, H200) == verdict
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_the_suite(output, verdict):
     ),
 )
 def test_the_cases(output, verdict):
-    assert first_hour.cases(output, H200) == verdict
+    assert verdicts.cases(output, H200) == verdict
 
 
 def test_the_sanitizers(files):
@@ -170,30 +172,30 @@ def test_the_sanitizers(files):
         ("", False),
     ):
         (files.folder / "a-gpu-sanitizer.txt").write_text(text)
-        verdict = first_hour.sanitizers("", files)
+        verdict = verdicts.sanitizers("", files)
         assert verdict[0] == passed and ("ERRORS" in verdict[1]) == ("ERRORS" in text)
 
 
 def test_the_plans_of_the_committed_results():
-    passed, verdict = first_hour.plans("", H200)
+    passed, verdict = verdicts.plans("", H200)
     words = r"the first plan is \d\.\d% slower than the best on average, \d+% at most, for \w+ward"
     assert passed and re.match(words, verdict)
 
 
 def test_the_module_of_the_committed_results(monkeypatch):
-    monkeypatch.setattr(first_hour, "sources", lambda: "others")
-    assert first_hour.module("", H200) == (False, "nothing was measured")
-    monkeypatch.setattr(first_hour, "sources", lambda: measured)
+    monkeypatch.setattr(verdicts, "sources", lambda: "others")
+    assert verdicts.module("", H200) == (False, "nothing was measured")
+    monkeypatch.setattr(verdicts, "sources", lambda: measured)
     measured = next(r["sources"] for r in H200.rows("gpu") if r["kind"] == "share")
-    passed, verdict = first_hour.module("", H200)
+    passed, verdict = verdicts.module("", H200)
     assert passed and "merged groups gain up to" in verdict
 
 
 def test_the_epilogue(files):
-    assert first_hour.epilogue("", files) == (False, "nothing was measured")
+    assert verdicts.epilogue("", files) == (False, "nothing was measured")
     case = {
-        "kind": "epilogue", "layout": "contiguous", "dtype": "float32", "n": "64", "planes": "64",
-        "size": "56", "sources": first_hour.sources(),
+        "kind": "epilogue", "mode": "forward", "layout": "contiguous", "dtype": "float32",
+        "n": "64", "planes": "64", "size": "56", "sources": verdicts.sources(),
     }  # fmt: skip
     times = {"fused": "100", "fused, then layers": "250", "rewrite compiled": "150"}
     rows = [case | {"contender": name, "device_us": us} for name, us in times.items()]
@@ -203,11 +205,78 @@ def test_the_epilogue(files):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    assert first_hour.epilogue("", files) == (
+    assert verdicts.epilogue("", files) == (
         True,
         "1 cases: 2.50 to 2.50 times as fast as fused, then layers, 1.50 to 1.50 times as fast as "
         "rewrite compiled",
     )
+
+
+def write_times(files, base, times, **change):
+    """Rows of one case, by contender; a case whose opponents are missing; one of other kernels."""
+    base = {
+        "layout": "channels_last", "planes": "64", "size": "56", "timing": "graph",
+        "sources": verdicts.sources(),
+    } | base | change  # fmt: skip
+    rows = [base | {"contender": name, "device_us": us} for name, us in times.items()]
+    rows += [rows[0] | {"n": "1"}, rows[0] | {"n": "2"}, rows[0] | {"n": "3"}]
+    rows += [row | {"n": "2", "sources": "others"} for row in rows[1 : len(times)]]
+    rows += [row | {"n": "3", "kind": "share", "mode": "forward"} for row in rows[1 : len(times)]]
+    files.folder.mkdir(exist_ok=True)
+    with (files.folder / "a-gpu-gpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+TIMES = {"fused": "1000", "layers": "1500", "published eager": "2500"}
+
+
+def test_training(files):
+    assert verdicts.training("", files) == (False, "nothing was measured")
+    case = {"kind": "module", "mode": "train", "dtype": "bfloat16", "n": "64"}
+    write_times(files, case, TIMES)
+    words = "1.50 to 1.50 times as fast as layers, 2.50 to 2.50 times as fast as published eager"
+    assert verdicts.training("", files) == (True, f"1 cases; bfloat16: {words}")
+    compiled = "published compiled"
+    assert verdicts.training("", files, compiled) == (False, "nothing was measured")
+    write_times(files, case, TIMES | {compiled: "1250"}, timing="launched")
+    assert verdicts.training("", files, compiled) == (
+        True,
+        f"1 cases; bfloat16: {words}, 1.25 to 1.25 times as fast as {compiled}; "
+        "7 rows were not captured in a graph",
+    )
+    write_times(files, case, TIMES, mode="forward")  # inference
+    assert verdicts.training("", files) == (False, "nothing was measured")
+
+
+def test_network(files):
+    assert verdicts.network("", files) == (False, "nothing was measured")
+    case = {"kind": "network", "mode": "train", "dtype": "autocast bfloat16", "n": "64"}
+    write_times(files, case, TIMES | {"published compiled": "1250"})
+    assert verdicts.network("", files) == (
+        True,
+        "1 cases, 2.50 to 2.50 times as fast as published eager; "
+        "train autocast bfloat16 64: 1.0 ms, 2.50 times",
+    )
+    assert "1.25 to 1.25" in verdicts.network("", files, "published compiled")[1]
+    write_times(files, case, {"published eager": "2500", "layers": "1500"})
+    assert verdicts.network("", files) == (False, "nothing was measured")
+
+
+def test_the_parts_of_the_benchmark_are_those_that_it_has():
+    """The command's own parser reads the steps' arguments."""
+    asked = {}
+    for each in first_hour.steps("python3"):
+        if "benchmarks/gpu.py" in each.command:
+            given = each.command[each.command.index("benchmarks/gpu.py") + 1 :]
+            asked[each.name] = gpu.make_parser().parse_args(given)
+    assert {options.part for options in asked.values()} == {*gpu.PARTS}
+    for name, options in asked.items():
+        limit = next(s.limit for s in first_hour.steps("python3") if s.name == name)
+        assert limit - 60 * options.minutes >= 50  # for what began just before
+    for part in ("network", "training"):
+        assert asked[part].no_compile and not asked[f"{part}-compiled"].no_compile
 
 
 def write_gpu(files, **change):
@@ -242,19 +311,19 @@ def write_gpu(files, **change):
 )
 def test_the_attention_step(files, change, passed, words):
     write_gpu(files, **change)
-    verdict = first_hour.attention("", files)
+    verdict = verdicts.attention("", files)
     assert verdict[0] == passed and words in verdict[1]
 
 
 def test_predictions(files):
     known = Files(files.folder, "nvidia-h200")
     write_gpu(files)
-    assert first_hour.predictions(files) == ["roofline.py does not know a-gpu"]
+    assert verdicts.predictions(files) == ["roofline.py does not know a-gpu"]
     (files.folder / "a-gpu-gpu.csv").rename(files.folder / "nvidia-h200-gpu.csv")
     spaced = Files(files.folder, "nvidia-geforce-rtx-4090")
-    assert first_hour.predictions(spaced) == ["roofline.py: nothing was measured"]
+    assert verdicts.predictions(spaced) == ["roofline.py: nothing was measured"]
     # 103 MB at 4.8 TB/s take 21.4 us
-    assert first_hour.predictions(known) == [
+    assert verdicts.predictions(known) == [
         "4.7 to 4.7 times the floor of the memory's traffic, 0 of 1 cases below it",
         "kernels and memsets as predicted",
     ]
@@ -263,7 +332,7 @@ def test_predictions(files):
 def test_the_command_compares_with_predictions_where_nothing_is_installed(files, tmp_path):
     write_gpu(files)
     (files.folder / "a-gpu-gpu.csv").rename(files.folder / "nvidia-h200-gpu.csv")
-    todo = step("build", "true", verdict=first_hour.built)
+    todo = step("build", "true", verdict=verdicts.built)
     assert take_all([todo], Files(files.folder, "nvidia-h200"), minutes=5) == []
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

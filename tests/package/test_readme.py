@@ -170,6 +170,7 @@ NOT_RUN = {
     "make gpu-sanitize": GPU,
     "make gpu-sanitize-module": GPU,
     "make gpu-bench": GPU,
+    'make gpu-bench BENCH_ARGS="--part network"': GPU,
     "make gpu-plans": GPU,
 }
 SELF_CHECK = "python -m epsa_fused"
