@@ -184,8 +184,8 @@ struct LaunchCounter {
     return static_cast<int>(held & ((1ull << kArrivalBits) - 1));
   }
 
-  // Makes the counter one of this launch, unless another block has. Each block calls it
-  // before it arrives. Thread 0 alone acts, so its later arrival comes after.
+  // Makes the counter one of this launch, unless another block has. Each block that will
+  // arrive calls it before. Thread 0 alone acts, so its later arrival comes after.
   EPSA_DEVICE void begin(unsigned long long launch) {
     if (thread_id() == 0) {
       const unsigned long long before = simt::peek(&held);

@@ -30,9 +30,9 @@ int admit(const Problem& problem, Plan& plan, const Device& device);
 // One line, for error messages.
 std::string describe(const Plan& plan);
 
-// Clears the counters in `memory` (workspace(problem, plan).bytes, aligned to 16)
-// and launches the kernel on the stream (a cudaStream_t). The caller sets the
-// tensors in `params`; the rest is filled in here. If the launch fails, it throws
+// Clears a streaming plan's counters in `memory` (workspace(problem, plan).bytes, aligned
+// to 16), which may hold anything else, and launches the kernel on the stream (a cudaStream_t). The
+// caller sets the tensors in `params`; the rest is filled in here. If the launch fails, it throws
 // std::runtime_error with the plan.
 void launch(const Problem& problem, const Plan& plan, Params& params, void* memory, void* stream);
 

@@ -202,8 +202,8 @@ EPSA_DEVICE void sum_segment(
 
 // ---- the second pass ----
 
-// How results are written. evict_first: they leave the L2 cache before the maps, which
-// streaming reads again.
+// How results are written. evict_first: vectors of 16 bytes leave the L2 cache before the
+// maps, which streaming reads again.
 enum class Write { normal, evict_first };
 
 template <Write write, int V, class T>

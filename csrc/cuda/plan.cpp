@@ -310,6 +310,9 @@ Workspace workspace(const Problem& p, const Plan& plan) {
   const bool weights = backward && p.weights_wanted;
   const int64_t acc = element_size(accumulation_type(p.dtype));
   const int64_t groups = ceil_div(p.samples, plan.group);
+  if (std::max<int64_t>(groups, plan.group) >= int64_t{1} << kArrivalBits) {
+    throw std::logic_error("epsa_fused: a LaunchCounter cannot count to the number of groups");
+  }
   const int64_t partials = partials_of(p, plan.split);
   const int64_t vectors = int64_t{p.samples} * p.vector() * acc;
   const int64_t hidden = int64_t{p.samples} * p.branches * p.hidden * acc;

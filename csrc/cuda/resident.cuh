@@ -226,11 +226,11 @@ backward_resident(EPSA_PARAMETER Params p) {
   A* attention = shared.take<A>(vector);
   A* pooled = shared.take<A>(vector);
   // While the maps are under way:
+  copy_vector(row_of<A>(p.pooled, n, vector), pooled, vector);
+  copy_vector(row_of<A>(p.attention, n, vector), attention, vector);
   if (rank == 0 && p.weights_wanted) {
     begin_weight_grads(p, n);
   }
-  copy_vector(row_of<A>(p.pooled, n, vector), pooled, vector);
-  copy_vector(row_of<A>(p.attention, n, vector), attention, vector);
   fetched();
   if (p.pieces == 2) {
     sum_piece<T, V, kLast, true, true>(p, n, rank, piece, feats, p.feats, sums, meet);

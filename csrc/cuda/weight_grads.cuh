@@ -222,10 +222,9 @@ EPSA_DEVICE void sum_groups(const Params& p, int groups, const Acc<T>* all, int6
 }
 
 // The block that will call sum_weight_grads for sample n calls this before. Best while other
-// memory is under way: it waits for the counters.
+// memory is under way: it waits for the group's counter.
 EPSA_DEVICE void begin_weight_grads(const Params& p, int n) {
   if (p.samples > 1) {
-    p.groups_arrived[0].begin(p.launch);
     p.groups_arrived[1 + n / p.group].begin(p.launch);
   }
 }
@@ -246,6 +245,9 @@ EPSA_DEVICE void sum_weight_grads(
     barrier();  // nothing else to wait for
   } else if (!p.groups_arrived[1 + index].last_to_arrive(samples, message)) {
     return;
+  }
+  if (groups > 1) {  // only the last block of a group arrives there; its group's vectors come next
+    p.groups_arrived[0].begin(p.launch);
   }
   const int count = WeightGrad::count(p);
   constexpr int kVector = 16 / sizeof(A);

@@ -28,6 +28,7 @@ HEALTHY = [
     "clusters_larger_than_the_device",
     "last_block",
     "begun_counter",
+    "launch_numbers",
     "tickets",
     "tickets_two_resident",
     "tickets_one_resident",

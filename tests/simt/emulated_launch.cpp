@@ -3,7 +3,6 @@
 // stderr. emulated_launch.h names the other variables.
 #include "emulated_launch.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -51,10 +50,14 @@ void prepare(const Call& call) {
   set_plan(params, problem, plan, memory);
   const Workspace w = workspace(problem, plan);
   std::memset(memory, 0xff, w.bytes);  // NaN
-  // The counters of another launch, which was stopped.
-  const unsigned long long counted = (params.launch ^ 1) << kArrivalBits | 1;
-  auto* counter = reinterpret_cast<unsigned long long*>(params.groups_arrived);
-  std::fill(counter, counter + (w.partial - w.groups_arrived) / 8, counted);
+  // Counters of other launches, which were stopped: of the last one, and of a similar number.
+  static unsigned long long last = 0;
+  const unsigned long long others[] = {params.launch ^ 1, last};
+  auto* counters = reinterpret_cast<unsigned long long*>(params.groups_arrived);
+  for (int64_t i = 0; i < (w.partial - w.groups_arrived) / 8; ++i) {
+    counters[i] = others[i % 2] << kArrivalBits | 1;
+  }
+  last = params.launch;
 }
 
 void run(const std::vector<Call>& calls) {

@@ -51,6 +51,8 @@ void release(void* p) {
 }
 void copy(void* to, const void* from, size_t bytes) {
   check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+  check(
+      cudaDeviceSynchronize());  // it may return before the bytes arrive; other streams don't wait
 }
 
 const Device& device() {

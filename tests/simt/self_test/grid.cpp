@@ -1,8 +1,10 @@
 // Several blocks: clusters, arrivals, flags, tickets.
 #include <algorithm>
 #include <atomic>
+#include <set>
 #include <vector>
 
+#include "cuda/launch_number.h"
 #include "self_test/self_test.h"
 
 namespace epsa::cuda {
@@ -156,6 +158,23 @@ std::string begun_counters() {
   });
 }
 
+// Numbers of launches: each its own, in range, and far from the one before.
+std::string launch_numbers() {
+  constexpr int kNumbers = 100'000;
+  std::set<unsigned long long> numbers;
+  unsigned long long before = new_launch_number();
+  for (int i = 0; i < kNumbers; ++i) {
+    const unsigned long long number = new_launch_number();
+    const unsigned long long distance = number > before ? number - before : before - number;
+    if (number == 0 || number >> (64 - kArrivalBits) != 0 || distance >> 32 == 0) {
+      return "wrong result";
+    }
+    numbers.insert(number);
+    before = number;
+  }
+  return expect(numbers.size() == kNumbers);
+}
+
 struct Chain {
   std::vector<float> values = std::vector<float>(kBlocks * kThreads);
   std::vector<unsigned> flags = std::vector<unsigned>(kBlocks);
@@ -217,6 +236,7 @@ Cases grid_cases() {
       {"clusters_larger_than_the_device", [] { return cluster_sums<Bug::none>(2); }},
       {"last_block", [] { return last_blocks<Bug::none>(0); }},
       {"begun_counter", [] { return begun_counters<Bug::none>(); }},
+      {"launch_numbers", launch_numbers},
       {"tickets", [] { return chains<Bug::none>(0); }},
       {"tickets_two_resident", [] { return chains<Bug::none>(2); }},
       {"tickets_one_resident", [] { return chains<Bug::none>(1); }},
