@@ -32,6 +32,7 @@ from first_hour_verdicts import ROOT, Files, Verdict
 from provenance import commit, sources
 
 BUILD = ROOT / "build" / "gpu"
+OUT_OF_TIME = "out of time"  # as gpu.py says
 FIELDS = ("step", "status", "seconds", "verdict", "sources", "commit", "date")
 
 
@@ -67,7 +68,7 @@ def steps(python: str) -> list[Step]:
         Step("attention", "How fast is the attention step?",
              [*bench, "attention", "--minutes", "7"], 470, verdicts.attention),
         Step("network", "How fast is EPSANet-50, in inference and in training?",
-             [*bench, "network", "--minutes", "6.5", "--no-compile"], 470, verdicts.network),
+             [*bench, "network", "--minutes", "6", "--no-compile"], 470, verdicts.network),
         Step("training", "How fast is a module's forward and backward pass?",
              [*bench, "training", "--minutes", "6.5", "--no-compile"], 470, verdicts.training),
         Step("epilogue", "What do BatchNorm and ReLU gain in the same pass?",
@@ -143,6 +144,8 @@ def take(step: Step, files: Files, record: Record) -> bool:
     start = time.monotonic()
     ended_well, output = run(step)
     passed, verdict = step.verdict(output, files)
+    if OUT_OF_TIME in output:  # a further run of the step takes the rows that are missing
+        passed, verdict = False, f"{verdict}; {OUT_OF_TIME}"
     if not ended_well:
         last = output.strip().splitlines()[-1:] or ["no output"]
         passed, verdict = False, f"{verdict}; the command failed: {last[0][:200]}"

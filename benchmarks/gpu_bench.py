@@ -39,17 +39,16 @@ class Bench:
         """Measure a row and write it. One that fails is named, and the others go on."""
         try:
             row = row | measure()
-        except torch.OutOfMemoryError as error:  # a fact of the device, no fault
-            print(f"{described(row)}: left out, {first_line(error)}", flush=True)
         except RuntimeError as error:
-            self.failed.append(f"{described(row)}: {first_line(error)}")
-            print(f"FAILED {self.failed[-1]}", file=sys.stderr, flush=True)
+            if is_out_of_memory(error):  # a fact of the device, no fault
+                print(f"{described(row)}: left out, {first_line(error)}", flush=True)
+            else:
+                self.failed.append(f"{described(row)}: {first_line(error)}")
+                print(f"FAILED {self.failed[-1]}", file=sys.stderr, flush=True)
         else:
             self.results.add(row)
             print(f"{described(row)}  {figures(row)}", flush=True)
-        # The row's networks hold each other in cycles, and graphs give back what nobody holds.
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
     def take_inference(
         self,
@@ -69,6 +68,20 @@ class Bench:
         base = case_columns(kind, case)
         for name in self.names_missing(base, contenders):
             self.take(base | {"contender": name}, partial(measure, contenders[name]))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Did the device lack memory? cuDNN tries one plan after another, and then names no memory."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in text for words in ("unable to find an engine", "ALLOC_FAILED")
+    )
+
+
+def release_memory() -> None:
+    """Of networks, which hold each other in cycles, and of graphs that nobody holds."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def first_line(error: Exception) -> str:

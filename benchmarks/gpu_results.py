@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from opponents import Case
-from provenance import commit, sources
+from provenance import commit, programs, sources
 
 KEY = ("kind", "mode", "layout", "dtype", "n", "planes", "size", "contender")
 FIELDS = [
@@ -17,8 +17,10 @@ FIELDS = [
     *("device_us", "iqr_us", "wall_us", "gb_per_s", "of_copy", "peak_mb", "kernels", "memsets"),
     *("error", "timing", "device", "torch", "cuda", "sources", "commit", "date"),
     # A file that was written before these were has rows without them.
-    *("se_error", "reference"),
+    *("se_error", "reference", "programs"),
 ]
+# What a row must share with a new one to count as done.
+SAME = ("sources", "programs", "torch")
 
 
 def key_of(row: dict) -> tuple[str, ...]:
@@ -37,13 +39,14 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "sources": sources(),
+        "programs": programs(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
 class Results:
-    """The CSV: the rows that it holds for these sources, and new ones."""
+    """The CSV: the rows that it holds for this code and this torch, and new ones."""
 
     def __init__(self, path: Path, facts: dict[str, str]) -> None:
         self.path, self.facts = path, facts
@@ -54,7 +57,7 @@ class Results:
                 rows, fields = list(reader), list(reader.fieldnames or ())
         if not {*KEY, "sources"} <= set(fields) <= set(FIELDS):
             raise SystemExit(f"{path}: expected the columns of this benchmark, found {fields}")
-        self.done = {key_of(r) for r in rows if r["sources"] == facts["sources"]}
+        self.done = {key_of(r) for r in rows if all(r.get(name) == facts[name] for name in SAME)}
         if not path.exists() or fields != FIELDS:
             self._write(rows)
 

@@ -46,7 +46,11 @@ class Meter:
 
     @contextmanager
     def without_search(self) -> Iterator[None]:
-        """cuDNN takes the algorithm that it guesses: for what runs once, untimed."""
+        """cuDNN takes the algorithm that it guesses: for what runs once, untimed.
+
+        cuDNN's plans are remembered by shape and dtype. So nothing of a timed row's may run here:
+        the row would keep the guess.
+        """
         searches = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = False
         try:
@@ -81,7 +85,9 @@ class Meter:
         names = [
             e.name
             for e in profiler.events()
-            if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+            if e.device_type == DeviceType.CUDA
+            and not e.is_user_annotation
+            and not e.name.lower().startswith("memcpy")
         ]
         memsets = sum(name.lower().startswith("memset") for name in names)
         return len(names) - memsets, memsets

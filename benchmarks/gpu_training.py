@@ -95,7 +95,8 @@ def exact_results(case: Case, bench: Bench) -> Exact:
 
     own = DTYPES[case.dtype]
     with bench.meter.without_search():
-        return Exact.of(results(torch.float64), results(own), roundings(own))
+        exact = results(torch.float64)
+    return Exact.of(exact, results(own), roundings(own))
 
 
 def measure(case: Case, name: str, exact_of: Callable[[], Exact], bench: Bench) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +26,11 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+        # A benchmark that adds rows to a committed file changes nothing that is measured.
+        changed = git(
+            *("status", "--porcelain", "--untracked-files=no"),
+            *("--", "..", ":(top,exclude)benchmarks/results"),
+        )
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -33,7 +38,19 @@ def commit() -> str:
 
 def sources() -> str:
     """A digest of the kernels' sources. It works where no commit is known, too."""
+    return digest_of(sorted((HERE.parent / "csrc").rglob("*.*")))
+
+
+def programs() -> str:
+    """A digest of the Python code that a GPU's figures depend on."""
+    package = sorted((HERE.parent / "epsa_fused").rglob("*.py"))
+    return digest_of(
+        [*package, *sorted(HERE.glob("gpu*.py")), HERE / "exact.py", HERE / "opponents.py"]
+    )
+
+
+def digest_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted((HERE.parent / "csrc").rglob("*.*")):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -66,6 +66,14 @@ def test_a_second_run_takes_the_missing_steps_alone(files, tmp_path):
     ]
 
 
+def test_a_step_that_ran_out_of_time_is_taken_again(files):
+    """With the words that gpu.py ends with."""
+    todo = [step("one", f"{GOOD}; echo out of time: run again to go on")]
+    for _ in range(2):
+        assert take_all(todo, files, minutes=5) == ["one"]
+    assert recorded(files) == [("one", "failed", "3 cases, 0 failed; out of time")] * 2
+
+
 def test_other_kernels_are_measured_anew(files, monkeypatch):
     for digest, rows in (("a", 1), ("a", 1), ("b", 2)):
         monkeypatch.setattr(first_hour, "sources", lambda digest=digest: digest)

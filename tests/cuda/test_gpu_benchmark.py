@@ -27,7 +27,7 @@ from epsa_fused import FusedPSAModule, PSAModule
 
 FACTS = {
     **{"device": "A GPU", "torch": "2.11.0+cu130", "cuda": "13.0", "sources": "0123456789ab"},
-    **{"commit": "1234567", "date": "2026-01-31"},
+    **{"programs": "ba9876543210", "commit": "1234567", "date": "2026-01-31"},
 }
 LAYOUTS = ("contiguous", "channels_last")
 COMMITTED = ROOT / "benchmarks" / "results" / "nvidia-h200-gpu.csv"
@@ -294,12 +294,21 @@ def test_a_wrong_network_is_refused_and_the_others_go_on(mode, dtype, bench, sma
     assert "fused: l" in failed and "expected at most" in failed
 
 
-def test_a_reference_that_does_not_fit_is_in_float32(bench, small, monkeypatch):
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+)
+out_of_memory = pytest.mark.parametrize("lack", OUT_OF_MEMORY, ids=("torch", "engine", "cudnn"))
+
+
+@out_of_memory
+def test_a_reference_that_does_not_fit_is_in_float32(bench, small, monkeypatch, lack):
     really = gpu_networks.Contender.results
 
     def results(self):
         if self.images.dtype == torch.float64:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise lack
         return really(self)
 
     monkeypatch.setattr(gpu_networks.Contender, "results", results)
@@ -323,14 +332,52 @@ def test_a_reference_is_computed_once(bench, small, monkeypatch):
     assert len(rows(bench)) == 4 and len(computed) == 1
 
 
-def test_what_does_not_fit_is_left_out(bench, small, monkeypatch, capsys):
+def test_a_reference_that_fails_is_tried_once(bench, small, monkeypatch):
+    tried = []
+
+    def results(self):
+        tried.append(self.images.dtype)
+        raise RuntimeError("a broken reference")
+
+    monkeypatch.setattr(gpu_networks.Contender, "results", results)
+    references = gpu_networks.References(bench)
+    for layout in LAYOUTS:
+        gpu_networks.run(network_case(layout=layout), "fused", references, bench)
+    assert len(tried) == 1 and len(bench.failed) == 2
+    assert all(line.endswith("a broken reference") for line in bench.failed)
+
+
+@pytest.mark.parametrize("part", ("network", "training"))
+def test_the_search_is_off_for_float64_alone(bench, small, monkeypatch, part):
+    """cuDNN remembers a guessed plan by shape and dtype. A timed row would keep the guess."""
+    searched = {}
+    contender = gpu_networks.Contender if part == "network" else gpu_training.Pass
+    really = contender.results
+
+    def results(self, *arguments):
+        dtype = next(self.module.parameters()).dtype
+        searched.setdefault(dtype, []).append(torch.backends.cudnn.benchmark)
+        return really(self, *arguments)
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(contender, "results", results)
+    if part == "network":
+        run_network(network_case("forward", "bfloat16"), ("fused",), bench)
+    else:
+        gpu_training.run(training_case("bfloat16"), ("fused",), bench)
+    assert len(rows(bench)) == 1
+    assert searched == {torch.bfloat16: [True, True], torch.float64: [False]}
+
+
+@out_of_memory
+def test_what_does_not_fit_is_left_out(bench, small, monkeypatch, capsys, lack):
     def columns(calls):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+        raise lack
 
     monkeypatch.setattr(bench.meter, "columns", columns)
     run_network(network_case(), ("fused",), bench)
     assert rows(bench) == [] and bench.failed == []
-    assert "fused: left out, CUDA out of memory. Tried to allocate\n" in capsys.readouterr().out
+    assert f"fused: left out, {str(lack).splitlines()[0]}\n" in capsys.readouterr().out
 
 
 # ---- a captured training step ----
@@ -499,9 +546,8 @@ def test_a_second_run_measures_the_missing_rows_alone(meter, tmp_path, quick, co
     assert gpu.run_part("training", second, 5) and gpu.run_part("network", second, 5)
     assert contenders(second) == [*eager, "published compiled", "published compiled"]
     assert len(capsys.readouterr().out.splitlines()) == 2
-    other = Bench(meter, Results(first.results.path, FACTS | {"sources": "others"}))
-    assert gpu.run_part("network", other, 5)
-    assert len(rows(other)) == 7 + 3
+    for name in ("sources", "programs", "torch"):
+        assert Results(first.results.path, FACTS | {name: "another"}).done == set()
 
 
 def test_no_step_begins_after_the_time(bench, monkeypatch):
@@ -521,8 +567,9 @@ def test_the_committed_results_are_still_read(tmp_path):
     with path.open(newline="") as file:
         before = list(csv.DictReader(file))
     sources = before[-1]["sources"]
+    # Nothing says which Python code those rows are of. So they are measured again.
     results = Results(path, FACTS | {"sources": sources})
-    assert {key_of(row) for row in before if row["sources"] == sources} == results.done
+    assert results.done == set()
     key = {"kind": "network", "mode": "train", "layout": "contiguous", "dtype": AUTOCAST}
     key |= {"n": 64, "planes": 50, "size": 224, "contender": "fused"}
     results.add(key | {"device_us": 1.5, "reference": "float64"})
@@ -532,7 +579,7 @@ def test_the_committed_results_are_still_read(tmp_path):
     assert reader.fieldnames == FIELDS
     assert [{k: row[k] for k in before[0]} for row in after] == before
     assert (new["reference"], new["se_error"], new["sources"]) == ("float64", "", sources)
-    assert key_of(new) in Results(path, FACTS | {"sources": sources}).done
+    assert Results(path, FACTS | {"sources": sources}).done == {key_of(new)}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert len(Files(tmp_path, "nvidia-h200").rows("gpu")) == len(before) + 1
 
