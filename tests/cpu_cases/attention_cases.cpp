@@ -152,7 +152,8 @@ void check_scale(const Case& k, const Kernels& kernels, bool add, bool relu, boo
   }
   const StoredMaps<T>& result = in_place ? x : separate;
   Maps to = result.maps;
-  const int unwanted = in_place ? -1 : g.branches - 2;  // none of one branch
+  const bool all = in_place || k.samples == 2;
+  const int unwanted = all ? -1 : g.branches - 2;  // none of one branch
   if (unwanted >= 0) {
     to.data[unwanted] = nullptr;
   }
@@ -445,7 +446,7 @@ void run_case(const Case& k, Isa isa) {
   check_weight_grad<T>(k, kernels, static_cast<int>(k.g.pixels % 5));
 }
 
-constexpr int64_t kChannels[] = {1, 2, 3, 5, 8, 13, 16, 17, 31, 64, 67};
+constexpr int64_t kChannels[] = {1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 64, 67};
 constexpr int64_t kPixels[] = {1, 2, 7, 9, 16, 31, 49, 65, 196, 511, 523};
 constexpr int kBranches[] = {1, 2, 3, 4, kMaxBranches};
 constexpr int64_t kHidden[] = {1, 2, 5, 16};
@@ -476,7 +477,7 @@ Case table_case(int64_t turn) {
 
 int main() {
   const Isa isa = isa_in_use();
-  for (int64_t turn = 0; turn < 2 * 11 * 11; ++turn) {
+  for (int64_t turn = 0; turn < 2 * 11 * 12; ++turn) {
     const Case k = table_case(turn);
     run_case<Float>(k, isa);
     run_case<Double>(k, isa);
