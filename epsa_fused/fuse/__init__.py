@@ -21,18 +21,13 @@ from .back import unfuse
 from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .hooks import hand_on, refuse_hooks
+from .methods import why_methods_lost
 from .tree import replace, same_tensors_in_another_tree
 from .trial import Verdict, key_of, looks_like_psa, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-# What a class overrides that saves more than its parameters and buffers.
-_STATE_METHODS = (
-    *("get_extra_state", "set_extra_state", "state_dict"),
-    *("_save_to_state_dict", "_load_from_state_dict"),
-)
 
 
 @dataclass
@@ -210,14 +205,9 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
         raise MisfitError(
             f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
         )
-    kept = set(new.modules())
-    own = [
-        child or "it"
-        for child, m in module.named_modules()
-        if m not in kept and any(_overrides(m, method) for method in _STATE_METHODS)
-    ]
-    if own:
-        raise MisfitError(f"{', '.join(own)} saves or loads its state_dict in a way of its own")
+    why_not = why_methods_lost(module, new)
+    if why_not is not None:
+        raise MisfitError(why_not)
     hidden = [n for n, child in new._modules.items() if getattr(new, n) is not child]
     if hidden:
         raise MisfitError(
@@ -229,11 +219,6 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new
-
-
-def _overrides(module: nn.Module, method: str) -> bool:
-    """Whether a class outside torch has this method of its own."""
-    return not getattr(type(module), method).__module__.startswith("torch.")
 
 
 def _names_of_tensors(module: nn.Module) -> set[str]:

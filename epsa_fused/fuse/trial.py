@@ -119,7 +119,8 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     failures: list[MisfitError] = []
     with undisturbed(module):
-        twin = twin_of(module, layers, generator).eval()
+        twin = twin_of(module, layers, generator)
+        twin.eval()  # a class's own may return nothing
         attributes = _attributes(twin)
         for splits_input in (False, True):
             layers = layers._replace(splits_input=splits_input)
@@ -185,7 +186,8 @@ def looks_like_psa(
 def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -> bool:
     layers = layers._replace(splits_input=splits_input)
     generator = torch.Generator().manual_seed(0)
-    twin = twin_of(module, layers, generator).eval()
+    twin = twin_of(module, layers, generator)
+    twin.eval()
     for t in twin.buffers():
         if t.is_floating_point():
             t.abs_()  # it may be the variance of a BatchNorm
@@ -277,9 +279,10 @@ def _compare(
     """
     overwrites = False
     for training in (False, True):
+        for m in (twin, fused):
+            m.train(training)
         for x in inputs:
-            expected = _attempt(twin.train(training), x, backward)
-            actual = _attempt(fused.train(training), x, backward)
+            expected, actual = (_attempt(m, x, backward) for m in (twin, fused))
             if expected.draws:  # one seed shows one of the things that it does
                 raise MisfitError(
                     f"its forward draws random numbers{' in training' if training else ''}, as a "
@@ -347,9 +350,10 @@ def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Ten
 def _check_training(twin: nn.Module, layers: PSALayers, x: Tensor) -> None:
     """Raise MisfitError unless each branch is called once in training, with the backward pass."""
     forward, both = _Calls(twin, layers), _Calls(twin, layers)
+    twin.train()
     for calls in (forward, both):
         with calls.watched():
-            _attempt(twin.train(), x, backward=calls is both)
+            _attempt(twin, x, backward=calls is both)
     forward.check()
     if both.count() > forward.count():
         raise MisfitError(_RECOMPUTES)
