@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import first_line
-from ..modules.adopted import AdoptedPSA, PSALayers, SECall
+from ..modules.adopted import AdoptedPSA, PSALayers
 from ..modules.layers import Point, existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
 from .parts import channels_of
 from .quiet import random_state, undisturbed
+from .se_calls import ways_to_call
 from .twin import random_values, twin_of
 
 # Every module has these attributes; the others are settings of its class.
@@ -485,11 +486,7 @@ def _with_calls(
 ) -> PSALayers:
     """The layers with the way in which the plain module calls the SE networks."""
     failed = ""
-    for call in get_args(SECall):
-        if call != "layers" and any(network.network is None for network in layers.networks):
-            continue
-        networks = tuple(network._replace(call=call) for network in layers.networks)
-        tried = layers._replace(networks=networks)
+    for tried in ways_to_call(twin, layers, x):
         try:
             out = _result(AdoptedPSA(twin, tried, branch_order=order).eval(), x, backward=False).out
         except Exception as error:  # a network of foreign code may take one kind of input alone

@@ -16,9 +16,9 @@ from ..reference import PSAModule
 from .fused import FusedPSAModule
 from .layers import Point, existing, has_bias, read_se, submodule, why_layer_called
 
-# What the plain module calls: the SE network on a map [N, C, 1, 1], the network on [N, C], or its
-# layers one after the other.
-SECall: TypeAlias = Literal["map", "vector", "layers"]
+# What the plain module calls: the SE network on a branch's map [N, C, H, W], on its mean as a map
+# [N, C, 1, 1], on the mean [N, C], or its layers one after the other.
+SECall: TypeAlias = Literal["whole", "map", "vector", "layers"]
 
 
 class SELayers(NamedTuple):
@@ -27,13 +27,16 @@ class SELayers(NamedTuple):
     Attributes:
         fc1, fc2: its 1x1 convolutions or Linear layers.
         network: the module that holds both and nothing else with weights; None if there is none.
-        call: what the plain module calls.
+        call: what the plain module calls. With "layers" it calls `network` too, but in a way that
+            only it knows.
+        sigmoid: whether the plain module takes the sigmoid of what `network` gives.
     """
 
     fc1: str
     fc2: str
     network: str | None = None
     call: SECall = "layers"
+    sigmoid: bool = False
 
 
 class PSALayers(NamedTuple):
@@ -123,6 +126,10 @@ class AdoptedPSA(PSAModule):
                 point = _point(module, fc)
                 kind = nn.Conv2d if isinstance(point, nn.Conv2d) else nn.Linear
                 self._seen[fc] = _Seen(kind, None, _settings(point))
+            if network.call == "layers" and network.network is not None:
+                holder = existing(self, network.network)
+                settings = _settings(holder)
+                self._seen[network.network] = _Seen(type(holder), len(holder._modules), settings)
 
     def extra_repr(self) -> str:
         split = ", splits_input=True" if self._layers.splits_input else ""
@@ -153,13 +160,27 @@ class AdoptedPSA(PSAModule):
         return [self._weigh(se, feat) for se, feat in zip(networks, feats, strict=True)]
 
     def _weigh(self, se: SELayers, feat: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(feat, 1)
         if se.call == "layers":
-            hidden = torch.relu(self._call_point(se.fc1, pooled))
+            self._refuse_another(se.network)
+            hidden = torch.relu(self._call_point(se.fc1, F.adaptive_avg_pool2d(feat, 1)))
             return torch.sigmoid(self._call_point(se.fc2, hidden))
         network = existing(self, cast(str, se.network))
-        weights = cast(Tensor, network(pooled if se.call == "map" else pooled.flatten(1)))
-        return weights.reshape(pooled.shape)
+        given = feat if se.call == "whole" else F.adaptive_avg_pool2d(feat, 1)
+        weights = cast(Tensor, network(given.flatten(1) if se.call == "vector" else given))
+        weights = torch.sigmoid(weights) if se.sigmoid else weights
+        return weights.reshape(feat.shape[0], feat.shape[1], 1, 1)
+
+    def _refuse_another(self, network: str | None) -> None:
+        """Raise RuntimeError for an SE network that nothing here knows how to call."""
+        if network is None:
+            return
+        why = why_layer_called(network, submodule(self, network), self._seen[network].kind)
+        if why is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {why}. The class that this module was fused from called "
+                f"{network} in a way that is not known here: change it before fuse(), or change "
+                "its layers"
+            )
 
     def _call_point(self, name: str, pooled: Tensor) -> Tensor:
         """A layer of the SE on [N, C, 1, 1], which a Linear takes as [N, C]."""

@@ -1,12 +1,16 @@
 """fuse(): what a module has beside its forward is kept, or the module is left and named."""
 
+import copy
+
 import pytest
 import torch
 from support.fusing import without_warning
-from support.lookalikes.parts import Shared, published_psa, squeeze, with_norm
+from support.lookalikes.parts import Shared, published_psa, recalibrated, squeeze, with_norm
+from support.lookalikes.variants import AtOnce, Gate, Numbered, with_convs
+from support.tolerance import relative_error
 from torch import nn
 
-from epsa_fused import fuse
+from epsa_fused import fuse, unfuse
 
 # ---- methods of nn.Module ----
 
@@ -137,3 +141,144 @@ def test_a_method_that_is_kept_or_does_not_matter_is_none(kind):
     assert list(fused.fuse_report.replaced) == ["0"]
     if kind == "of_what_is_kept":
         assert not fused.train()[0].se_block.training
+
+
+# ---- SE networks that are replaced or hooked after fuse ----
+
+
+class PooledBefore(Shared):
+    """Its SE network pools what is pooled already."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m.mean((2, 3), keepdim=True)) for m in maps])
+
+
+class PublishedPooledBefore(type(published_psa())):
+    def forward(self, x):
+        maps = [getattr(self, f"conv_{i}")(x) for i in (1, 2, 3, 4)]
+        return recalibrated(maps, [self.se(m.mean((2, 3), keepdim=True)) for m in maps])
+
+
+class OfAPart(Shared):
+    """It calls a part of its SE network, and pools by a layer of it."""
+
+    def __init__(self):
+        super().__init__(se=Gate())
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        means = [self.se_block.squeeze(m).flatten(1) for m in maps]
+        return recalibrated(maps, [self.se_block.excite(m)[..., None, None] for m in means])
+
+
+class AlsoHidden(nn.Sequential):
+    """An SE network that gives more than its weights."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class OfTwo(Shared):
+    def __init__(self):
+        super().__init__(se=AlsoHidden(*squeeze()))
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m)[0] for m in maps])
+
+
+def largest_of_each(x):
+    """Of the samples; that of a map is not that of its mean."""
+    return x.flatten(1).abs().amax(1)
+
+
+class Watching(nn.Module):
+    """An SE network whose weights depend on all that it is given."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        weights = self.base(x)
+        return weights * largest_of_each(x).view(-1, *[1] * (weights.dim() - 1))
+
+
+def raised(module, args):
+    (x,) = args
+    return (x + 5 + 5 * largest_of_each(x).view(-1, *[1] * (x.dim() - 1)),)
+
+
+def set_child(path, make):
+    def change(module):
+        parent, _, name = path.rpartition(".")
+        parent = module.get_submodule(parent)
+        parent._modules[name] = make(parent._modules[name])
+
+    return change
+
+
+def with_forward(path):
+    def change(module):
+        layer = module.get_submodule(path)
+        layer.forward = lambda x: torch.sigmoid(
+            9 * type(layer).forward(layer, *raised(layer, (x,)))
+        )
+
+    return change
+
+
+def hook(path, register):
+    return lambda module: register(module.get_submodule(path))
+
+
+SE_CALLS = {
+    "whole": (Shared, "se_block"),
+    "pooled_before": (PooledBefore, "se_block"),
+    "published_pooled_before": (lambda: published_psa(PublishedPooledBefore), "se"),
+    "sigmoid_outside": (Numbered, "se3"),
+    "vectors": (AtOnce, "excite"),
+    "a_part": (OfAPart, "se_block.excite"),
+    "published": (published_psa, "se"),
+    "published_with_norms": (
+        lambda: with_convs(with_norm(), published_psa()).eval(), "se"),
+}  # fmt: skip
+SE_CHANGES = {
+    "replaced": lambda path: set_child(path, Watching),
+    "pre_hook": lambda path: hook(path, lambda m: m.register_forward_pre_hook(raised)),
+    "forward": with_forward,
+}
+
+
+@pytest.mark.parametrize("change", SE_CHANGES)
+@pytest.mark.parametrize("kind", SE_CALLS)
+@pytest.mark.filterwarnings("ignore:Fused.* calls layers")
+def test_an_se_network_is_given_what_the_plain_module_gave_it(kind, change):
+    make, path = SE_CALLS[kind]
+    torch.manual_seed(0)
+    plain = nn.Sequential(make()).double().eval()
+    x = torch.randn(2, 16, 7, 6, dtype=torch.float64)
+    fused = copy.deepcopy(fuse(plain))
+    again = fuse(unfuse(copy.deepcopy(fused)))
+    unchanged = plain(x)
+    for model in (plain, fused, again):
+        SE_CHANGES[change](path)(model[0])
+    expected = plain(x)
+    assert relative_error(expected, unchanged) > 1e-5
+    for model in (fused, again, unfuse(fused)):
+        assert relative_error(model(x), expected) < 1e-12
+
+
+def test_an_se_network_that_only_its_class_can_call():
+    model = nn.Sequential(OfTwo())
+    fused = without_warning(fuse, model)
+    x = torch.randn(2, 16, 7, 6)
+    assert relative_error(fused(x), model(x)) < 1e-5
+    for m in (fused, fuse(unfuse(fused))):
+        m[0].se_block = AlsoHidden(*squeeze())
+        with (
+            pytest.warns(UserWarning, match="calls layers"),
+            pytest.raises(RuntimeError, match=r"se_block is a AlsoHidden.*change it before fuse"),
+        ):
+            m(x)
