@@ -23,7 +23,7 @@ from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .held import Held
 from .hooks import hand_on, refuse_hooks
-from .methods import why_methods_lost
+from .lost import why_lost
 from .tree import replace, same_tensors_in_another_tree, why_not_compiled
 from .trial import Verdict, key_of, looks_like_psa, run
 
@@ -209,12 +209,7 @@ def _warn(model: nn.Module, plan: _Plan, not_compiled: str | None) -> None:
 
 def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | FusedSplitPSA:
     new = build(module, verdict.layers, verdict.branch_order)
-    lost = _names_of_tensors(module) - _names_of_tensors(new)
-    if lost:
-        raise MisfitError(
-            f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
-        )
-    why_not = why_methods_lost(module, new)
+    why_not = why_lost(module, new)
     if why_not is not None:
         raise MisfitError(why_not)
     hidden = [n for n, child in new._modules.items() if getattr(new, n) is not child]
@@ -228,8 +223,3 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new
-
-
-def _names_of_tensors(module: nn.Module) -> set[str]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-# Every module has these attributes. Hooks among them may hold modules that they watch.
-_STATE = vars(nn.Module()).keys()
+from ..modules.layers import STATE
+
 _COMPILED = "torch.compile wraps it, and keeps its call; fuse it before it is compiled"
 
 
@@ -74,10 +74,10 @@ class Held:
             self._found.append((value, why, False))
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
-        """Those of its class that count."""
+        """Those of its class that count. Hooks may hold modules that they watch, and do not."""
         if module in self._closed or _is_wrapper(module):
             return {}
-        return {key: value for key, value in vars(module).items() if key not in _STATE}
+        return {key: value for key, value in vars(module).items() if key not in STATE}
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import first_line
 from ..modules.adopted import AdoptedPSA, PSALayers
-from ..modules.layers import Point, existing
+from ..modules.layers import STATE, Point, existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
@@ -20,8 +20,6 @@ from .quiet import random_state, undisturbed
 from .se_calls import ways_to_call
 from .twin import random_values, twin_of
 
-# Every module has these attributes; the others are settings of its class.
-_STATE = vars(nn.Module()).keys()
 # The largest relative difference between two formulations of the same function.
 _ROUNDING = {
     torch.float64: 1e-9,
@@ -74,7 +72,7 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         (name, key, _value_key(value))
         for name, m in module.named_modules()
         for key, value in sorted(vars(m).items())
-        if key not in _STATE
+        if key not in STATE
     ]
     shapes = [(name, p.shape, p.dtype) for name, p in module.named_parameters()]
     kept = [  # a trial has other values of floating point, and these as they are
@@ -102,7 +100,7 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
         (name, key): _value_key(value)
         for name, m in module.named_modules()
         for key, value in vars(m).items()
-        if key not in _STATE
+        if key not in STATE
     }
 
 

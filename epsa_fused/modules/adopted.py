@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._arguments import SEArguments
 from ..reference import PSAModule
 from .fused import FusedPSAModule
-from .layers import Point, existing, has_bias, read_se, submodule, why_layer_called
+from .layers import STATE, Point, existing, has_bias, read_se, submodule, why_layer_called
 
 # What the plain module calls: the SE network on a branch's map [N, C, H, W], on its mean as a map
 # [N, C, 1, 1], on the mean [N, C], or its layers one after the other.
@@ -235,7 +235,7 @@ class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
                 return why
             if seen.children not in (None, len(cast(nn.Module, layer)._modules)):
                 return f"{name} has other children than when it was fused"
-            if _settings(cast(nn.Module, layer)) != seen.settings:
+            if not _has_settings(cast(nn.Module, layer), seen.settings):
                 return f"{name} has other settings than when it was fused"
         return None
 
@@ -252,7 +252,41 @@ def _settings(layer: nn.Module) -> object:
         return (*size, layer.padding, layer.groups, has_bias(layer))
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features, has_bias(layer)
+    foreign = [c for c in type(layer).__mro__ if not c.__module__.startswith("torch.")]
+    if foreign[:-1]:  # the last one is object
+        own = [name for name in vars(layer) if name not in STATE]
+        shared = [name for c in foreign[:-1] for name, v in vars(c).items() if _is_setting(name, v)]
+        return {name: _attribute(layer, name) for name in (*own, *shared)}
     return layer.extra_repr()
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute of a class may be a setting, which one of its objects may change."""
+    return not name.startswith("__") and isinstance(value, bool | int | float | str)
+
+
+def _attribute(layer: nn.Module, name: str) -> object:
+    value = getattr(layer, name, None)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _has_settings(layer: nn.Module, settings: object) -> bool:
+    """Whether they are as :func:`_settings` gave them.
+
+    The extra_repr of a foreign class may show anything, such as values of weights.
+    """
+    if isinstance(settings, dict):
+        return all(_equal(_attribute(layer, name), value) for name, value in settings.items())
+    return _settings(layer) == settings
+
+
+def _equal(value: object, other: object) -> bool:
+    """Whether two settings are equal; an object may be compared with itself alone."""
+    if value is other:
+        return True
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return isinstance(value, bool | int | float | str) and value == other
 
 
 def _point(module: nn.Module, name: str) -> Point:

@@ -1,6 +1,7 @@
 """fuse(): what a module has beside its forward is kept, or the module is left and named."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from support.lookalikes.variants import AtOnce, Gate, Numbered, with_convs
 from support.tolerance import relative_error
 from torch import nn
 
-from epsa_fused import fuse, unfuse
+from epsa_fused import fuse, unfuse, why_not_fused
 
 # ---- methods of nn.Module ----
 
@@ -282,3 +283,85 @@ def test_an_se_network_that_only_its_class_can_call():
             pytest.raises(RuntimeError, match=r"se_block is a AlsoHidden.*change it before fuse"),
         ):
             m(x)
+
+
+# ---- settings of SE networks that change after fuse ----
+
+
+class ShowsItsWeights(Gate):
+    def extra_repr(self):
+        return f"mean={float(self.excite[0].weight.detach().mean())}"
+
+
+class Scaling(Gate):
+    """Its extra_repr shows none of its settings."""
+
+    offset = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.sizes, self.act = 1.0, [1, (2, 3)], torch.sigmoid
+
+    def forward(self, x):
+        weights = self.excite[2](self.excite[1](self.excite[0](self.squeeze(x).flatten(1))))
+        size = self.scale * len(self.sizes) / 2
+        return (size * self.act(weights + self.offset))[..., None, None]
+
+
+def test_what_an_se_network_shows_of_its_weights_is_no_setting():
+    fused = fuse(nn.Sequential(Shared(se=ShowsItsWeights())))
+    with torch.no_grad():
+        for p in fused.parameters():
+            p.mul_(2)
+    assert why_not_fused(fused[0]) is None
+    without_warning(fused, torch.randn(2, 16, 6, 5))
+
+
+SETTINGS = {
+    "number": lambda se: setattr(se, "scale", 3.0),
+    "list": lambda se: se.sizes.append(1),
+    "function": lambda se: setattr(se, "act", torch.tanh),
+    "of_the_class": lambda se: setattr(se, "offset", 0.5),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Fused.* calls layers")
+def test_a_setting_of_an_se_network_that_changes_has_its_effect(setting):
+    plain = nn.Sequential(Shared(se=Scaling())).double()
+    fused = pickle.loads(pickle.dumps(copy.deepcopy(fuse(plain))))
+    x = torch.randn(2, 16, 7, 6, dtype=torch.float64)
+    assert why_not_fused(fused[0]) is None
+    assert torch.equal(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), fused(x))
+    before = fused(x)
+    for model in (plain, fused):
+        SETTINGS[setting](model[0].se_block)
+    assert why_not_fused(fused[0]) == "se_block has other settings than when it was fused"
+    assert relative_error(fused(x), plain(x)) < 1e-12
+    assert relative_error(fused(x), before) > 1e-5
+
+
+# ---- dropouts that drop nothing yet ----
+
+
+class DropPath(nn.Identity):
+    """As networks have it where its rate is 0."""
+
+    drop_prob = 0.0
+
+
+class Dropping(Shared):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", (lambda: nn.Dropout(0.0), lambda: nn.Dropout2d(0.0), DropPath))
+def test_a_dropout_that_a_schedule_may_raise_is_named(kind):
+    model = nn.ModuleList([published_psa(), Dropping(kind()), Dropping(nn.Identity())])
+    with pytest.warns(UserWarning, match=r"left alone 1 .*1 \(its drop would be lost, .*Identity"):
+        fused = fuse(model)
+    assert type(fused[1]) is Dropping and list(fused.fuse_report.replaced) == ["0", "2"]
