@@ -8,6 +8,7 @@ trial.py runs each kind on random weights and compares.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,19 +21,15 @@ from ..reference import PSAModule, SEWeight
 from .back import unfuse
 from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
+from .held import Held
 from .hooks import hand_on, refuse_hooks
-from .tree import replace, same_tensors_in_another_tree
+from .lost import why_lost
+from .tree import replace, same_tensors_in_another_tree, why_not_compiled
 from .trial import Verdict, key_of, looks_like_psa, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-# What a class overrides that saves more than its parameters and buffers.
-_STATE_METHODS = (
-    *("get_extra_state", "set_extra_state", "state_dict"),
-    *("_save_to_state_dict", "_load_from_state_dict"),
-)
 
 
 @dataclass
@@ -74,7 +71,7 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Convolutions and SE layers stay the same objects. So parameters, dtype, device, training flags,
     `requires_grad`, `state_dict` keys and optimizers stay. Hooks on the PSA module and on its
-    convolutions stay too.
+    convolutions stay too. Plain lists, dicts and attributes that hold it get the fused one.
 
     Args:
         model: any module. A model in DistributedDataParallel needs `inplace`, or to be fused
@@ -89,7 +86,8 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Warns:
         UserWarning: there is nothing to fuse; or a module that looks like a PSA module is left
-            alone; or one overwrites its input, which the fused one does not.
+            alone; or one overwrites its input, which the fused one does not; or a module's
+            `compile()` was called, and the result needs another call of it.
 
     Raises:
         TypeError: `model` is no module.
@@ -100,14 +98,16 @@ def fuse(model: _Model, *, inplace: bool = False) -> _Model:
     """
     check_module("fuse: model", model)
     check_flag("inplace", inplace)
+    before = dict(model.named_modules())
+    why_stays = Held(model, closed=candidates(model)).why_stays
     if not inplace:
         model = same_tensors_in_another_tree(model, "fuse")
-    plan = _planned(model)
+    plan = _planned(model, why_stays)
     model = replace(model, plan.fused, "fuse", inplace)
     for old, new in plan.fused.items():
         hand_on(old, new)
     model.fuse_report = plan.report  # type: ignore[assignment]  # nn.Module declares only tensors
-    _warn(model, plan)
+    _warn(model, plan, why_not_compiled(model, before))
     return model
 
 
@@ -121,7 +121,7 @@ class _Plan:
     already: int = 0  # modules that are fused already
 
 
-def _planned(model: nn.Module) -> _Plan:
+def _planned(model: nn.Module, why_stays: Mapping[str, str]) -> _Plan:
     plan = _Plan()
     found = candidates(model)
     verdicts: dict[tuple[Any, ...], Verdict | MisfitError] = {}
@@ -133,6 +133,8 @@ def _planned(model: nn.Module) -> _Plan:
         try:
             if module not in plan.fused:
                 verdict = _verdict(module, candidate, verdicts)
+                if name in why_stays:
+                    raise MisfitError(why_stays[name])
                 plan.fused[module] = _built(name, module, verdict)
                 plan.overwriting += [name] if verdict.overwrites_input else []
             new, old = plan.fused[module], type(module)
@@ -181,7 +183,7 @@ def _in_part(new: FusedPSAModule | FusedSplitPSA) -> str:
     return "" if why is None else f"; the convolutions are called, as {why}"
 
 
-def _warn(model: nn.Module, plan: _Plan) -> None:
+def _warn(model: nn.Module, plan: _Plan, not_compiled: str | None) -> None:
     report = plan.report
 
     def warn(message: str) -> None:
@@ -196,6 +198,8 @@ def _warn(model: nn.Module, plan: _Plan) -> None:
     if report.left:
         why = "; ".join(f"{name} ({why})" for name, why in report.left.items())
         warn(f"left alone {len(report.left)} that look like PSA modules: {why}")
+    if not_compiled is not None:
+        warn(not_compiled)
     if plan.overwriting:
         warn(
             f"{', '.join(plan.overwriting)} wrote over its input, which the fused module leaves "
@@ -205,19 +209,9 @@ def _warn(model: nn.Module, plan: _Plan) -> None:
 
 def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | FusedSplitPSA:
     new = build(module, verdict.layers, verdict.branch_order)
-    lost = _names_of_tensors(module) - _names_of_tensors(new)
-    if lost:
-        raise MisfitError(
-            f"it has parameters or buffers that the fused one has not: {', '.join(sorted(lost))}"
-        )
-    kept = set(new.modules())
-    own = [
-        child or "it"
-        for child, m in module.named_modules()
-        if m not in kept and any(_overrides(m, method) for method in _STATE_METHODS)
-    ]
-    if own:
-        raise MisfitError(f"{', '.join(own)} saves or loads its state_dict in a way of its own")
+    why_not = why_lost(module, new)
+    if why_not is not None:
+        raise MisfitError(why_not)
     hidden = [n for n, child in new._modules.items() if getattr(new, n) is not child]
     if hidden:
         raise MisfitError(
@@ -229,13 +223,3 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new
-
-
-def _overrides(module: nn.Module, method: str) -> bool:
-    """Whether a class outside torch has this method of its own."""
-    return not getattr(type(module), method).__module__.startswith("torch.")
-
-
-def _names_of_tensors(module: nn.Module) -> set[str]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}

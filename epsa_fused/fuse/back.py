@@ -11,8 +11,9 @@ from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA, SplitPSA
 from ..modules.adopted import AdoptedPSA, FusedAdoptedPSA
 from ..reference import PSAModule
+from .held import Held
 from .hooks import hooks_that_stay_behind
-from .tree import replace, same_tensors_in_another_tree
+from .tree import replace, same_tensors_in_another_tree, why_not_compiled
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -21,9 +22,10 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedAdoptedPSA: AdoptedPSA,
 }
 # What only a fused module needs. The setting of Winograd's method waits for the next fuse().
-_DROPPED = ("save_output", "_packed", "_frozen")
+_DROPPED = ("save_output", "_packed", "_frozen", "_compiled_call_impl")
 # What a module may have set on itself, in place of its class's.
 _OVERRIDES = ("forward", "attention")
+_OWN = "of a subclass or with methods of its own"
 
 
 def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
@@ -50,7 +52,8 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
 
     Warns:
         UserWarning: there is nothing to replace; or a fused module is left alone, as it is of a
-            subclass or has a forward or an attention of its own.
+            subclass, or has a forward or an attention of its own, or is held where nothing can
+            replace it; or a module's `compile()` was called, and the result needs another call.
 
     Raises:
         TypeError: `model` is no module.
@@ -61,15 +64,20 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     """
     check_module("unfuse: model", model)
     check_flag("inplace", inplace)
+    before = dict(model.named_modules())
+    why_stays = Held(model, closed=filter(_is_fused, before.values())).why_stays
     if not inplace:
         model = same_tensors_in_another_tree(model, "unfuse")
     plain: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, FusedPSAModule | FusedSplitPSA):
+        if not _is_fused(module):
             continue
         if type(module) not in _PLAIN or not module.__dict__.keys().isdisjoint(_OVERRIDES):
-            left.append(name or type(module).__name__)
+            left.append(f"{name or type(module).__name__}, {_OWN}")
+            continue
+        if name in why_stays:
+            left.append(f"{name}: {why_stays[name]}")
             continue
         lost = hooks_that_stay_behind([module])
         if lost:
@@ -82,7 +90,7 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
     model.__dict__.pop("fuse_report", None)
     if left:
         warnings.warn(
-            f"unfuse: left alone {', '.join(left)}, of a subclass or with methods of its own",
+            f"unfuse: left alone {'; '.join(left)}",
             UserWarning,
             stacklevel=2,
         )
@@ -92,7 +100,14 @@ def unfuse(model: _Model, *, inplace: bool = False) -> _Model:
             UserWarning,
             stacklevel=2,
         )
+    not_compiled = why_not_compiled(model, before)
+    if not_compiled is not None:
+        warnings.warn(f"unfuse: {not_compiled}", UserWarning, stacklevel=2)
     return model
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module, FusedPSAModule | FusedSplitPSA)
 
 
 def _plain(module: nn.Module) -> nn.Module:

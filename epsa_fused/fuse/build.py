@@ -20,9 +20,11 @@ def build(module: nn.Module, layers: PSALayers, branch_order: str) -> Fused:
 
     Layers by the names of a class of this package give that class.
     """
-    if _has_names_of_psa_module(module, layers):
+    # Their classes give an SE network the whole map, also one that is put in its place later.
+    whole = all(se.call in ("whole", "layers") and not se.sigmoid for se in layers.networks)
+    if whole and _has_names_of_psa_module(module, layers):
         return _psa_module(module, layers, branch_order)
-    if _has_names_of_split_psa(module, layers):
+    if whole and _has_names_of_split_psa(module, layers):
         convs, se_blocks = (cast(nn.ModuleList, module._modules[n]) for n in ("convs", "se_blocks"))
         split = FusedSplitPSA(convs, se_blocks, branch_order=branch_order)
         split.convs, split.se_blocks = convs, se_blocks

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from .held import Held, put_in_place
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -57,7 +59,9 @@ def copied(module: _Model, memo: dict[int, Any]) -> _Model:
 def replace(
     model: _Model, new: Mapping[nn.Module, nn.Module], caller: str, inplace: bool
 ) -> _Model:
-    """Put new[module] into the place of each of its keys, and return the model.
+    """Put new[module] into each place of each of its keys, and return the model.
+
+    Places are those in the tree, and those in plain lists, dicts and attributes.
 
     Raises:
         ValueError: `inplace`, and the model itself is to be replaced.
@@ -67,8 +71,38 @@ def replace(
             f"{caller}: the model is itself a PSA module, which has no place to put another into; "
             f"use the result of {caller}(model)"
         )
-    for module in list(model.modules()):
+    held = Held(model, closed=new)
+    done: dict[int, Any] = {}
+    for module in held.modules:
         for name, child in module._modules.items():
             if child is not None and child in new:
                 module._modules[name] = new[child]
+        for name, value in held.attributes(module).items():
+            other = put_in_place(value, new, done)
+            if other is not value:
+                vars(module)[name] = other
     return cast(_Model, new.get(model, model))
+
+
+def why_not_compiled(model: nn.Module, before: Mapping[str, nn.Module]) -> str | None:
+    """What the caller is told of modules whose compile() was called before, or None.
+
+    Args:
+        model: now.
+        before: its modules before, by name. Copies, and what replaces modules, are not compiled.
+    """
+    now = dict(model.named_modules())
+    lost = [
+        name or type(model).__name__
+        for name, module in before.items()
+        if _is_compiled(module) and name in now and not _is_compiled(now[name])
+    ]
+    if not lost:
+        return None
+    return (
+        f"compile() was called on {', '.join(lost)}, and the result is not compiled: call it again"
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return vars(module).get("_compiled_call_impl") is not None

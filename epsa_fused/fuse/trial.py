@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import first_line
-from ..modules.adopted import AdoptedPSA, PSALayers, SECall
-from ..modules.layers import Point, existing
+from ..modules.adopted import AdoptedPSA, PSALayers
+from ..modules.layers import STATE, Point, existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .find import MisfitError
 from .parts import channels_of
 from .quiet import random_state, undisturbed
+from .se_calls import ways_to_call
 from .twin import random_values, twin_of
 
-# Every module has these attributes; the others are settings of its class.
-_STATE = vars(nn.Module()).keys()
 # The largest relative difference between two formulations of the same function.
 _ROUNDING = {
     torch.float64: 1e-9,
@@ -73,7 +72,7 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         (name, key, _value_key(value))
         for name, m in module.named_modules()
         for key, value in sorted(vars(m).items())
-        if key not in _STATE
+        if key not in STATE
     ]
     shapes = [(name, p.shape, p.dtype) for name, p in module.named_parameters()]
     kept = [  # a trial has other values of floating point, and these as they are
@@ -101,7 +100,7 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
         (name, key): _value_key(value)
         for name, m in module.named_modules()
         for key, value in vars(m).items()
-        if key not in _STATE
+        if key not in STATE
     }
 
 
@@ -119,7 +118,8 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     failures: list[MisfitError] = []
     with undisturbed(module):
-        twin = twin_of(module, layers, generator).eval()
+        twin = twin_of(module, layers, generator)
+        twin.eval()  # a class's own may return nothing
         attributes = _attributes(twin)
         for splits_input in (False, True):
             layers = layers._replace(splits_input=splits_input)
@@ -185,7 +185,8 @@ def looks_like_psa(
 def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -> bool:
     layers = layers._replace(splits_input=splits_input)
     generator = torch.Generator().manual_seed(0)
-    twin = twin_of(module, layers, generator).eval()
+    twin = twin_of(module, layers, generator)
+    twin.eval()
     for t in twin.buffers():
         if t.is_floating_point():
             t.abs_()  # it may be the variance of a BatchNorm
@@ -277,9 +278,10 @@ def _compare(
     """
     overwrites = False
     for training in (False, True):
+        for m in (twin, fused):
+            m.train(training)
         for x in inputs:
-            expected = _attempt(twin.train(training), x, backward)
-            actual = _attempt(fused.train(training), x, backward)
+            expected, actual = (_attempt(m, x, backward) for m in (twin, fused))
             if expected.draws:  # one seed shows one of the things that it does
                 raise MisfitError(
                     f"its forward draws random numbers{' in training' if training else ''}, as a "
@@ -347,9 +349,10 @@ def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Ten
 def _check_training(twin: nn.Module, layers: PSALayers, x: Tensor) -> None:
     """Raise MisfitError unless each branch is called once in training, with the backward pass."""
     forward, both = _Calls(twin, layers), _Calls(twin, layers)
+    twin.train()
     for calls in (forward, both):
         with calls.watched():
-            _attempt(twin.train(), x, backward=calls is both)
+            _attempt(twin, x, backward=calls is both)
     forward.check()
     if both.count() > forward.count():
         raise MisfitError(_RECOMPUTES)
@@ -481,11 +484,7 @@ def _with_calls(
 ) -> PSALayers:
     """The layers with the way in which the plain module calls the SE networks."""
     failed = ""
-    for call in get_args(SECall):
-        if call != "layers" and any(network.network is None for network in layers.networks):
-            continue
-        networks = tuple(network._replace(call=call) for network in layers.networks)
-        tried = layers._replace(networks=networks)
+    for tried in ways_to_call(twin, layers, x):
         try:
             out = _result(AdoptedPSA(twin, tried, branch_order=order).eval(), x, backward=False).out
         except Exception as error:  # a network of foreign code may take one kind of input alone

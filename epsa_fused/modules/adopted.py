@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .._arguments import SEArguments
 from ..reference import PSAModule
 from .fused import FusedPSAModule
-from .layers import Point, existing, has_bias, read_se, submodule, why_layer_called
+from .layers import STATE, Point, existing, has_bias, read_se, submodule, why_layer_called
 
-# What the plain module calls: the SE network on a map [N, C, 1, 1], the network on [N, C], or its
-# layers one after the other.
-SECall: TypeAlias = Literal["map", "vector", "layers"]
+# What the plain module calls: the SE network on a branch's map [N, C, H, W], on its mean as a map
+# [N, C, 1, 1], on the mean [N, C], or its layers one after the other.
+SECall: TypeAlias = Literal["whole", "map", "vector", "layers"]
 
 
 class SELayers(NamedTuple):
@@ -27,13 +27,16 @@ class SELayers(NamedTuple):
     Attributes:
         fc1, fc2: its 1x1 convolutions or Linear layers.
         network: the module that holds both and nothing else with weights; None if there is none.
-        call: what the plain module calls.
+        call: what the plain module calls. With "layers" it calls `network` too, but in a way that
+            only it knows.
+        sigmoid: whether the plain module takes the sigmoid of what `network` gives.
     """
 
     fc1: str
     fc2: str
     network: str | None = None
     call: SECall = "layers"
+    sigmoid: bool = False
 
 
 class PSALayers(NamedTuple):
@@ -123,6 +126,10 @@ class AdoptedPSA(PSAModule):
                 point = _point(module, fc)
                 kind = nn.Conv2d if isinstance(point, nn.Conv2d) else nn.Linear
                 self._seen[fc] = _Seen(kind, None, _settings(point))
+            if network.call == "layers" and network.network is not None:
+                holder = existing(self, network.network)
+                settings = _settings(holder)
+                self._seen[network.network] = _Seen(type(holder), len(holder._modules), settings)
 
     def extra_repr(self) -> str:
         split = ", splits_input=True" if self._layers.splits_input else ""
@@ -153,13 +160,27 @@ class AdoptedPSA(PSAModule):
         return [self._weigh(se, feat) for se, feat in zip(networks, feats, strict=True)]
 
     def _weigh(self, se: SELayers, feat: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(feat, 1)
         if se.call == "layers":
-            hidden = torch.relu(self._call_point(se.fc1, pooled))
+            self._refuse_another(se.network)
+            hidden = torch.relu(self._call_point(se.fc1, F.adaptive_avg_pool2d(feat, 1)))
             return torch.sigmoid(self._call_point(se.fc2, hidden))
         network = existing(self, cast(str, se.network))
-        weights = cast(Tensor, network(pooled if se.call == "map" else pooled.flatten(1)))
-        return weights.reshape(pooled.shape)
+        given = feat if se.call == "whole" else F.adaptive_avg_pool2d(feat, 1)
+        weights = cast(Tensor, network(given.flatten(1) if se.call == "vector" else given))
+        weights = torch.sigmoid(weights) if se.sigmoid else weights
+        return weights.reshape(feat.shape[0], feat.shape[1], 1, 1)
+
+    def _refuse_another(self, network: str | None) -> None:
+        """Raise RuntimeError for an SE network that nothing here knows how to call."""
+        if network is None:
+            return
+        why = why_layer_called(network, submodule(self, network), self._seen[network].kind)
+        if why is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {why}. The class that this module was fused from called "
+                f"{network} in a way that is not known here: change it before fuse(), or change "
+                "its layers"
+            )
 
     def _call_point(self, name: str, pooled: Tensor) -> Tensor:
         """A layer of the SE on [N, C, 1, 1], which a Linear takes as [N, C]."""
@@ -214,7 +235,7 @@ class FusedAdoptedPSA(AdoptedPSA, FusedPSAModule):
                 return why
             if seen.children not in (None, len(cast(nn.Module, layer)._modules)):
                 return f"{name} has other children than when it was fused"
-            if _settings(cast(nn.Module, layer)) != seen.settings:
+            if not _has_settings(cast(nn.Module, layer), seen.settings):
                 return f"{name} has other settings than when it was fused"
         return None
 
@@ -231,7 +252,41 @@ def _settings(layer: nn.Module) -> object:
         return (*size, layer.padding, layer.groups, has_bias(layer))
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features, has_bias(layer)
+    foreign = [c for c in type(layer).__mro__ if not c.__module__.startswith("torch.")]
+    if foreign[:-1]:  # the last one is object
+        own = [name for name in vars(layer) if name not in STATE]
+        shared = [name for c in foreign[:-1] for name, v in vars(c).items() if _is_setting(name, v)]
+        return {name: _attribute(layer, name) for name in (*own, *shared)}
     return layer.extra_repr()
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute of a class may be a setting, which one of its objects may change."""
+    return not name.startswith("__") and isinstance(value, bool | int | float | str)
+
+
+def _attribute(layer: nn.Module, name: str) -> object:
+    value = getattr(layer, name, None)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _has_settings(layer: nn.Module, settings: object) -> bool:
+    """Whether they are as :func:`_settings` gave them.
+
+    The extra_repr of a foreign class may show anything, such as values of weights.
+    """
+    if isinstance(settings, dict):
+        return all(_equal(_attribute(layer, name), value) for name, value in settings.items())
+    return _settings(layer) == settings
+
+
+def _equal(value: object, other: object) -> bool:
+    """Whether two settings are equal; an object may be compared with itself alone."""
+    if value is other:
+        return True
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return isinstance(value, bool | int | float | str) and value == other
 
 
 def _point(module: nn.Module, name: str) -> Point:

@@ -21,6 +21,9 @@ from ..reference import SEWeight
 # A layer that maps each pixel's channels by a matrix.
 Point: TypeAlias = nn.Conv2d | nn.Linear
 
+# Every module has these attributes. Others are settings of its class.
+STATE = vars(nn.Module()).keys()
+
 # What the operators take as it is. torch.compile and torch.export trace with the last two.
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 

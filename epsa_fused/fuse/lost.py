@@ -1,0 +1,80 @@
+"""What a module has beside its forward, and a fused one in its place would not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+# What a class overrides that saves more than its parameters and buffers.
+_STATE_METHODS = frozenset(
+    (
+        *("get_extra_state", "set_extra_state", "state_dict", "load_state_dict"),
+        *("_save_to_state_dict", "_load_from_state_dict"),
+    )
+)
+# What a trial has called, what describes a module, and what copies one of its own class.
+_HARMLESS = frozenset(
+    (
+        *("__init__", "forward", "extra_repr", "__repr__", "_get_name", "__dir__"),
+        *("__getstate__", "__setstate__"),
+    )
+)
+_METHODS = [
+    name for name, value in vars(nn.Module).items() if callable(value) and name not in _HARMLESS
+]
+
+
+def why_lost(module: nn.Module, new: nn.Module) -> str | None:
+    """The reason why `new` in the place of `module` would lose something, or None."""
+    tensors = _names_of_tensors(module) - _names_of_tensors(new)
+    if tensors:
+        names = ", ".join(sorted(tensors))
+        return f"it has parameters or buffers that the fused one has not: {names}"
+    kept = set(new.modules())
+    gone = {name or "it": m for name, m in module.named_modules() if m not in kept}
+    return _why_methods_lost(gone) or _why_dropouts_lost(gone)
+
+
+def _names_of_tensors(module: nn.Module) -> set[str]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}
+
+
+def _why_methods_lost(gone: Mapping[str, nn.Module]) -> str | None:
+    """A train() that freezes layers has no part in a trial, and is missed only later."""
+    lost = {name: methods for name, m in gone.items() if (methods := _own_methods(m))}
+    saving = [name for name, methods in lost.items() if not _STATE_METHODS.isdisjoint(methods)]
+    if saving:
+        return f"{', '.join(saving)} saves or loads its state_dict in a way of its own"
+    if lost:
+        own = "; ".join(f"{name} has {', '.join(methods)}" for name, methods in lost.items())
+        return f"it has methods of its own in place of nn.Module's, which would be lost: {own}"
+    return None
+
+
+def _why_dropouts_lost(gone: Mapping[str, nn.Module]) -> str | None:
+    """One that drops nothing has no part in a trial. A schedule may raise its rate later."""
+    names = [
+        name
+        for name, m in gone.items()
+        if "drop" in type(m).__name__.lower() and not m._modules  # DropPath and its like, too
+    ]
+    if not names:
+        return None
+    return (
+        f"its {', '.join(names)} would be lost, and a later change of the rate would do nothing; "
+        "it fuses with an nn.Identity in that place"
+    )
+
+
+def _own_methods(module: nn.Module) -> list[str]:
+    return [name for name in _METHODS if name in vars(module) or _overrides(type(module), name)]
+
+
+def _overrides(cls: type[nn.Module], name: str) -> bool:
+    """Whether a class outside torch has this method of its own."""
+    if getattr(cls, name) is getattr(nn.Module, name):
+        return False
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    return not owner.__module__.startswith("torch.")
