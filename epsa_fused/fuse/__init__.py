@@ -21,8 +21,9 @@ from .back import unfuse
 from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .hooks import hand_on, refuse_hooks
+from .kinds import key_of
 from .tree import replace, same_tensors_in_another_tree
-from .trial import Verdict, key_of, looks_like_psa, run
+from .trial import Verdict, looks_like_psa, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
