@@ -104,6 +104,11 @@ def compare(
                     f"its forward draws random numbers{' in training' if training else ''}, as a "
                     "dropout does; it may fuse without that, which may go before or behind it"
                 )
+            if actual.out.dtype != expected.out.dtype:
+                raise MisfitError(
+                    f"its forward returns {expected.out.dtype} for an input of {x.dtype}, where "
+                    f"the fused module returns {actual.out.dtype}"
+                )
             if not agree([actual.out], [expected.out], x.dtype):
                 seen = "in training" if training else f"for an input {list(x.shape)}"
                 if x.dtype != torch.float64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -26,17 +27,33 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         for name, t in module.named_buffers()
         if not t.is_floating_point()
     ]
-    return (layers, *(type(m) for m in module.modules()), *settings, *shapes, *kept)
+    return (layers, *_tree(module), *settings, *shapes, *kept)
 
 
-def _value_key(value: Any) -> Any:
-    """Equal for equal settings; an object may hide from its repr what it does."""
+def _tree(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """The names, classes and first names of all modules in it: a forward may look at names."""
+    first: dict[int, str] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        yield name, type(m), first.setdefault(id(m), name)
+        yield from ((f"{name}.{key}", None, "") for key, c in m._modules.items() if c is None)
+
+
+def _value_key(value: Any, holders: tuple[int, ...] = ()) -> Any:
+    """Equal for equal settings; an object may hide from its repr what it does.
+
+    Args:
+        holders: the lists and dicts that hold it. One may hold itself.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
+    if id(value) in holders:
+        return id(value)
+    holders += (id(value),)
     if isinstance(value, list | tuple):
-        return type(value), *map(_value_key, value)
+        return type(value), *(_value_key(item, holders) for item in value)
     if isinstance(value, dict):
-        return tuple((_value_key(k), _value_key(v)) for k, v in value.items())
+        items = value.items()
+        return tuple((_value_key(k, holders), _value_key(v, holders)) for k, v in items)
     return id(value)
 
 

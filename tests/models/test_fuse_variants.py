@@ -14,7 +14,12 @@ from support import published
 from support.fusing import description, without_warning
 from support.lookalikes.blocks import BLOCKS
 from support.lookalikes.children import PlainList, with_ses
-from support.lookalikes.conditions import LooksAtAttributes, LooksAtBuffers, LooksAtDtypes
+from support.lookalikes.conditions import (
+    LooksAtAttributes,
+    LooksAtBuffers,
+    LooksAtDtypes,
+    LooksAtNames,
+)
 from support.lookalikes.near_misses import NEAR_MISSES
 from support.lookalikes.odd_calls import ODD_CALLS
 from support.lookalikes.parts import Shared, convolution, published_psa, squeeze, with_norm
@@ -491,6 +496,7 @@ WITH_FACTOR = {
     "helper": WithHelper,
     "attribute": lambda factor: LooksAtAttributes(with_norm(), factor),
     "buffer": LooksAtBuffers,
+    "name": LooksAtNames,
 }
 
 
