@@ -27,12 +27,15 @@ class Calls:
         self._inputs: dict[nn.Module, list[Tensor]] = {}
         self._maps: list[Tensor] = []
         self._most = 0  # inputs of one call of a layer
+        self._order: list[nn.Module] = []  # of the branches' first calls
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         def keep(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             x, *more = (*args, *options.values())
             self._inputs.setdefault(layer, []).append(x.detach().clone())
+            if layer in branches and layer not in self._order:
+                self._order.append(layer)
             self._most = max(self._most, 1 + len(more))
 
         def keep_map(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -60,6 +63,10 @@ class Calls:
                 raise MisfitError(f"it calls {name} {calls} times, expected once")
         if self._most > 1:
             raise MisfitError(f"it calls a branch with {self._most} inputs, expected one map")
+
+    def are_in_order(self) -> bool:
+        """Whether the branches were called in the order of their names."""
+        return self._order == list(dict.fromkeys(self._branches))
 
     def count(self) -> int:
         return sum(map(len, self._inputs.values()))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .._checks import first_line
 from .find import MisfitError
-from .quiet import random_state
+from .inputs import Given
+from .quiet import random_state, seed
 
 # The largest relative difference between two formulations of the same function.
 ROUNDING = {
@@ -23,6 +24,10 @@ RECOMPUTES = (
     "it computes layers again in the backward pass, as torch.utils.checkpoint does, and the fused "
     "module would not; fuse it without that, and checkpoint what calls it"
 )
+_OVERWRITTEN = (
+    "its branches write over what they are given, and it does not hand them its input itself, as "
+    "the fused module would: make the first layer of each branch one that is not in place"
+)
 
 
 class Result(NamedTuple):
@@ -30,14 +35,18 @@ class Result(NamedTuple):
 
     out: Tensor
     grads: dict[str, Tensor] | None  # by name; None without any, empty where autograd fails
-    overwrites_input: bool
+    written: Tensor | None  # the input, where it was overwritten
     draws: bool  # random numbers
 
 
-def result(module: nn.Module, x: Tensor, backward: bool = True) -> Result:
+class FailedCallError(MisfitError):
+    """A module cannot be called on some input."""
+
+
+def result(module: nn.Module, x: Tensor, backward: bool = True, cotangent: float = 1.0) -> Result:
     leaf = x.clone().requires_grad_()
     given = leaf.clone()
-    torch.default_generator.manual_seed(0)  # that of GPUs stays
+    seed()
     before = random_state()
     out = module(given)
     draws = random_state() != before
@@ -45,61 +54,70 @@ def result(module: nn.Module, x: Tensor, backward: bool = True) -> Result:
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
     if not out.is_floating_point() or out.layout is not torch.strided:
         raise TypeError(f"its forward returns {out.dtype} as {out.layout}, expected a map")
-    overwrites = not torch.equal(given, leaf)
+    written = None if torch.equal(given, leaf) else given.detach()
     grads = None
     if backward and out.requires_grad:
-        cotangent = torch.arange(out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
+        cotangents = cotangent * torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)
         named = {"": leaf, **dict(module.named_parameters())}
         try:
             found = torch.autograd.grad(
-                out, list(named.values()), cotangent, materialize_grads=True
+                out, list(named.values()), cotangents, materialize_grads=True
             )
         except RuntimeError:
-            if not overwrites:
+            if written is None:
                 raise
             found = ()  # it has overwritten what its gradient needs
         grads = dict(zip(named, found, strict=False))
-    return Result(out.detach(), grads, overwrites, draws)
+    return Result(out.detach(), grads, written, draws)
 
 
-def attempt(module: nn.Module, x: Tensor, backward: bool = True) -> Result:
+def attempt(module: nn.Module, x: Tensor, backward: bool = True, cotangent: float = 1.0) -> Result:
     """The result of foreign code, whose owner is told what fails.
 
     Raises:
-        MisfitError: it raises an exception.
+        FailedCallError: it raises an exception.
     """
     try:
-        return result(module, x, backward)
+        return result(module, x, backward, cotangent)
     except Exception as error:
         why = (
             f"a trial on {list(x.shape)} failed: {first_line(error)}; to fuse, its forward must "
             "take one map of any height, width and floating-point dtype"
         )
         checkpoints = "torch.utils.checkpoint" in str(error)
-        raise MisfitError(RECOMPUTES if checkpoints else why) from error
+        raise FailedCallError(RECOMPUTES if checkpoints else why) from error
 
 
 def compare(
     twin: nn.Module,
     fused: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Given],
     backward: bool = True,
     where: str | None = None,
+    may_draw: bool = False,
+    modes: Sequence[bool] = (False, True),
 ) -> bool:
-    """Compare with the fused module of the same layers; whether the other one overwrites its input.
+    """Compare with the fused module of the same layers; whether only `twin` overwrites its input.
 
     Args:
         where: what a reason says of these inputs, in place of their shapes.
+        may_draw: whether a module may draw random numbers, of which both get the same.
+        modes: in training, in evaluation, or in both.
 
     Raises:
-        MisfitError: they differ, or the other one fails or draws random numbers.
+        FailedCallError: `twin` fails.
+        MisfitError: they differ, the fused one fails, or `twin` draws random numbers.
     """
     overwrites = False
-    for training in (False, True):
-        for x in inputs:
-            expected = attempt(twin.train(training), x, backward)
-            actual = attempt(fused.train(training), x, backward)
-            if expected.draws:  # one seed shows one of the things that it does
+    for training in modes:
+        for x, cotangent in inputs:
+            expected = attempt(twin.train(training), x, backward, cotangent)
+            try:
+                actual = result(fused.train(training), x, backward, cotangent)
+            except Exception as error:
+                failed = f"the fused module fails where it does not: {first_line(error)}"
+                raise MisfitError(failed) from error
+            if expected.draws and not may_draw:  # one seed shows one of the things that it does
                 raise MisfitError(
                     f"its forward draws random numbers{' in training' if training else ''}, as a "
                     "dropout does; it may fuse without that, which may go before or behind it"
@@ -116,7 +134,11 @@ def compare(
                 raise MisfitError(f"its forward computes something else than PSA {where or seen}")
             if expected.grads != {} and not _same_grads(actual.grads, expected.grads):
                 raise MisfitError("its gradients are not those of PSA: a tensor is detached, say")
-            overwrites |= expected.overwrites_input
+            if actual.written is not None and (
+                expected.written is None or not agree([actual.written], [expected.written], x.dtype)
+            ):
+                raise MisfitError(_OVERWRITTEN)
+            overwrites |= expected.written is not None and actual.written is None
     return overwrites
 
 

@@ -55,13 +55,3 @@ def _value_key(value: Any, holders: tuple[int, ...] = ()) -> Any:
         items = value.items()
         return tuple((_value_key(k, holders), _value_key(v, holders)) for k, v in items)
     return id(value)
-
-
-def attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """What a forward may keep on its modules."""
-    return {
-        (name, key): _value_key(value)
-        for name, m in module.named_modules()
-        for key, value in vars(m).items()
-        if key not in _STATE
-    }

@@ -15,18 +15,14 @@ from ..modules.layers import existing
 from ..reference import BRANCH_ORDERS
 from .build import build
 from .calls import Calls
-from .compare import RECOMPUTES, ROUNDING, agree, attempt, compare, result
+from .compare import RECOMPUTES, ROUNDING, FailedCallError, agree, attempt, compare, result
+from .contents import Contents, changed, contents_of, equal
 from .find import MisfitError
-from .kinds import attributes
+from .inputs import LARGE, Given, are_plain, inplans_of, inputs_of, inputs_of_own_branches, scaled
 from .quiet import undisturbed
+from .tree import copied
 from .twin import random_values, twin_of
 
-# N, H, W and the mean of the trial's inputs: a forward may look at sizes and values.
-_INPUTS = ((4, 3, 2, 0.0), (2, 7, 5, 1.0), (1, 4, 9, -2.0))
-# How much larger the maps and hidden units of one run are: a ReLU6 or a clamp shows then.
-_LARGE = 100
-# What multiplies the last layers of SE networks in one run; a power of two is undone exactly.
-_SATURATING = 2**12
 # What SE networks are made of.
 _USUAL = (
     *(nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.AdaptiveAvgPool2d),
@@ -47,62 +43,87 @@ class Verdict(NamedTuple):
     overwrites_input: bool = False
 
 
+class _FirstCallError(MisfitError):
+    """What one call of the plain module shows: it fails, or gives something else than PSA.
+
+    Args:
+        ran: whether it gives something.
+    """
+
+    def __init__(self, why: str, named: bool, ran: bool) -> None:
+        super().__init__(why, named)
+        self.ran = ran
+
+
 def run(module: nn.Module, layers: PSALayers) -> Verdict:
     """The verdict from runs of a copy with random weights, in float64 on the CPU.
 
     Outputs and gradients are compared, in evaluation and in training: a dropout shows in one of
     them only. The copy's branches are cheap ones: the fused module calls or computes the same
-    branches. In further runs they have their settings, and the copy has other dtypes: a forward may
-    look at both.
+    branches. Further runs have the module's own branches, and other dtypes: a forward may look at
+    both.
 
     Raises:
         MisfitError: it computes something else, or cannot be run.
     """
     generator = torch.Generator().manual_seed(0)
-    failures: list[MisfitError] = []
+    failures: list[_FirstCallError] = []
     with undisturbed(module):
         twin = twin_of(module, layers, generator).eval()
-        before = attributes(twin)
+        before = contents_of(twin)
         for splits_input in (False, True):
             layers = layers._replace(splits_input=splits_input)
-            inputs = _inputs(twin, layers, generator)
+            given = inputs_of(twin, layers, generator)
             calls = Calls(twin, layers)
             try:
-                with calls.watched():
-                    first = attempt(twin, inputs[0], backward=False)
-            except MisfitError as failure:
-                failure.named = calls.weigh_each_map(inputs[0])
+                order, first = _branch_order(module, twin, layers, calls, given[0].x)
+            except _FirstCallError as failure:
                 failures.append(failure)
                 continue
-            outs = []
-            for order in BRANCH_ORDERS:
-                fused = build(twin, layers, order).eval()
-                try:
-                    outs.append(result(fused, inputs[0], backward=False).out)
-                except Exception as error:  # an SE layer of foreign code gives a tuple, say
-                    failed = f"its layers cannot be called as those of PSA: {first_line(error)}"
-                    raise MisfitError(failed, calls.weigh_each_map(inputs[0])) from error
-                if agree(outs[-1:], [first.out]):
-                    calls.check()
-                    _check_training(twin, layers, inputs[0])
-                    overwrites = compare(twin, fused, inputs)
-                    changed = dict(attributes(twin).items() ^ before.items())
-                    if changed:
-                        kept = sorted({key for _, key in changed})
-                        raise MisfitError(f"its forward keeps {', '.join(kept)} on the module")
-                    _compare_saturated(twin, fused, layers, inputs[0])
-                    _compare_settings(module, layers, order, generator)
-                    called = _with_calls(twin, layers, order, inputs[0], first.out)
-                    _compare_dtypes(module, twin, fused, inputs[0])
-                    return Verdict(called, order, overwrites)
-            named = calls.weigh_each_map(inputs[0])
-            if any(agree([out], [first.out], torch.float32) for out in outs):
-                raise MisfitError(_NEARLY, named)
-            why = [_difference(first.out, outs[0], module, layers), *calls.differences(inputs[0])]
-            raise MisfitError("; ".join(why), named)
-    why_not = next((failure for failure in failures if failure.named), failures[0])
-    why_not.named = why_not.named or looks_like_psa(module, layers, {})  # it may refuse small maps
+            calls.check()
+            _check_training(twin, layers, given[0].x)
+            fused = build(twin, layers, order)
+            overwrites = compare(twin, fused, given)
+            _check_what_stays(twin, before, given[0].x)
+            _compare_large(twin, fused, layers, given[0].x)
+            overwrites |= _compare_own_branches(module, layers, order, generator, calls)
+            called = _with_calls(twin, layers, order, given[0].x, first)
+            _compare_dtypes(module, twin, fused, given[0].x)
+            return Verdict(called, order, overwrites)
+    ran = [failure for failure in failures if failure.ran]
+    why_not = next((failure for failure in failures if failure.named), (ran or failures)[0])
+    if not ran:  # it may refuse small maps
+        why_not.named = why_not.named or looks_like_psa(module, layers, {})
     raise why_not
+
+
+def _branch_order(
+    module: nn.Module, twin: nn.Module, layers: PSALayers, calls: Calls, x: Tensor
+) -> tuple[str, Tensor]:
+    """The order in which the fused module gives the same output, and that output.
+
+    Raises:
+        _FirstCallError: in no order, or the call fails.
+    """
+    try:
+        with calls.watched():
+            expected = attempt(twin, x, backward=False).out
+    except FailedCallError as failure:
+        raise _FirstCallError(str(failure), calls.weigh_each_map(x), ran=False) from failure
+    outs = []
+    for order in BRANCH_ORDERS:
+        try:
+            outs.append(result(build(twin, layers, order).eval(), x, backward=False).out)
+        except Exception as error:  # an SE layer of foreign code gives a tuple, say
+            failed = f"its layers cannot be called as those of PSA: {first_line(error)}"
+            raise MisfitError(failed, calls.weigh_each_map(x)) from error
+        if agree(outs[-1:], [expected]):
+            return order, expected
+    named = calls.weigh_each_map(x)
+    if any(agree([out.to(expected.dtype)], [expected], torch.float32) for out in outs):
+        raise _FirstCallError(_NEARLY, named, ran=True)
+    why = [_difference(expected, outs[0], module, layers), *calls.differences(x)]
+    raise _FirstCallError("; ".join(why), named, ran=True)
 
 
 def looks_like_psa(
@@ -128,66 +149,111 @@ def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -
     layers = layers._replace(splits_input=splits_input)
     generator = torch.Generator().manual_seed(0)
     twin = twin_of(module, layers, generator).eval()
-    for t in twin.buffers():
-        if t.is_floating_point():
-            t.abs_()  # it may be the variance of a BatchNorm
     # Any of its convolutions may be the first.
     inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
-    for channels in {*inputs, _inplans(twin, layers)}:
+    for channels in {*inputs, inplans_of(twin, layers)}:
         calls = Calls(twin, layers)
         x = random_values((2, channels, 16, 16), generator)
-        with suppress(MisfitError), calls.watched():
+        with suppress(FailedCallError), calls.watched():
             attempt(twin, x, backward=False)
         if calls.weigh_each_map(x):  # it may fail after that
             return True
     return False
 
 
-def _inputs(twin: nn.Module, layers: PSALayers, generator: torch.Generator) -> list[Tensor]:
-    inputs: list[Tensor] = []
-    for n, h, w, mean in _INPUTS:
-        x = random_values((n, _inplans(twin, layers), h, w), generator)
-        inputs.append(x / x.std() + mean)
-    return inputs
+def _check_what_stays(twin: nn.Module, before: Contents, x: Tensor) -> None:
+    """Raise MisfitError unless calls of the module leave all that it holds as it was.
+
+    Args:
+        before: what it held before its first call. Its branches change nothing: they are cheap.
+    """
+    changes = changed(before, contents_of(twin.eval()))
+    with scaled(twin.parameters(), LARGE):  # a forward may bound its weights
+        before = contents_of(twin)
+        with suppress(Exception), torch.no_grad():
+            twin(x.clone())
+        changes |= changed(before, contents_of(twin))
+    tensors = {name for name, _ in (*twin.named_parameters(), *twin.named_buffers())}
+    if changes.keys() & tensors:
+        raise MisfitError(f"its forward changes {', '.join(sorted(changes.keys() & tensors))}")
+    if changes:
+        names = [n for n in changes if n.rpartition(".")[0] not in changes]
+        raise MisfitError(f"its forward keeps {', '.join(names)} on the module")
 
 
-def _inplans(twin: nn.Module, layers: PSALayers) -> int:
-    branch = existing(twin, layers.branches[0])
-    first = next(m for m in branch.modules() if isinstance(m, nn.Conv2d))
-    return first.in_channels * (len(layers.branches) if layers.splits_input else 1)
-
-
-def _compare_saturated(twin: nn.Module, fused: nn.Module, layers: PSALayers, x: Tensor) -> None:
-    """Compare where each sigmoid is 0 or 1: one whose results are clamped shows then."""
+def _compare_large(twin: nn.Module, fused: nn.Module, layers: PSALayers, x: Tensor) -> None:
+    """Compare where each sigmoid is 0 or 1, and where maps are large: a clamp shows then."""
     last = {p for n in layers.networks for p in existing(twin, n.fc2).parameters()}
-    for p in last:
-        p.data *= _SATURATING
     where = "where its sigmoids are 0 or 1: it clamps or overflows there, say"
-    with torch.no_grad():
-        compare(twin, fused, [x], backward=False, where=where)
-    for p in last:
-        p.data /= _SATURATING
+    with scaled(last, LARGE):
+        compare(twin, fused, [Given(x)], backward=False, where=where)
+    where = "where maps are large: it clamps them, say"
+    with scaled(last, 1 / LARGE):  # no sigmoid saturates
+        compare(twin, fused, [Given(LARGE * (x + 1))], backward=False, where=where)
 
 
-def _compare_settings(
+def _compare_own_branches(
+    module: nn.Module, layers: PSALayers, order: str, generator: torch.Generator, calls: Calls
+) -> bool:
+    """Compare with the module's own branches, without gradients; whether it overwrites its input.
+
+    They may be in place, draw random numbers, keep statistics or have a part in common. So the
+    fused module has a copy of them, and what both leave behind is compared, too.
+    """
+    if are_plain(module, layers):
+        twin = twin_of(module, layers, generator, cheap=False)
+        given = list(inputs_of_own_branches(twin, layers, generator))
+        with torch.no_grad():
+            return compare(twin, build(twin, layers, order), given, backward=False)
+    try:
+        return _compare_called_branches(module, layers, order, generator)
+    except MisfitError as why:
+        if calls.are_in_order():
+            raise
+        raise MisfitError(
+            f"{why}; it calls its branches in another order than that of their names, in which "
+            "the fused module calls them"
+        ) from why
+
+
+def _compare_called_branches(
     module: nn.Module, layers: PSALayers, order: str, generator: torch.Generator
-) -> None:
-    """Compare with the settings of the convolutions, at large values and without gradients."""
-    real = twin_of(module, layers, generator, cheap=False)
-    for network in layers.networks:  # no sigmoid saturates
-        for p in existing(real, network.fc2).parameters():
-            p.data /= _LARGE
-    branches = [existing(real, name) for name in layers.branches]
-    reach = [
-        d * (k - 1)
-        for conv in branches
-        if isinstance(conv, nn.Conv2d)
-        for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-    ]
-    size = max(reach, default=0)
-    x = random_values((1, _inplans(real, layers), size + 2, size + 1), generator)
+) -> bool:
+    twin, given = _with_own_branches(module, layers, generator)
+    other = copied(twin, {})
+    before, other_before = contents_of(twin), contents_of(other)
     with torch.no_grad():
-        compare(real, build(real, layers, order), [_LARGE * (x / x.std() + 1)], backward=False)
+        fused = build(other, layers, order)
+        overwrites = compare(twin, fused, [given], backward=False, may_draw=True)
+    changes = changed(before, contents_of(twin.eval()))
+    others = changed(other_before, contents_of(other.eval()))
+    if not equal(changes, others, ROUNDING[given.x.dtype]):
+        names = ", ".join(sorted(changes.keys() | others.keys()))
+        raise MisfitError(f"its branches leave something else in {names} than when fused")
+    return overwrites
+
+
+def _with_own_branches(
+    module: nn.Module, layers: PSALayers, generator: torch.Generator
+) -> tuple[nn.Module, Given]:
+    """A copy with its own branches, and an input that it takes.
+
+    Raises:
+        MisfitError: it takes none.
+    """
+    failures: list[Exception] = []
+    for dtype in (torch.float64, torch.float32):  # a branch may hold constants of a dtype
+        twin = twin_of(module, layers, generator, cheap=False, dtype=dtype).eval()
+        for given in inputs_of_own_branches(twin, layers, generator):
+            x = given.x.to(dtype)
+            try:
+                with torch.no_grad():
+                    result(copied(twin, {}), x, backward=False)
+                return twin, Given(x)
+            except Exception as error:
+                failures.append(error)
+    failed = f"a trial with its own branches on the CPU failed: {first_line(failures[0])}"
+    raise MisfitError(failed)
 
 
 def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Tensor) -> None:
@@ -197,23 +263,26 @@ def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Ten
     """
     own = {torch.float32, *(p.dtype for p in module.parameters())}
     for dtype in ROUNDING:
+        given = [Given(x.to(dtype))]
         if dtype == torch.float64:
             continue
-        twin.to(dtype).eval()
-        if dtype not in own:
-            try:
-                result(twin, x.to(dtype), backward=False)
-            except Exception:
-                continue
-        compare(twin, fused, [x.to(dtype)], backward=False)
+        twin.to(dtype)
+        if dtype in own:
+            compare(twin, fused, given, backward=False)
+        else:
+            with suppress(FailedCallError):
+                compare(twin, fused, given, backward=False, modes=(False,))
 
 
 def _check_training(twin: nn.Module, layers: PSALayers, x: Tensor) -> None:
     """Raise MisfitError unless each branch is called once in training, with the backward pass."""
     forward, both = Calls(twin, layers), Calls(twin, layers)
     for calls in (forward, both):
+        modes = [m.training for m in twin.train().modules()]
         with calls.watched():
-            attempt(twin.train(), x, backward=calls is both)
+            attempt(twin, x, backward=calls is both)
+        if modes != [m.training for m in twin.modules()]:
+            raise MisfitError("its forward sets modules to training or to evaluation")
     forward.check()
     if both.count() > forward.count():
         raise MisfitError(RECOMPUTES)

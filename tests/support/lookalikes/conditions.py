@@ -19,6 +19,11 @@ class LooksAtSizes(Shared):
         return super().forward(x if x.shape[2] < x.shape[3] + 2 else x.flip(2))
 
 
+class TurnsSquares(Shared):
+    def forward(self, x):
+        return super().forward(x.transpose(2, 3) if x.shape[2] == x.shape[3] else x)
+
+
 class LooksAtKernels(Shared):
     def forward(self, x):
         maps = [branch(x) / branch.kernel_size[0] for branch in self.conv_branches]

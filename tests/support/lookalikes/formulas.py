@@ -146,6 +146,22 @@ class WithOption(nn.Sequential):
         return super().forward(x)
 
 
+class BoundsMaps(Shared):
+    """It clamps maps far from the usual ones."""
+
+    def forward(self, x):
+        maps = [branch(x).clamp(-1e3, 1e3) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class BoundsGradients(Shared):
+    def forward(self, x):
+        out = super().forward(x)
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad.clamp(-10, 10))
+        return out
+
+
 class SoftmaxInFloat64(Shared):
     """Its output is float64, whatever the input is."""
 

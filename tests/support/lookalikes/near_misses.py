@@ -26,11 +26,14 @@ from support.lookalikes.conditions import (
     RefusesLargeBatches,
     RefusesOddSizes,
     RefusesSmallMaps,
+    TurnsSquares,
     WithFlag,
 )
 from support.lookalikes.formulas import (
     AddedUp,
     AnotherOrder,
+    BoundsGradients,
+    BoundsMaps,
     CallsWithMore,
     Clamped,
     ClampedWeights,
@@ -56,10 +59,23 @@ from support.lookalikes.formulas import (
     WithoutSoftmax,
     squeeze_with,
 )
+from support.lookalikes.in_branches import (
+    ClonedForBranches,
+    LastBranchFirst,
+    Resized,
+    in_place_first,
+    with_one_in_place,
+    with_one_norm,
+)
 from support.lookalikes.parts import Shared, convolutions, squeeze, with_norm
 from support.lookalikes.state import (
+    KEEPERS,
+    Clips,
     Counting,
+    CountingOnItsClass,
+    Decays,
     HeldWithExtraState,
+    SetsItsMode,
     WeighedWithExtraState,
     WeighedWithKeys,
     WithExtraState,
@@ -154,5 +170,21 @@ NEAR_MISSES = {
     "small_maps": (RefusesSmallMaps,
         r"a trial on \[4, 16, 3, 2\] failed: .*must take one map of any height, width and"),
     "large_batches": (RefusesLargeBatches, r"a trial on .* failed: no checkpoint for this size"),
+    "squares": (TurnsSquares, rf"{SOMETHING_ELSE} for an input \[2, 16, 6, 6\]"),
+    "bounded_maps": (BoundsMaps, rf"{SOMETHING_ELSE} where maps are large: it clamps them"),
+    "bounded_gradients": (BoundsGradients, r"its gradients are not those of PSA"),
+    "counting_on_its_class": (CountingOnItsClass, r"its forward keeps CountingOnItsClass\.calls"),
+    **{f"kept_in_a_{name}": (make, r"its forward keeps kept.* on the module")
+        for name, make in KEEPERS.items()},
+    "clips": (Clips, r"its forward changes conv_branches\.0\.weight, .*conv_branches\.3\.weight"),
+    "decays": (Decays, r"its forward changes se_block\.1\.weight"),
+    "sets_its_mode": (SetsItsMode, r"its forward sets modules to training or to evaluation"),
+    "cloned": (lambda: ClonedForBranches(in_place_first()),
+        r"its branches write over what they are given, and it does not hand them its input itself"),
+    "last_first_in_place": (lambda: LastBranchFirst(with_one_in_place()),
+        rf"{SOMETHING_ELSE} .*it calls its branches in another order than that of their names"),
+    "last_first_one_norm": (lambda: LastBranchFirst(with_one_norm()),
+        r"leave something else in .*1\.running_mean.*in another order than that of their names"),
+    "resized": (Resized, r"the fused module fails where it does not: .*feats\[1\] has shape"),
     "odd_sizes": (RefusesOddSizes, r"a trial on \[2, 16, 7, 5\] failed: AssertionError"),
 }  # fmt: skip  # fmt: skip
