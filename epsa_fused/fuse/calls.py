@@ -64,6 +64,10 @@ class Calls:
         if self._most > 1:
             raise MisfitError(f"it calls a branch with {self._most} inputs, expected one map")
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of the branches' maps."""
+        return {m.dtype for m in self._maps}
+
     def are_in_order(self) -> bool:
         """Whether the branches were called in the order of their names."""
         return self._order == list(dict.fromkeys(self._branches))

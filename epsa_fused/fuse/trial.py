@@ -88,7 +88,7 @@ def run(module: nn.Module, layers: PSALayers) -> Verdict:
             _compare_large(twin, fused, layers, given[0].x)
             overwrites |= _compare_own_branches(module, layers, order, generator, calls)
             called = _with_calls(twin, layers, order, given[0].x, first)
-            _compare_dtypes(module, twin, fused, given[0].x)
+            _compare_dtypes(module, twin, fused, layers, given[0].x)
             return Verdict(called, order, overwrites)
     ran = [failure for failure in failures if failure.ran]
     why_not = next((failure for failure in failures if failure.named), (ran or failures)[0])
@@ -256,7 +256,9 @@ def _with_own_branches(
     raise MisfitError(failed)
 
 
-def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Tensor) -> None:
+def _compare_dtypes(
+    module: nn.Module, twin: nn.Module, fused: nn.Module, layers: PSALayers, x: Tensor
+) -> None:
     """Compare in each dtype, which the twin's layers have then.
 
     People cast a model that is fused, too. A module may refuse dtypes that it does not have.
@@ -272,6 +274,24 @@ def _compare_dtypes(module: nn.Module, twin: nn.Module, fused: nn.Module, x: Ten
         else:
             with suppress(FailedCallError):
                 compare(twin, fused, given, backward=False, modes=(False,))
+        if dtype == torch.float32:
+            _compare_autocast(twin, fused, layers, x.to(dtype))
+
+
+def _compare_autocast(twin: nn.Module, fused: nn.Module, layers: PSALayers, x: Tensor) -> None:
+    """Compare under autocast, but not the dtype of outputs, which depends on how they are made."""
+    calls, bfloat16 = Calls(twin, layers), torch.bfloat16
+    with torch.autocast("cpu", bfloat16):
+        try:
+            with calls.watched():
+                expected = attempt(twin.eval(), x, backward=False).out
+        except FailedCallError:
+            return
+        actual = result(fused.eval(), x, backward=False).out
+    if calls.dtypes() != {bfloat16}:
+        raise MisfitError("it turns autocast off for its branches, which the fused module does not")
+    if not agree([actual.float()], [expected.float()], bfloat16):
+        raise MisfitError("its forward computes something else than PSA under autocast")
 
 
 def _check_training(twin: nn.Module, layers: PSALayers, x: Tensor) -> None:

@@ -87,6 +87,17 @@ class LooksAtDtypes(Shared):
         return super().forward(x) * (1 + (x.dtype == self.dtype))
 
 
+class WithoutAutocast(Shared):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class DoubledUnderAutocast(Shared):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.is_autocast_enabled("cpu") else 1)
+
+
 class Checkpointed(Shared):
     reentrant = False
 

@@ -14,6 +14,7 @@ from support.lookalikes.children import (
 from support.lookalikes.conditions import (
     Checkpointed,
     CheckpointedReentrant,
+    DoubledUnderAutocast,
     LooksAtAttributes,
     LooksAtBuffers,
     LooksAtClasses,
@@ -28,6 +29,7 @@ from support.lookalikes.conditions import (
     RefusesSmallMaps,
     TurnsSquares,
     WithFlag,
+    WithoutAutocast,
 )
 from support.lookalikes.formulas import (
     AddedUp,
@@ -156,6 +158,8 @@ NEAR_MISSES = {
         r"it calls a branch with 2 inputs, expected one map"),
     "parametrizations": (LooksAtParametrizations, SOMETHING_ELSE),
     "dtypes": (LooksAtDtypes, rf"{SOMETHING_ELSE} for an input .* of torch\.float32"),
+    "without_autocast": (WithoutAutocast, r"it turns autocast off for its branches"),
+    "doubled_under_autocast": (DoubledUnderAutocast, rf"{SOMETHING_ELSE} under autocast"),
     "in_float32": (SoftmaxInFloat32, r"a part in float32.*; it may fuse without"),
     "in_float64": (SoftmaxInFloat64,
         r"returns torch\.float64 for an input of torch\.float32, .* fused module .*float32"),
