@@ -152,18 +152,21 @@ def _verdict(
 ) -> Verdict:
     """What the module computes, by one trial for each kind."""
     layers = candidate.layers
-    if candidate.why_not is not None:
-        named = candidate.known or looks_like_psa(module, layers, candidate.hidden)
-        raise MisfitError(candidate.why_not, named)
+    if candidate.why_not is not None and candidate.known:
+        raise MisfitError(candidate.why_not)
     if (
-        type(module) is PSAModule
+        candidate.why_not is None
+        and type(module) is PSAModule
         and "attention" not in module.__dict__
         and why_se_called("se", module.se, SEWeight) is None
     ):
         return Verdict(layers, module.branch_order)
-    key = key_of(module, layers)
+    key = (candidate.why_not, *key_of(module, layers))
     if key not in verdicts:
         try:
+            if candidate.why_not is not None:
+                named = looks_like_psa(module, layers, candidate.hidden)
+                raise MisfitError(candidate.why_not, named)
             verdicts[key] = run(module, layers)
         except MisfitError as why:
             verdicts[key] = why

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import first_line
+from .._checks import first_line, text_of
 from .find import MisfitError
 from .inputs import Given
 from .quiet import random_state, seed
@@ -52,6 +52,9 @@ def result(module: nn.Module, x: Tensor, backward: bool = True, cotangent: float
     draws = random_state() != before
     if not isinstance(out, Tensor):
         raise TypeError(f"its forward returns a {type(out).__name__}, expected a Tensor")
+    if out.is_nested or out.device != x.device:
+        kind = "a nested tensor" if out.is_nested else f"a map on {out.device}"
+        raise TypeError(f"its forward returns {kind}, expected a map on the input's device")
     if not out.is_floating_point() or out.layout is not torch.strided:
         raise TypeError(f"its forward returns {out.dtype} as {out.layout}, expected a map")
     written = None if torch.equal(given, leaf) else given.detach()
@@ -84,7 +87,7 @@ def attempt(module: nn.Module, x: Tensor, backward: bool = True, cotangent: floa
             f"a trial on {list(x.shape)} failed: {first_line(error)}; to fuse, its forward must "
             "take one map of any height, width and floating-point dtype"
         )
-        checkpoints = "torch.utils.checkpoint" in str(error)
+        checkpoints = "torch.utils.checkpoint" in text_of(error)
         raise FailedCallError(RECOMPUTES if checkpoints else why) from error
 
 

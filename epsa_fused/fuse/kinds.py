@@ -21,11 +21,14 @@ def key_of(module: nn.Module, layers: PSALayers) -> tuple[Any, ...]:
         for key, value in sorted(vars(m).items())
         if key not in _STATE
     ]
-    shapes = [(name, p.shape, p.dtype) for name, p in module.named_parameters()]
+    shapes = [
+        (name, None if nn.parameter.is_lazy(p) else p.shape, p.dtype)
+        for name, p in module.named_parameters()
+    ]
     kept = [  # a trial has other values of floating point, and these as they are
         (name, repr(t) if t.numel() == 1 else id(t))
         for name, t in module.named_buffers()
-        if not t.is_floating_point()
+        if not nn.parameter.is_lazy(t) and not t.is_floating_point()
     ]
     return (layers, *_tree(module), *settings, *shapes, *kept)
 

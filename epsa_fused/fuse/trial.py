@@ -140,23 +140,23 @@ def looks_like_psa(
         with_lists = object.__new__(type(module))
         vars(with_lists).update(vars(module), _modules={**module._modules, **hidden})
         with undisturbed(with_lists):
-            return any(_weighs_each_map(with_lists, layers, splits) for splits in (False, True))
+            return _weighs_each_map(with_lists, layers)
     except Exception:
         return False
 
 
-def _weighs_each_map(module: nn.Module, layers: PSALayers, splits_input: bool) -> bool:
-    layers = layers._replace(splits_input=splits_input)
+def _weighs_each_map(module: nn.Module, layers: PSALayers) -> bool:
     generator = torch.Generator().manual_seed(0)
     twin = twin_of(module, layers, generator).eval()
+    whole, in_parts = (layers._replace(splits_input=splits) for splits in (False, True))
     # Any of its convolutions may be the first.
-    inputs = [m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)]
-    for channels in {*inputs, inplans_of(twin, layers)}:
-        calls = Calls(twin, layers)
+    inputs = {m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)}
+    for channels in inputs | {inplans_of(twin, whole), inplans_of(twin, in_parts)}:
+        calls, of_parts = Calls(twin, whole), Calls(twin, in_parts)
         x = random_values((2, channels, 16, 16), generator)
-        with suppress(FailedCallError), calls.watched():
+        with suppress(FailedCallError), calls.watched(), of_parts.watched():
             attempt(twin, x, backward=False)
-        if calls.weigh_each_map(x):  # it may fail after that
+        if calls.weigh_each_map(x) or of_parts.weigh_each_map(x):  # it may fail after that
             return True
     return False
 

@@ -13,7 +13,7 @@ import torch
 from support import published
 from support.fusing import description, without_warning
 from support.lookalikes.blocks import BLOCKS
-from support.lookalikes.children import PlainList, with_ses
+from support.lookalikes.children import AndNorms, PlainList, with_ses
 from support.lookalikes.conditions import (
     LooksAtAttributes,
     LooksAtBuffers,
@@ -210,6 +210,25 @@ def test_lists_and_dicts_of_any_names_are_looked_into():
     module.branches = dict(zip(("keys", 0, "a.b", None), module.branches, strict=True))
     with pytest.warns(UserWarning, match=r"nothing to fuse"):
         assert not fuse(nn.Sequential(module)).fuse_report.left
+
+
+def test_a_list_that_holds_itself_is_no_error():
+    module = Shared()
+    module.history = []
+    module.history.append(module.history)
+    assert list(fuse(nn.Sequential(module)).fuse_report.replaced) == ["0"]
+
+
+def test_what_cannot_be_fused_is_called_once_for_each_kind(monkeypatch):
+    calls = []
+    monkeypatch.setattr(AndNorms, "forward", lambda self, x: calls.append(x.shape))
+    counts = []
+    for count in (1, 3):
+        calls.clear()
+        with pytest.warns(UserWarning, match="nothing to fuse"):
+            fuse(nn.Sequential(*(AndNorms() for _ in range(count))))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 def test_it_fuses_as_its_reason_says():
