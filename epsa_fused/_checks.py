@@ -26,7 +26,15 @@ def given(value: object) -> str:
 
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (text_of(error).splitlines() or [type(error).__name__])[0]
+
+
+def text_of(error: Exception) -> str:
+    """What an error of foreign code says, whose text may raise one itself."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def check_int(name: str, value: object, least: int | None = None, most: int = MOST) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,16 +17,18 @@ from torch import nn
 
 from .._checks import check_flag, check_module
 from ..modules import FusedPSAModule, FusedSplitPSA
+from ..modules.adopted import PSALayers
 from ..modules.layers import existing, why_se_called
-from ..reference import PSAModule, SEWeight
+from ..reference import BRANCH_ORDERS, PSAModule, SEWeight
 from .back import unfuse
 from .build import build
 from .find import Candidate, MisfitError, candidates, why_not_replaced
 from .held import Held
 from .hooks import hand_on, refuse_hooks
-from .lost import why_lost
+from .kinds import key_of
+from .lost import why_lost, why_methods_lost
 from .tree import replace, same_tensors_in_another_tree, why_not_compiled
-from .trial import Verdict, key_of, looks_like_psa, run
+from .trial import Verdict, looks_like_psa, run
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
@@ -153,21 +156,24 @@ def _verdict(
 ) -> Verdict:
     """What the module computes, by one trial for each kind."""
     layers = candidate.layers
-    if candidate.why_not is not None:
-        named = candidate.known or looks_like_psa(module, layers, candidate.hidden)
-        raise MisfitError(candidate.why_not, named)
+    if candidate.why_not is not None and candidate.known:
+        raise MisfitError(candidate.why_not)
     if (
-        type(module) is PSAModule
+        candidate.why_not is None
+        and type(module) is PSAModule
         and "attention" not in module.__dict__
         and why_se_called("se", module.se, SEWeight) is None
     ):
         return Verdict(layers, module.branch_order)
-    key = key_of(module, layers)
+    key = (candidate.why_not, *key_of(module, layers))
     if key not in verdicts:
         try:
+            if candidate.why_not is not None:
+                named = looks_like_psa(module, layers, candidate.hidden)
+                raise MisfitError(candidate.why_not, named)
             verdicts[key] = run(module, layers)
         except MisfitError as why:
-            verdicts[key] = why
+            verdicts[key] = _explained(why, module, layers)
     verdict = verdicts[key]
     if isinstance(verdict, MisfitError):
         raise verdict
@@ -175,6 +181,15 @@ def _verdict(
     if why_not is not None:
         raise MisfitError(why_not)
     return verdict
+
+
+def _explained(why: MisfitError, module: nn.Module, layers: PSALayers) -> MisfitError:
+    """With the methods of nn.Module that may be what a trial shows: a train() of its own, say."""
+    with suppress(Exception):  # layers that a trial refused may fit no fused module
+        methods = why_methods_lost(module, build(module, layers, BRANCH_ORDERS[0]))
+        if methods is not None:
+            return MisfitError(f"{why}; {methods}", why.named)
+    return why
 
 
 def _in_part(new: FusedPSAModule | FusedSplitPSA) -> str:

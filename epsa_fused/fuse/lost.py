@@ -31,19 +31,15 @@ def why_lost(module: nn.Module, new: nn.Module) -> str | None:
     if tensors:
         names = ", ".join(sorted(tensors))
         return f"it has parameters or buffers that the fused one has not: {names}"
-    kept = set(new.modules())
-    gone = {name or "it": m for name, m in module.named_modules() if m not in kept}
-    return _why_methods_lost(gone) or _why_dropouts_lost(gone)
+    return why_methods_lost(module, new) or _why_dropouts_lost(_gone(module, new))
 
 
-def _names_of_tensors(module: nn.Module) -> set[str]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}
+def why_methods_lost(module: nn.Module, new: nn.Module) -> str | None:
+    """The reason why `new` in the place of `module` would lose methods of its classes, or None.
 
-
-def _why_methods_lost(gone: Mapping[str, nn.Module]) -> str | None:
-    """A train() that freezes layers has no part in a trial, and is missed only later."""
-    lost = {name: methods for name, m in gone.items() if (methods := _own_methods(m))}
+    A train() that freezes layers may show in a trial, too, or be missed only later.
+    """
+    lost = {name: methods for name, m in _gone(module, new).items() if (methods := _own_methods(m))}
     saving = [name for name, methods in lost.items() if not _STATE_METHODS.isdisjoint(methods)]
     if saving:
         return f"{', '.join(saving)} saves or loads its state_dict in a way of its own"
@@ -51,6 +47,16 @@ def _why_methods_lost(gone: Mapping[str, nn.Module]) -> str | None:
         own = "; ".join(f"{name} has {', '.join(methods)}" for name, methods in lost.items())
         return f"it has methods of its own in place of nn.Module's, which would be lost: {own}"
     return None
+
+
+def _gone(module: nn.Module, new: nn.Module) -> dict[str, nn.Module]:
+    kept = set(new.modules())
+    return {name or "it": m for name, m in module.named_modules() if m not in kept}
+
+
+def _names_of_tensors(module: nn.Module) -> set[str]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))}
 
 
 def _why_dropouts_lost(gone: Mapping[str, nn.Module]) -> str | None:

@@ -75,6 +75,14 @@ def _with_its_buffers(module: nn.Module) -> Iterator[None]:
                 t.data.copy_(value)
 
 
+def seed() -> None:
+    """Set the generators that a forward may draw from; those of GPUs stay."""
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
 def random_state() -> tuple[Any, ...]:
     """Of the generators that a forward may draw from."""
     numpy = sys.modules.get("numpy")

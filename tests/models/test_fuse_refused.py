@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import published
 from support.fusing import description, without_warning
+from support.lookalikes.in_branches import on_gpus
 from support.lookalikes.parts import (
     Shared,
     convolutions,
@@ -251,6 +252,12 @@ def test_what_does_not_fit_is_left_alone_and_named(misfit, inplace):
     assert re.search(why, report.left["bad"])
     assert str(report).splitlines()[0] == "fuse: 1 replaced, 1 left alone"
     assert "  bad: left alone, " in str(report) and "  good: FusedPSAModule" in str(report)
+
+
+def test_branches_that_no_trial_can_run_are_named():
+    """Stand-ins for them say nothing of what they leave behind."""
+    with pytest.warns(UserWarning, match=r"with its own branches on the CPU failed: not implement"):
+        fuse(nn.Sequential(Shared(on_gpus())))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

@@ -13,15 +13,34 @@ import torch
 from support import published
 from support.fusing import description, without_warning
 from support.lookalikes.blocks import BLOCKS
-from support.lookalikes.children import PlainList, with_ses
-from support.lookalikes.conditions import LooksAtAttributes, LooksAtBuffers, LooksAtDtypes
+from support.lookalikes.children import AndNorms, PlainList, with_ses
+from support.lookalikes.conditions import (
+    LooksAtAttributes,
+    LooksAtBuffers,
+    LooksAtDtypes,
+    LooksAtNames,
+)
+from support.lookalikes.in_branches import (
+    LastBranchFirst,
+    WithConstant,
+    in_place_first,
+    pooling,
+)
 from support.lookalikes.near_misses import NEAR_MISSES
 from support.lookalikes.odd_calls import ODD_CALLS
-from support.lookalikes.parts import Shared, convolution, published_psa, squeeze, with_norm
+from support.lookalikes.parts import (
+    Shared,
+    convolution,
+    convolutions,
+    published_psa,
+    squeeze,
+    with_norm,
+)
 from support.lookalikes.subclasses import ReadsSE
 from support.lookalikes.variants import VARIANTS, Gate, Named, Own, Parts
 from support.tolerance import assert_near, largest, relative_error
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from epsa_fused import (
@@ -193,6 +212,25 @@ def test_lists_and_dicts_of_any_names_are_looked_into():
         assert not fuse(nn.Sequential(module)).fuse_report.left
 
 
+def test_a_list_that_holds_itself_is_no_error():
+    module = Shared()
+    module.history = []
+    module.history.append(module.history)
+    assert list(fuse(nn.Sequential(module)).fuse_report.replaced) == ["0"]
+
+
+def test_what_cannot_be_fused_is_called_once_for_each_kind(monkeypatch):
+    calls = []
+    monkeypatch.setattr(AndNorms, "forward", lambda self, x: calls.append(x.shape))
+    counts = []
+    for count in (1, 3):
+        calls.clear()
+        with pytest.warns(UserWarning, match="nothing to fuse"):
+            fuse(nn.Sequential(*(AndNorms() for _ in range(count))))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
 def test_it_fuses_as_its_reason_says():
     """The reason of the plain lists and that of the BatchNorms beside the convolutions."""
     lists = NEAR_MISSES["plain_lists"][0]()
@@ -211,6 +249,25 @@ def test_a_folded_norm_fuses_as_a_whole():
     fused = without_warning(fuse, model)
     assert relative_error(fused(x), expected) <= LIMIT
     assert fused[0]._has_convs_as_branches()
+
+
+OWN_BRANCHES = {
+    "in_place": in_place_first,
+    "called_from_the_last": lambda: with_norm(),
+    "pools_and_dropouts": pooling,
+    "constants": lambda: [WithConstant(conv) for conv in convolutions()],
+    "compiled": lambda: [torch.compile(conv, backend="eager") for conv in convolutions()],
+    "pruned": lambda: [prune.l1_unstructured(c, "weight", 0.5) for c in convolutions()],
+}
+
+
+@pytest.mark.parametrize("kind", OWN_BRANCHES)
+def test_a_trial_runs_the_modules_own_branches(kind):
+    """They may be in place, in any order, refuse small maps, hold constants and draw numbers."""
+    cls = LastBranchFirst if kind == "called_from_the_last" else Shared
+    model = nn.Sequential(nn.Identity(), cls(OWN_BRANCHES[kind]()))
+    fused = without_warning(fuse, model, inplace=True)
+    assert list(fused.fuse_report.replaced) == ["1"] and not fused.fuse_report.left
 
 
 # ---- the adopted module ----
@@ -491,6 +548,7 @@ WITH_FACTOR = {
     "helper": WithHelper,
     "attribute": lambda factor: LooksAtAttributes(with_norm(), factor),
     "buffer": LooksAtBuffers,
+    "name": LooksAtNames,
 }
 
 

@@ -19,6 +19,11 @@ class LooksAtSizes(Shared):
         return super().forward(x if x.shape[2] < x.shape[3] + 2 else x.flip(2))
 
 
+class TurnsSquares(Shared):
+    def forward(self, x):
+        return super().forward(x.transpose(2, 3) if x.shape[2] == x.shape[3] else x)
+
+
 class LooksAtKernels(Shared):
     def forward(self, x):
         maps = [branch(x) / branch.kernel_size[0] for branch in self.conv_branches]
@@ -53,6 +58,17 @@ class LooksAtBuffers(Shared):
         return recalibrated(maps, [self.se_block(m) for m in maps])
 
 
+class LooksAtNames(Shared):
+    """Its child without weights tells by its name alone what it does."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factors = nn.ModuleDict({f"times_{factor}": nn.Identity()})
+
+    def forward(self, x):
+        return super().forward(x) * (2 if "times_2" in self.factors else 1)
+
+
 class LooksAtParametrizations(Shared):
     def __init__(self):
         super().__init__()
@@ -69,6 +85,17 @@ class LooksAtDtypes(Shared):
 
     def forward(self, x):
         return super().forward(x) * (1 + (x.dtype == self.dtype))
+
+
+class WithoutAutocast(Shared):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class DoubledUnderAutocast(Shared):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.is_autocast_enabled("cpu") else 1)
 
 
 class Checkpointed(Shared):

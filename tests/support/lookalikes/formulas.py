@@ -146,6 +146,42 @@ class WithOption(nn.Sequential):
         return super().forward(x)
 
 
+class BoundsMaps(Shared):
+    """It clamps maps far from the usual ones."""
+
+    def forward(self, x):
+        maps = [branch(x).clamp(-1e3, 1e3) for branch in self.conv_branches]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
+class BoundsGradients(Shared):
+    def forward(self, x):
+        out = super().forward(x)
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad.clamp(-10, 10))
+        return out
+
+
+class SoftmaxInFloat64(Shared):
+    """Its output is float64, whatever the input is."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        weights = torch.stack([self.se_block(m) for m in maps], 1)
+        scales = weights.softmax(1, dtype=torch.float64)
+        return torch.cat([m * scales[:, i] for i, m in enumerate(maps)], 1)
+
+
+class SoftmaxOf16BitsInFloat32(Shared):
+    """A usual guard. Its output is float32 where the input has 16 bits."""
+
+    def forward(self, x):
+        maps = [branch(x) for branch in self.conv_branches]
+        weights = [self.se_block(m) for m in maps]
+        small = x.dtype in (torch.float16, torch.bfloat16)
+        return recalibrated(maps, [w.float() if small else w for w in weights])
+
+
 class SoftmaxInFloat32(Shared):
     def forward(self, x):
         maps = [branch(x) for branch in self.conv_branches]

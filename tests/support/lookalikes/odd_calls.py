@@ -117,6 +117,26 @@ class Sparse(Wider):
         return super().forward(x).to_sparse()
 
 
+class OnMeta(Wider):
+    def forward(self, x):
+        return super().forward(x).to("meta")
+
+
+class Nested(Wider):
+    def forward(self, x):
+        return torch.nested.nested_tensor([*super().forward(x)])
+
+
+class WithoutTextError(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+class RaisesWithoutText(Wider):
+    def forward(self, x):
+        raise WithoutTextError
+
+
 class WeightsRead(Wider):
     """It never calls its SE network."""
 
@@ -148,6 +168,9 @@ ODD_CALLS = {
     "mask": (Mask, True),
     "few_channels": (FewChannels, False),
     "sparse": (Sparse, True),
+    "on_meta": (OnMeta, True),
+    "nested": (Nested, True),
+    "raises_without_text": (RaisesWithoutText, False),
     "weights_read": (WeightsRead, False),
     "means_as_rows": (Wider, True),
     "means_in_a_map": (MeansInAMap, True),

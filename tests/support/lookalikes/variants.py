@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from support import published
+from support.lookalikes.in_branches import strided
 from support.lookalikes.parts import (
     GROUPS,
     Shared,
@@ -242,6 +243,14 @@ class Parts(nn.Module):
         return recalibrated(maps, [w(m) for w, m in zip(self.weighers, maps, strict=True)])
 
 
+class PartsInOrder(Shared):
+    """It takes as many parts of the input as there are."""
+
+    def forward(self, x):
+        maps = [branch(p) for branch, p in zip(self.conv_branches, x.split(16, 1), strict=False)]
+        return recalibrated(maps, [self.se_block(m) for m in maps])
+
+
 class Adapted(nn.Module):
     """As low-rank adapters wrap a layer."""
 
@@ -334,6 +343,7 @@ VARIANTS = {
     "a_list_of_two_layers": Variant(lambda: Shared(se=Layers())),
     "padded_by_a_layer": Variant(lambda: Shared([convolution(1),
         nn.Sequential(nn.ReflectionPad2d(1), convolution(3, padding=0))]), in_part=True),
+    "strided_and_one_with_a_norm": Variant(lambda: Shared(strided()), in_part=True),
     "list_of_dilated": Variant(lambda: Shared(dilated(bias=True))),
     "norm": Variant(lambda: Shared(with_norm()), in_part=True),
     "branches_are_looked_into": Variant(lambda: LooksIntoBranches(with_norm()), in_part=True),
@@ -355,6 +365,7 @@ VARIANTS = {
     "joined_maps": Variant(Joined, channels=32),
     "external": Variant(external_psa, "FusedSplitPSA", channels=64),
     "parts": Variant(Parts, in_part=True, channels=64),
+    "parts_in_order": Variant(PartsInOrder, in_part=True, channels=64),
     "parts_in_a_sequential": Variant(lambda: in_a_sequential(external_psa()),
         in_part=True, channels=64),
 }  # fmt: skip  # fmt: skip
