@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._checks import check_flag, check_module
+from .._checks import check_flag, check_module, first_line
 from ..modules import FusedPSAModule, FusedSplitPSA
 from ..modules.adopted import PSALayers
 from ..modules.layers import existing, why_se_called
@@ -165,15 +165,18 @@ def _verdict(
         and why_se_called("se", module.se, SEWeight) is None
     ):
         return Verdict(layers, module.branch_order)
-    key = (candidate.why_not, *key_of(module, layers))
-    if key not in verdicts:
-        try:
-            if candidate.why_not is not None:
-                named = looks_like_psa(module, layers, candidate.hidden)
-                raise MisfitError(candidate.why_not, named)
-            verdicts[key] = run(module, layers)
-        except MisfitError as why:
-            verdicts[key] = _explained(why, module, layers)
+    try:
+        key = (candidate.why_not, *key_of(module, layers))
+        if key not in verdicts:
+            try:
+                if candidate.why_not is not None:
+                    named = looks_like_psa(module, layers, candidate.hidden)
+                    raise MisfitError(candidate.why_not, named)
+                verdicts[key] = run(module, layers)
+            except MisfitError as why:
+                verdicts[key] = _explained(why, module, layers)
+    except Exception as error:  # attributes of foreign code may fail when they are read
+        raise MisfitError(f"a trial of it failed: {first_line(error)}") from error
     verdict = verdicts[key]
     if isinstance(verdict, MisfitError):
         raise verdict
@@ -235,6 +238,9 @@ def _built(name: str, module: nn.Module, verdict: Verdict) -> FusedPSAModule | F
         )
     refuse_hooks(name, module, new, (existing(module, name) for name in verdict.layers.branches))
     new.training = module.training
+    for key, value in vars(module).items():  # others may read them: an index, a number of channels
+        if not hasattr(new, key) or (hasattr(nn.Module, key) and not callable(value)):
+            vars(new).setdefault(key, value)
     if isinstance(module, PSAModule) and "winograd" in module.__dict__:
         new.__dict__["winograd"] = module.__dict__["winograd"]  # unfuse() kept it
     return new

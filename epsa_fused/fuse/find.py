@@ -181,10 +181,11 @@ def _plain_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
     """The plain lists and dicts of modules that PyTorch does not know of, by attribute."""
     lists = {}
     for name, value in vars(module).items():
-        items = list(value.values()) if isinstance(value, dict) else value
-        if name == "_modules" or not isinstance(items, list | tuple) or not items:
+        # isinstance would ask the object: a proxy may fail
+        items = list(dict.values(value)) if issubclass(type(value), dict) else value
+        if name == "_modules" or not issubclass(type(items), list | tuple) or not items:
             continue
-        if all(isinstance(item, nn.Module) for item in items):
+        if all(issubclass(type(item), nn.Module) for item in items):
             registered = set(module.modules())
             if registered.isdisjoint(items):
                 lists[name] = nn.ModuleList(items)

@@ -49,15 +49,18 @@ def are_plain(twin: nn.Module, layers: PSALayers) -> bool:
 def inputs_of_own_branches(
     twin: nn.Module, layers: PSALayers, generator: torch.Generator
 ) -> Iterator[Given]:
-    """One that just holds the kernels; and one for branches that pool, or refuse odd sizes."""
+    """One that just holds the kernels; and others for branches that pool, or refuse odd sizes.
+
+    The last ones are the sizes of a network's stages: a LayerNorm or a window may take these alone.
+    """
     branches = [existing(twin, name) for name in layers.branches]
     size = 2 + max(sum(map(_reach, _convs(branch))) for branch in branches)
     if are_plain(twin, layers):
         yield Given(_input(twin, layers, generator, (1, size, size - 1), 1.0))
         return
     yield Given(_input(twin, layers, generator, (2, size, size - 1), 1.0))
-    size = 32 * (1 + size // 32)
-    yield Given(_input(twin, layers, generator, (2, size, size), 1.0))
+    for square in (32 * (1 + size // 32), 56, 28, 14, 7):
+        yield Given(_input(twin, layers, generator, (2, square, square), 1.0))
 
 
 def inplans_of(twin: nn.Module, layers: PSALayers) -> int:

@@ -75,7 +75,8 @@ def _why_dropouts_lost(gone: Mapping[str, nn.Module]) -> str | None:
 
 
 def _own_methods(module: nn.Module) -> list[str]:
-    return [name for name in _METHODS if name in vars(module) or _overrides(type(module), name)]
+    own = vars(module)
+    return [name for name in _METHODS if callable(own.get(name)) or _overrides(type(module), name)]
 
 
 def _overrides(cls: type[nn.Module], name: str) -> bool:
@@ -83,4 +84,5 @@ def _overrides(cls: type[nn.Module], name: str) -> bool:
     if getattr(cls, name) is getattr(nn.Module, name):
         return False
     owner = next(base for base in cls.__mro__ if name in vars(base))
-    return not owner.__module__.startswith("torch.")
+    is_text = isinstance(vars(owner)[name], str | int | float)  # a label, say `type = "psa"`
+    return not is_text and not owner.__module__.startswith("torch.")

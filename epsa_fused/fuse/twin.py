@@ -46,6 +46,9 @@ def twin_of(
             branch = existing(module, name)
             if cheap or is_plain(branch) or _is_made_by_hooks(branch):
                 memo[id(branch)] = _stand_in(branch, generator, cheap)
+        for m in module.modules():
+            if isinstance(m, nn.SyncBatchNorm) and id(m) not in memo:
+                memo[id(m)] = _of_one_process(m)
         twin = copied(module, memo)
     except Exception as error:  # for example, it keeps a result with an autograd graph
         raise MisfitError(f"it cannot be copied for a trial: {first_line(error)}") from None
@@ -90,6 +93,12 @@ def _stand_in(branch: nn.Module, generator: torch.Generator, cheap: bool) -> nn.
         return nn.Conv2d(*channels, 1, device="meta")
     settings: dict[str, Any] = {name: getattr(branch, name) for name in _SETTINGS}
     return nn.Conv2d(*channels, **settings, bias=has_bias(convs[0]), device="meta")
+
+
+def _of_one_process(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
+    """A trial runs on the CPU and in one process: others may not call fuse(), too."""
+    options = (norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    return nn.BatchNorm2d(norm.num_features, *options, device="meta").train(norm.training)
 
 
 def is_plain(branch: nn.Module) -> bool:

@@ -266,8 +266,20 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 def _attribute(layer: nn.Module, name: str) -> object:
-    value = getattr(layer, name, None)
-    return tuple(value) if isinstance(value, list) else value
+    return _by_value(getattr(layer, name, None), 3)
+
+
+def _by_value(value: object, depth: int) -> object:
+    """Small containers by what they hold, which may change; torch.export replaces them by others.
+
+    Each call pays for it, so a large or a deep one stands for itself.
+    """
+    kind = type(value)  # isinstance would ask the object: a proxy may fail
+    if depth == 0 or not issubclass(kind, list | tuple | dict) or len(value) > 32:  # type: ignore[arg-type]
+        return value
+    if issubclass(kind, dict):
+        return tuple((k, _by_value(v, depth - 1)) for k, v in value.items())  # type: ignore[attr-defined]
+    return tuple(_by_value(v, depth - 1) for v in value)  # type: ignore[attr-defined]
 
 
 def _has_settings(layer: nn.Module, settings: object) -> bool:
@@ -284,9 +296,11 @@ def _equal(value: object, other: object) -> bool:
     """Whether two settings are equal; an object may be compared with itself alone."""
     if value is other:
         return True
-    if isinstance(value, tuple) and isinstance(other, tuple):
+    if type(value) is tuple and type(other) is tuple:
         return len(value) == len(other) and all(map(_equal, value, other))
-    return isinstance(value, bool | int | float | str) and value == other
+    if type(value) is float and value != value:  # NaN, which pickle makes anew
+        return type(other) is float and other != other
+    return type(value) in (bool, int, float, str) and value == other
 
 
 def _point(module: nn.Module, name: str) -> Point:
