@@ -56,14 +56,16 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_attributes_are_no_error(odd, where):
     model = nn.Sequential(Shared())
+    plain = copy.deepcopy(model)
     holder = model if where == "model" else model[0]
     vars(holder)["odd"] = ODD[odd](model)
     with_psa = where == "psa"
     fused = fuse(model, inplace=True) if with_psa else without_warning(fuse, model, inplace=True)
     assert fused is model
-    assert isinstance(model[0], FusedAdoptedPSA) or model.fuse_report.left.keys() == {"0"}
-    if not with_psa:
-        assert isinstance(model[0], FusedAdoptedPSA)
+    left = with_psa and model.fuse_report.left.keys() == {"0"}
+    assert type(model[0]) is (Shared if left else FusedAdoptedPSA)
+    x = torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(model(x), plain(x))
 
 
 @pytest.mark.parametrize("depth", (40, 200))
@@ -148,9 +150,14 @@ class SE(nn.Module):
 
 
 def test_an_se_that_holds_a_dead_proxy_can_be_called():
-    fused = fuse(nn.Sequential(Shared(se=SE(owner=weakref.proxy(parent := nn.Identity())))))
+    plain = nn.Sequential(Shared(se=SE(owner=weakref.proxy(parent := nn.Identity())))).double()
+    fused = fuse(plain, inplace=False)
     del parent
-    fused(torch.randn(1, 16, 8, 8))
+    with pytest.raises(ReferenceError):
+        plain[0].se_block.owner.training  # noqa: B018 - the proxy is dead
+    x = torch.randn(1, 16, 8, 8, dtype=torch.float64)
+    assert isinstance(fused[0], FusedAdoptedPSA) and why_not_fused(fused[0]) is None
+    torch.testing.assert_close(without_warning(fused, x), plain(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
